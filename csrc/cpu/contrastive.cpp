@@ -1,0 +1,542 @@
+#include "../contrastive.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mv.h>
+#include <ATen/ops/zeros.h>
+
+#include <cmath>
+#include <limits>
+#include <unordered_map>
+#include <vector>
+
+#include "operand.h"
+#include "rows.h"
+#include "schedule.h"
+
+namespace cl_kernels {
+namespace cpu {
+namespace {
+
+enum class Among { kAll, kSame, kDifferent };
+
+Among parse_among(std::string_view among) {
+  if (among == "all") return Among::kAll;
+  if (among == "same") return Among::kSame;
+  TORCH_CHECK_VALUE(among == "different", "among must be 'all', 'same' or 'different', got '",
+                    std::string(among), "'");
+  return Among::kDifferent;
+}
+
+// Labels as small integers, equal where the labels are. Columns are padded to whole tiles with an id that no
+// row has.
+template <typename Id>
+struct LabelIds {
+  std::vector<Id> rows, cols;
+  int64_t classes = 0;
+
+  LabelIds(const at::Tensor& row_labels, const at::Tensor& col_labels) {
+    std::unordered_map<int64_t, Id> seen;
+    auto number = [&](const at::Tensor& labels, std::vector<Id>& ids) {
+      const at::Tensor flat = labels.contiguous();
+      const int64_t* label = flat.const_data_ptr<int64_t>();
+      ids.reserve(round_up(flat.numel(), kTileAlign));
+      for (int64_t i = 0; i < flat.numel(); ++i)
+        ids.push_back(seen.emplace(label[i], static_cast<Id>(seen.size())).first->second);
+    };
+    number(row_labels, rows);
+    number(col_labels, cols);
+    cols.resize(round_up(cols.size(), kTileAlign), Id{-1});
+    classes = static_cast<int64_t>(seen.size());
+  }
+};
+
+// A tile: rows [row, row + rows), columns [col, col + cols) of the similarity matrix.
+struct Tile {
+  int64_t row, col;
+  int rows, cols;
+  int padded_cols() const { return static_cast<int>(round_up(cols, kTileAlign)); }
+};
+
+// Logits are held in base 2, times log2(e), so that every exponential is one exp2.
+template <typename Mode>
+class Engine {
+ public:
+  using T = typename Mode::Sum;
+  using Id = typename Mode::Id;
+  using Word = typename Mode::Operand;
+
+  Engine(const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs)
+      : pairs_(pairs),
+        scale_(scale.item<double>()),
+        input_type_(q.scalar_type()),
+        among_(parse_among(pairs.among)),
+        q_(q) {
+    if (k) k_.emplace(*k);
+    if (pairs.row_labels) ids_.emplace(*pairs.row_labels, *pairs.col_labels);
+    if (pairs.key_bias) {
+      bias_ = pairs.key_bias->to(sum_type<Mode>()).mul(kLog2e).contiguous();
+    }
+    if (pairs.positive_index) index_ = pairs.positive_index->contiguous();
+    if (pairs.positive_mask) mask_ = pairs.positive_mask->to(sum_type<Mode>()).contiguous();
+    const bool same_labels =
+        !pairs.row_labels || pairs.col_labels->const_data_ptr() == pairs.row_labels->const_data_ptr();
+    symmetric_ = !k && !pairs.both_axes && pairs.exclude.value_or(0) == 0 && same_labels &&
+                 !bias_.defined() && !mask_.defined();
+    row_block_ = block_size(n());
+    col_block_ = block_size(m());
+  }
+
+  std::tuple<at::Tensor, at::Tensor> log_sum_exp() {
+    const at::TensorOptions options = q_.tensor().options().dtype(sum_type<Mode>());
+    at::Tensor lse = at::empty({n()}, options);
+    at::Tensor lse_cols = at::empty({pairs_.both_axes ? m() : 0}, options);
+    q_.make_rows();
+    key().make_col_panels();
+    const bool shared_exp = (symmetric_ || pairs_.both_axes) && !bias_.defined();
+    if (!shared_exp || !fixed_shift(lse, lse_cols)) {
+      online(lse);
+      if (pairs_.both_axes) transposed().online(lse_cols);
+      if (pairs_.both_axes && bias_.defined()) lse_cols.add_(bias_, kLn2);
+    }
+    return {lse, lse_cols};
+  }
+
+  std::tuple<at::Tensor, at::Tensor> positives() {
+    const at::TensorOptions options = q_.tensor().options().dtype(sum_type<Mode>());
+    const bool any = pairs_.label_positives || index_.defined() || mask_.defined();
+    at::Tensor sum = at::empty({any ? n() : 0}, options), count = at::empty_like(sum);
+    if (!any) return {sum, count};
+    const at::Tensor q = sum_rows(q_), k = sum_rows(key());
+    if (index_.defined())
+      index_positives(q, k, sum, count);
+    else
+      prototype_positives(q, k, sum, count);
+    return {sum, count};
+  }
+
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gradient(
+      const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_lse_cols,
+      const std::optional<at::Tensor>& grad_positive, const at::Tensor& lse, const at::Tensor& lse_cols,
+      std::array<bool, 3> needs) {
+    const at::TensorOptions options = q_.tensor().options().dtype(sum_type<Mode>());
+    const at::Tensor none = at::empty({0}, options);
+    set_coefficients(grad_lse, lse, row_coef_, row_shift_);
+    if (pairs_.both_axes) set_coefficients(grad_lse_cols, lse_cols, col_coef_, col_shift_);
+    weight_.assign(round_up(n(), kTileAlign), T(0));
+    if (grad_positive) copy_rows(*grad_positive, weight_.data());
+    choose_softmax();
+
+    if (symmetric_) {
+      at::Tensor grad = at::zeros({n(), q_.padded_d()}, options);
+      triangle_gradient(grad);
+      at::Tensor grad_scale = contraction<T>(sum_rows(q_), grad).mul_(0.5);
+      return {needs[0] ? finish(grad) : none, at::empty({0}, options), grad_scale, at::empty({0}, options)};
+    }
+    const bool self = !k_;
+    const bool need_q = needs[0] || !needs[1];  // one of them, for the gradient of the scale
+    const bool need_k = self ? needs[0] : needs[1];
+    at::Tensor grad_q = need_q ? at::zeros({n(), q_.padded_d()}, options) : none;
+    at::Tensor grad_k = need_k ? at::zeros({m(), q_.padded_d()}, options) : none;
+    at::Tensor grad_bias = needs[2] ? at::zeros({m()}, options) : at::empty({0}, options);
+    rectangle_gradient(need_q, need_k, needs[2], grad_q, grad_k, grad_bias);
+    at::Tensor grad_scale =
+        need_q ? contraction<T>(sum_rows(q_), grad_q) : contraction<T>(sum_rows(key()), grad_k);
+    if (self && need_k) grad_q.add_(grad_k);
+    return {needs[0] ? finish(grad_q) : none, !self && needs[1] ? finish(grad_k) : at::empty({0}, options),
+            grad_scale, grad_bias};
+  }
+
+ private:
+  int64_t n() const { return q_.n(); }
+  int64_t m() const { return k_ ? k_->n() : q_.n(); }
+  Operand<Mode>& key() { return k_ ? *k_ : q_; }
+
+  Tile tile(int64_t row_block, int64_t col_block) const {
+    const int64_t row = row_block * row_block_, col = col_block * col_block_;
+    return {row, col, static_cast<int>(std::min(row_block_, n() - row)),
+            static_cast<int>(std::min(col_block_, m() - col))};
+  }
+  int64_t row_blocks() const { return ceil_div(n(), row_block_); }
+  int64_t col_blocks() const { return ceil_div(m(), col_block_); }
+  int64_t flops(int products) const { return 2 * products * row_block_ * col_block_ * q_.d(); }
+
+  // The same problem with rows and columns exchanged (without the bias, which is constant along a column).
+  Engine transposed() {
+    Pairs pairs = pairs_;
+    if (pairs.exclude) pairs.exclude = -*pairs.exclude;
+    std::swap(pairs.row_labels, pairs.col_labels);
+    pairs.positive_index = pairs.positive_mask = pairs.key_bias = std::nullopt;
+    pairs.both_axes = false;
+    Engine other(key().tensor(), q_.tensor(), at::scalar_tensor(scale_, at::kDouble), pairs);
+    other.q_.make_rows();
+    other.key().make_col_panels();
+    return other;
+  }
+
+  // Base-2 logits of a tile; what is left out becomes -inf.
+  void logits(const Tile& t, T* s) {
+    tile_kernels<Mode>().product.dot(
+        q_.row(t.row), q_.depth(), t.rows, key().col_panels(t.col), q_.depth(),
+        static_cast<int>(ceil_div(t.cols, tile_kernels<Mode>().product.panel_width)),
+        static_cast<T>(scale_ * kLog2e), s, ld());
+    const T out = -std::numeric_limits<T>::infinity();
+    for (int i = 0; i < t.rows; ++i) std::fill(s + i * ld() + t.cols, s + i * ld() + t.padded_cols(), out);
+    if (bias_.defined()) {
+      const T* bias = bias_.const_data_ptr<T>() + t.col;
+      for (int i = 0; i < t.rows; ++i)
+        for (int j = 0; j < t.cols; ++j) s[i * ld() + j] += bias[j];
+    }
+    if (among_ != Among::kAll) {
+      const Id* cols = ids_->cols.data() + t.col;
+      for (int i = 0; i < t.rows; ++i) {
+        const Id id = ids_->rows[t.row + i];
+        for (int j = 0; j < t.cols; ++j)
+          if ((cols[j] == id) != (among_ == Among::kSame)) s[i * ld() + j] = out;
+      }
+    }
+    fill_excluded(t, s, out);
+  }
+
+  void fill_excluded(const Tile& t, T* s, T value) const {
+    if (!pairs_.exclude) return;
+    for (int i = 0; i < t.rows; ++i) {
+      const int64_t j = t.row + i + *pairs_.exclude - t.col;
+      if (j >= 0 && j < t.cols) s[i * ld() + j] = value;
+    }
+  }
+
+  ptrdiff_t ld() const { return round_up(col_block_, kTileAlign); }
+  int64_t tile_elements() const { return round_up(row_block_, 2) * ld(); }
+
+  // A shift c common to every logit, so that one exponential serves its row and its column and sums are plain
+  // sums. Logits lie in [-r, r], r = |scale| max|q_i| max|k_j|. No row can underflow where 2r fits into the
+  // exponent range; up to a few times that the sums themselves tell. False: not possible, and nothing that
+  // counts was written.
+  bool fixed_shift(at::Tensor& lse, at::Tensor& lse_cols) {
+    constexpr bool wide = sizeof(T) == 8;
+    constexpr double range = wide ? 700 : 86, tiny = wide ? 1e-200 : 1e-25;
+    const double headroom = range - std::log(static_cast<double>(std::max(n(), m())));
+    const double r = std::abs(scale_) * largest_norm(q_) * (k_ ? largest_norm(*k_) : largest_norm(q_));
+    if (!(r <= 2.5 * range)) return false;
+    const bool safe = r <= headroom;
+    const T shift = static_cast<T>(std::max(0.0, r - headroom) * kLog2e);
+    std::vector<T> row_sum(round_up(n(), kTileAlign), T(0));
+    std::vector<T> col_sum(symmetric_ ? 0 : round_up(m(), kTileAlign), T(0));
+    Scratch<T> scratch(tile_elements() + ld());
+    if (symmetric_) {
+      visit_triangle(row_blocks(), flops(1), [&](int64_t a, int64_t b) {
+        sum_tile(tile(a, b), shift, scratch.get(), row_sum.data(), a == b ? nullptr : row_sum.data());
+      });
+    } else {
+      visit_rectangle(row_blocks(), col_blocks(), flops(1), [&](int64_t a, int64_t b) {
+        sum_tile(tile(a, b), shift, scratch.get(), row_sum.data(), col_sum.data());
+      });
+    }
+    auto finish_sums = [&](const std::vector<T>& sums, at::Tensor& out) {
+      T* value = out.mutable_data_ptr<T>();
+      for (int64_t i = 0; i < out.numel(); ++i) {
+        if (!safe && !(sums[i] >= tiny)) return false;
+        value[i] = static_cast<T>((std::log2(static_cast<double>(sums[i])) + shift) * kLn2);
+      }
+      return true;
+    };
+    return finish_sums(row_sum, lse) && (symmetric_ || finish_sums(col_sum, lse_cols));
+  }
+
+  void sum_tile(const Tile& t, T shift, T* s, T* row_sum, T* col_sum) {
+    T* part = s + tile_elements();
+    logits(t, s);
+    std::fill(part, part + ld(), T(0));
+    tile_kernels<Mode>().row.sum_exp(s, ld(), t.rows, t.padded_cols(), shift, row_sum + t.row,
+                                     col_sum ? part : nullptr);
+    if (col_sum)
+      for (int j = 0; j < t.cols; ++j) col_sum[t.col + j] += part[j];
+  }
+
+  // Any range of logits: a running maximum for each row.
+  void online(at::Tensor& lse) {
+    T* out = lse.mutable_data_ptr<T>();
+    Scratch<T> scratch(tile_elements() + 2 * row_block_);
+    run_tasks(row_blocks(), flops(1) * col_blocks(), [&](int64_t a) {
+      T* s = scratch.get();
+      T *max = s + tile_elements(), *sum = max + row_block_;
+      std::fill(max, max + row_block_, -std::numeric_limits<T>::infinity());
+      std::fill(sum, sum + row_block_, T(0));
+      for (int64_t b = 0; b < col_blocks(); ++b) {
+        const Tile t = tile(a, b);
+        logits(t, s);
+        tile_kernels<Mode>().row.online(s, ld(), t.rows, t.padded_cols(), false, max, sum, nullptr);
+      }
+      const Tile t = tile(a, 0);
+      for (int i = 0; i < t.rows; ++i) out[t.row + i] = log_of_sum(max[i], sum[i]);
+    });
+  }
+
+  void index_positives(const at::Tensor& q, const at::Tensor& k, at::Tensor& sum, at::Tensor& count) {
+    const int64_t* index = index_.const_data_ptr<int64_t>();
+    T *s = sum.mutable_data_ptr<T>(), *c = count.mutable_data_ptr<T>();
+    for_rows(n(), q_.d(), [&](int64_t i) {
+      const bool some = index[i] >= 0;
+      s[i] = some ? static_cast<T>(scale_) * dot_row<T>(q, i, k, index[i]) : T(0);
+      c[i] = some ? T(1) : T(0);
+    });
+  }
+
+  // Sums over many positives come from prototypes: class sums of the keys, or mask @ (keys summed over
+  // views).
+  void prototype_positives(const at::Tensor& q, const at::Tensor& k, at::Tensor& sum, at::Tensor& count) {
+    const int64_t period = mask_.defined() ? mask_.size(1) : 0;
+    const int64_t groups = mask_.defined() ? period : ids_->classes;
+    auto group_of = [&](int64_t j) -> int64_t { return mask_.defined() ? j % period : ids_->cols[j]; };
+    at::Tensor prototype = at::zeros({groups, q_.d()}, q.options());
+    add_to_groups<T>(k, group_of, prototype);
+    at::Tensor weight;
+    if (mask_.defined()) {
+      prototype = at::mm(mask_, prototype);
+      // Column c of the mask stands for every key j with j % period == c.
+      at::Tensor repeats = at::zeros({period}, q.options());
+      for (int64_t j = 0; j < m(); ++j) repeats.mutable_data_ptr<T>()[j % period] += 1;
+      weight = at::mv(mask_, repeats);
+    } else {
+      weight = at::zeros({groups}, q.options());
+      for (int64_t j = 0; j < m(); ++j) weight.mutable_data_ptr<T>()[ids_->cols[j]] += 1;
+    }
+    T *s = sum.mutable_data_ptr<T>(), *c = count.mutable_data_ptr<T>();
+    const T* total = weight.const_data_ptr<T>();
+    for_rows(n(), q_.d(), [&](int64_t i) {
+      const int64_t group = mask_.defined() ? i % mask_.size(0) : ids_->rows[i];
+      T value = dot_row<T>(q, i, prototype, group), number = total[group];
+      const int64_t j = i + pairs_.exclude.value_or(m());
+      if (j >= 0 && j < m()) {
+        const T own = mask_.defined() ? mask_.const_data_ptr<T>()[group * period + j % period]
+                                      : T(ids_->cols[j] == ids_->rows[i]);
+        if (own != 0) value -= own * dot_row<T>(q, i, k, j);
+        number -= own;
+      }
+      s[i] = static_cast<T>(scale_) * value;
+      c[i] = number;
+    });
+  }
+
+  // The coefficient of the softmax of each row (or column) and its log-sum-exp in base 2; rows without any
+  // column get 0.
+  void set_coefficients(const std::optional<at::Tensor>& grad, const at::Tensor& lse, std::vector<T>& coef,
+                        std::vector<T>& shift) {
+    coef.assign(round_up(lse.numel(), kTileAlign), T(0));
+    shift.assign(coef.size(), T(0));
+    if (grad) copy_rows(*grad, coef.data());
+    const at::Tensor flat = lse.contiguous();
+    for (int64_t i = 0; i < flat.numel(); ++i) {
+      const T value = flat.const_data_ptr<T>()[i];
+      if (value == -std::numeric_limits<T>::infinity()) {
+        coef[i] = T(0);
+      } else {
+        shift[i] = static_cast<T>(value * kLog2e);
+        lowest_ = std::min(lowest_, shift[i]);
+        highest_ = std::max(highest_, shift[i]);
+      }
+    }
+  }
+
+  // One exponential can serve a row and a column where their log-sum-exps are close: then what is lost to
+  // underflow relative to the largest of them is below 2^-60 of any row.
+  void choose_softmax() {
+    softmax_ = Softmax::kRows;
+    if (symmetric_) {
+      col_coef_ = row_coef_;
+      col_shift_ = row_shift_;
+    } else if (!pairs_.both_axes) {
+      return;
+    }
+    softmax_ = Softmax::kBothSeparate;
+    constexpr double kClose = sizeof(T) == 8 ? 400 : 60;
+    if (bias_.defined() || !(lowest_ <= highest_ && highest_ - lowest_ <= kClose)) return;
+    softmax_ = Softmax::kBothCommon;
+    auto rescale = [&](std::vector<T>& coef, const std::vector<T>& shift) {
+      for (size_t i = 0; i < coef.size(); ++i)
+        if (coef[i] != 0) coef[i] *= std::exp2(highest_ - shift[i]);
+    };
+    rescale(row_coef_, row_shift_);
+    rescale(col_coef_, col_shift_);
+  }
+
+  // The tile of G: of G + Gᵀ in the symmetric case.
+  void gradient_tile(const Tile& t, T* s) {
+    logits(t, s);
+    GradientTile<T, Id> g{s,
+                          ld(),
+                          t.rows,
+                          t.padded_cols(),
+                          softmax_,
+                          highest_,
+                          row_coef_.data() + t.row,
+                          row_shift_.data() + t.row,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          weight_.data() + t.row,
+                          nullptr};
+    if (softmax_ != Softmax::kRows) {
+      g.col_coef = col_coef_.data() + t.col;
+      g.col_shift = col_shift_.data() + t.col;
+    }
+    if (pairs_.label_positives) {
+      g.row_ids = ids_->rows.data() + t.row;
+      g.col_ids = ids_->cols.data() + t.col;
+      if (symmetric_) g.col_weight = weight_.data() + t.col;
+    }
+    tile_kernels<Mode>().row.gradient(g);
+    if (mask_.defined()) add_mask(t, s);
+    fill_excluded(t, s, T(0));
+    if (index_.defined()) add_index(t, s);
+  }
+
+  void add_mask(const Tile& t, T* s) const {
+    const int64_t height = mask_.size(0), period = mask_.size(1);
+    for (int i = 0; i < t.rows; ++i) {
+      const T* row = mask_.const_data_ptr<T>() + (t.row + i) % height * period;
+      int64_t c = t.col % period;
+      for (int j = 0; j < t.cols; ++j) {
+        s[i * ld() + j] += weight_[t.row + i] * row[c];
+        if (++c == period) c = 0;
+      }
+    }
+  }
+
+  void add_index(const Tile& t, T* s) const {
+    const int64_t* index = index_.const_data_ptr<int64_t>();
+    for (int i = 0; i < t.rows; ++i) {
+      const int64_t j = index[t.row + i] - t.col;
+      if (index[t.row + i] >= 0 && j >= 0 && j < t.cols) s[i * ld() + j] += weight_[t.row + i];
+    }
+    if (!symmetric_) return;
+    for (int j = 0; j < t.cols; ++j) {
+      const int64_t i = index[t.col + j] - t.row;
+      if (index[t.col + j] >= 0 && i >= 0 && i < t.rows) s[i * ld() + j] += weight_[t.col + j];
+    }
+  }
+
+  void triangle_gradient(at::Tensor& grad) {
+    q_.make_rows();
+    q_.make_col_panels();
+    q_.make_row_panels();
+    T* out = grad.mutable_data_ptr<T>();
+    Scratch<T> scratch(tile_elements() * GradientProduct<Mode>::kTiles);
+    visit_triangle(row_blocks(), flops(3), [&](int64_t a, int64_t b) {
+      const Tile t = tile(a, b);
+      T* s = scratch.get();
+      gradient_tile(t, s);
+      const GradientProduct<Mode> g(s, ld(), tile_elements(), t.rows, t.cols);
+      g.add_rows(q_, t.col, out + t.row * q_.padded_d());
+      if (a != b) g.add_cols(q_, t.row, out + t.col * q_.padded_d());
+    });
+  }
+
+  void rectangle_gradient(bool need_q, bool need_k, bool need_bias, at::Tensor& grad_q, at::Tensor& grad_k,
+                          at::Tensor& grad_bias) {
+    q_.make_rows();
+    key().make_col_panels();
+    if (need_q) key().make_row_panels();
+    if (need_k) q_.make_row_panels();
+    Scratch<T> scratch(tile_elements() * GradientProduct<Mode>::kTiles);
+    auto visit = [&](int64_t a, int64_t b) {
+      const Tile t = tile(a, b);
+      T* s = scratch.get();
+      gradient_tile(t, s);
+      if (need_bias) {
+        T* out = grad_bias.mutable_data_ptr<T>() + t.col;
+        for (int i = 0; i < t.rows; ++i)
+          for (int j = 0; j < t.cols; ++j) out[j] += s[i * ld() + j];
+      }
+      const GradientProduct<Mode> g(s, ld(), tile_elements(), t.rows, t.cols);
+      if (need_q) g.add_rows(key(), t.col, grad_q.mutable_data_ptr<T>() + t.row * q_.padded_d());
+      if (need_k) g.add_cols(q_, t.row, grad_k.mutable_data_ptr<T>() + t.col * q_.padded_d());
+    };
+    if (need_k || need_bias) {
+      visit_rectangle(row_blocks(), col_blocks(), flops(3), visit);
+    } else {
+      run_tasks(row_blocks(), flops(2) * col_blocks(), [&](int64_t a) {
+        for (int64_t b = 0; b < col_blocks(); ++b) visit(a, b);
+      });
+    }
+  }
+
+  // scale * (the first d columns), in the type of the input that it is the gradient of.
+  at::Tensor finish(const at::Tensor& grad) const {
+    return finish_gradient(grad, q_.d(), scale_, input_type_);
+  }
+
+  Pairs pairs_;
+  double scale_;
+  at::ScalarType input_type_;
+  Among among_;
+  Operand<Mode> q_;
+  std::optional<Operand<Mode>> k_;
+  std::optional<LabelIds<Id>> ids_;
+  at::Tensor bias_, index_, mask_;
+  bool symmetric_;
+  int64_t row_block_, col_block_;
+  // Of the gradient: coefficients and log-sum-exps of rows and columns, and the weight of a row's positives.
+  std::vector<T> row_coef_, row_shift_, col_coef_, col_shift_, weight_;
+  T lowest_ = std::numeric_limits<T>::infinity(), highest_ = -lowest_;  // of the shifts
+  Softmax softmax_ = Softmax::kRows;
+};
+
+void check(const at::Tensor& q, const std::optional<at::Tensor>& k, const Pairs& pairs) {
+  TORCH_CHECK_VALUE(q.dim() == 2, "q must be [N, D], got ", q.sizes());
+  if (k) {
+    TORCH_CHECK_VALUE(k->dim() == 2 && k->size(1) == q.size(1), "k must be [M, ", q.size(1), "], got ",
+                      k->sizes());
+    TORCH_CHECK_TYPE(k->scalar_type() == q.scalar_type(), "k must be of q's type ", q.scalar_type(), ", got ",
+                     k->scalar_type());
+  }
+  const int64_t n = q.size(0), m = k ? k->size(0) : n;
+  auto vector = [](const char* name, const std::optional<at::Tensor>& x, int64_t size) {
+    TORCH_CHECK_VALUE(!x || (x->dim() == 1 && x->size(0) == size), name, " must be [", size, "], got ",
+                      x->sizes());
+  };
+  vector("row_labels", pairs.row_labels, n);
+  vector("col_labels", pairs.col_labels, m);
+  vector("positive_index", pairs.positive_index, n);
+  vector("key_bias", pairs.key_bias, m);
+  TORCH_CHECK_VALUE(
+      pairs.row_labels.has_value() == pairs.col_labels.has_value() &&
+          (pairs.row_labels || (pairs.among == "all" && !pairs.label_positives)),
+      "row_labels and col_labels must be given together, and where labels decide which pairs count");
+  TORCH_CHECK_VALUE(!pairs.positive_mask || pairs.positive_mask->dim() == 2, "positive_mask must be [R, C]");
+  TORCH_CHECK_VALUE(pairs.label_positives + pairs.positive_index.has_value() +
+                            pairs.positive_mask.has_value() + pairs.key_bias.has_value() <=
+                        1,
+                    "at most one of label_positives, positive_index, positive_mask and key_bias");
+  if (pairs.positive_index && n > 0)
+    TORCH_CHECK_INDEX(pairs.positive_index->max().item<int64_t>() < m, "positive_index must be below ", m);
+}
+
+}  // namespace
+}  // namespace cpu
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_forward(
+    const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs) {
+  cpu::check(q, k, pairs);
+  return cpu::with_mode(q.scalar_type(), [&](auto mode) {
+    cpu::Engine<decltype(mode)> engine(q, k, scale, pairs);
+    return std::tuple_cat(engine.log_sum_exp(), engine.positives());
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
+    const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_lse_cols,
+    const std::optional<at::Tensor>& grad_positive_sum, const at::Tensor& q,
+    const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs, const at::Tensor& lse,
+    const at::Tensor& lse_cols, std::array<bool, 3> needs) {
+  cpu::check(q, k, pairs);
+  return cpu::with_mode(q.scalar_type(), [&](auto mode) {
+    cpu::Engine<decltype(mode)> engine(q, k, scale, pairs);
+    return engine.gradient(grad_lse, grad_lse_cols, grad_positive_sum, lse, lse_cols, needs);
+  });
+}
+
+}  // namespace cl_kernels

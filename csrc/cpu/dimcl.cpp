@@ -1,0 +1,93 @@
+#include "../dimcl.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+
+#include "../contrastive.h"
+
+namespace cl_kernels {
+namespace {
+
+at::ScalarType sum_type(const at::Tensor& z) {
+  return z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The two views' standardised columns as the rows of one matrix, [2D, N].
+at::Tensor standardised(const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& mean,
+                        const at::Tensor& rnorm) {
+  const at::Tensor z = at::stack({z0, z1}).to(mean.scalar_type());
+  return (z - mean.unsqueeze(1))
+      .mul_(rnorm.unsqueeze(1))
+      .transpose(1, 2)
+      .reshape({2 * z0.size(1), z0.size(0)});
+}
+
+// Each column of a view is the positive of the same column of the other, and of what the mask adds.
+Pairs column_pairs(int64_t d, const std::optional<at::Tensor>& positive_mask, const at::Tensor& like) {
+  Pairs pairs{};
+  pairs.exclude = 0;
+  pairs.among = "all";
+  const at::Tensor index = at::arange(2 * d, like.options().dtype(at::kLong)).roll(d);
+  if (positive_mask)
+    pairs.positive_mask =
+        positive_mask->scatter(1, index.unsqueeze(1), true).fill_diagonal_(false).to(like.scalar_type());
+  else
+    pairs.positive_index = index;
+  return pairs;
+}
+
+void check(const at::Tensor& z0, const at::Tensor& z1, const std::optional<at::Tensor>& positive_mask) {
+  TORCH_CHECK_VALUE(z0.dim() == 2, "z0 must be [N, D], got ", z0.sizes());
+  TORCH_CHECK_VALUE(z1.sizes() == z0.sizes(), "z1 must be ", z0.sizes(), " as z0, got ", z1.sizes());
+  TORCH_CHECK_TYPE(z1.scalar_type() == z0.scalar_type(), "z1 must be of z0's type ", z0.scalar_type(),
+                   ", got ", z1.scalar_type());
+  const int64_t columns = 2 * z0.size(1);
+  if (!positive_mask) return;
+  TORCH_CHECK_VALUE(positive_mask->sizes() == at::IntArrayRef({columns, columns}), "positive_mask must be [",
+                    columns, ", ", columns, "], got ", positive_mask->sizes());
+  TORCH_CHECK_TYPE(positive_mask->scalar_type() == at::kBool, "positive_mask must be bool");
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dimcl_forward(
+    const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
+    const std::optional<at::Tensor>& positive_mask) {
+  check(z0, z1, positive_mask);
+  const at::ScalarType type = sum_type(z0);
+  const at::Tensor wide = at::stack({z0, z1}).to(at::kDouble);
+  const at::Tensor mean = wide.mean(1);
+  const at::Tensor norm = at::linalg_vector_norm(wide - mean.unsqueeze(1), 2, at::IntArrayRef{1});
+  // What rounding alone leaves of a constant column.
+  const double epsilon =
+      type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+  const at::Tensor residue = mean.abs() * (4 * epsilon * std::sqrt(static_cast<double>(z0.size(0))));
+  const at::Tensor rnorm = at::where(norm > residue, norm.reciprocal(), at::zeros_like(norm)).to(type);
+  const at::Tensor mean_out = mean.to(type);
+  const at::Tensor x = standardised(z0, z1, mean_out, rnorm);
+  auto [lse, unused, sum, count] =
+      contrastive_forward(x, std::nullopt, scale, column_pairs(z0.size(1), positive_mask, x));
+  return {lse, sum, count, mean_out, rnorm};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
+    const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_positive_sum,
+    const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
+    const std::optional<at::Tensor>& positive_mask, const at::Tensor& lse, const at::Tensor& mean,
+    const at::Tensor& rnorm) {
+  check(z0, z1, positive_mask);
+  const int64_t n = z0.size(0), d = z0.size(1);
+  const at::Tensor x = standardised(z0, z1, mean, rnorm);
+  auto [grad, unused_k, grad_scale, unused_bias] = contrastive_backward(
+      grad_lse, std::nullopt, grad_positive_sum, x, std::nullopt, scale, column_pairs(d, positive_mask, x),
+      lse, at::empty({0}, lse.options()), {true, false, false});
+  // Through x = (z - mean) / ||z - mean||; the mean goes last, or a nearly constant column would bring it
+  // back.
+  grad -= x * (x * grad).sum(1, true);
+  grad -= grad.mean(1, true);
+  grad *= rnorm.reshape({2 * d, 1});
+  const at::Tensor out = grad.reshape({2, d, n}).transpose(1, 2).to(z0.scalar_type());
+  return {out[0].clone(at::MemoryFormat::Contiguous), out[1].clone(at::MemoryFormat::Contiguous), grad_scale};
+}
+
+}  // namespace cl_kernels

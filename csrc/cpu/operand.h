@@ -1,0 +1,158 @@
+// Feature matrices in the layouts that the tile kernels read.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "tiles.h"
+
+namespace cl_kernels::cpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+
+template <typename Mode>
+constexpr at::ScalarType element_type();
+template <>
+constexpr at::ScalarType element_type<Float32>() {
+  return at::kFloat;
+}
+template <>
+constexpr at::ScalarType element_type<Float64>() {
+  return at::kDouble;
+}
+template <>
+constexpr at::ScalarType element_type<BFloat16>() {
+  return at::kBFloat16;
+}
+
+template <typename Mode>
+constexpr at::ScalarType sum_type() {
+  return element_type<Mode>() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Calls f(Mode{}) with the arithmetic for inputs of this type: float16, and bfloat16 without dot products, in
+// float.
+template <typename F>
+auto with_mode(at::ScalarType type, F f) {
+  if (type == at::kDouble) return f(Float64{});
+  if (type == at::kBFloat16 && has_bfloat16_dot()) return f(BFloat16{});
+  return f(Float32{});
+}
+
+// A matrix [n, d] of any strides. rows(): itself, row-major, for the left side of a product over d.
+// col_panels(): its rows as the columns of panels, for the right side of a product over d.
+// row_panels(): its columns in panels, for the right side of a product over n.
+template <typename Mode>
+class Operand {
+ public:
+  using Word = typename Mode::Operand;
+  static constexpr int kPack = Mode::kPack;
+
+  explicit Operand(const at::Tensor& x)
+      : n_(x.size(0)),
+        d_(x.size(1)),
+        width_(tile_kernels<Mode>().product.panel_width),
+        x_(x.to(element_type<Mode>())),
+        data_(x_.const_data_ptr()),
+        row_stride_(x_.stride(0)),
+        col_stride_(x_.stride(1)) {}
+
+  int64_t n() const { return n_; }
+  int64_t d() const { return d_; }
+  int64_t depth() const { return ceil_div(d_, kPack); }                  // operands along d
+  int panels() const { return static_cast<int>(ceil_div(d_, width_)); }  // groups of columns
+  int64_t padded_d() const { return panels() * static_cast<int64_t>(width_); }
+  const at::Tensor& tensor() const { return x_; }
+
+  void make_rows() {
+    if (rows_.defined()) return;
+    rows_ = x_.contiguous();
+    if (d_ % kPack != 0) {
+      at::Tensor padded = at::zeros({n_, round_up(d_, kPack)}, rows_.options());
+      padded.narrow(1, 0, d_).copy_(rows_);
+      rows_ = padded;
+    }
+  }
+
+  void make_col_panels() {
+    if (col_panels_.defined()) return;
+    const int64_t groups = ceil_div(n_, width_);
+    col_panels_ = at::empty({groups * width_ * depth() * kPack}, x_.options());
+    Word* out = static_cast<Word*>(col_panels_.data_ptr());
+    at::parallel_for(0, groups, grain(width_ * d_), [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        Word* panel = out + group * width_ * depth();
+        const int64_t first = group * width_, used = std::min<int64_t>(width_, n_ - first);
+        if (used < width_) std::fill_n(panel, width_ * depth(), Word{});
+        for (int64_t block = 0; block < depth();
+             block += kBlock)  // both sides of the transposition stay in cache
+          for (int64_t c = 0; c < used; ++c)
+            for (int64_t k = block; k < std::min(depth(), block + kBlock); ++k)
+              panel[k * width_ + c] = word(first + c, k * kPack, 0, 1);
+      }
+    });
+  }
+
+  void make_row_panels() {
+    if (row_panels_.defined()) return;
+    row_panels_ = at::empty({panels() * row_panel_stride() * kPack}, x_.options());
+    Word* out = static_cast<Word*>(row_panels_.data_ptr());
+    const int64_t lines = ceil_div(n_, kPack);
+    at::parallel_for(0, lines, grain(d_), [&](int64_t begin, int64_t end) {
+      for (int64_t group = 0; group < panels(); ++group) {
+        const int64_t first = group * width_, used = std::min<int64_t>(width_, d_ - first);
+        for (int64_t j = begin; j < end; ++j) {
+          Word* line = out + group * row_panel_stride() + j * width_;
+          for (int64_t c = 0; c < used; ++c) line[c] = word(j * kPack, first + c, 1, 0);
+          std::fill(line + used, line + width_, Word{});
+        }
+      }
+    });
+  }
+
+  const Word* row(int64_t i) const { return static_cast<const Word*>(rows_.data_ptr()) + i * depth(); }
+  // Panels of the columns from row j on; j a multiple of kTileAlign.
+  const Word* col_panels(int64_t j) const {
+    return static_cast<const Word*>(col_panels_.data_ptr()) + j * depth();
+  }
+  // Panels of the rows from row j on.
+  const Word* row_panels(int64_t j) const {
+    return static_cast<const Word*>(row_panels_.data_ptr()) + j / kPack * width_;
+  }
+  ptrdiff_t row_panel_stride() const { return ceil_div(n_, kPack) * width_; }
+
+ private:
+  static constexpr int64_t kBlock = 16;
+
+  static int64_t grain(int64_t elements) {
+    return std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, elements));
+  }
+
+  // The element at (i, j) and, for packed operands, its neighbour at (i + di, j + dj): zero past the edge.
+  Word word(int64_t i, int64_t j, int64_t di, int64_t dj) const {
+    if constexpr (kPack == 1) {
+      return static_cast<const Word*>(data_)[i * row_stride_ + j * col_stride_];
+    } else {
+      const uint16_t* x = static_cast<const uint16_t*>(data_) + i * row_stride_ + j * col_stride_;
+      const bool edge = i + di >= n_ || j + dj >= d_;
+      return x[0] | static_cast<uint32_t>(edge ? 0 : x[di * row_stride_ + dj * col_stride_]) << 16;
+    }
+  }
+
+  int64_t n_, d_;
+  int width_;
+  at::Tensor x_, rows_, col_panels_, row_panels_;
+  const void* data_;
+  int64_t row_stride_, col_stride_;
+};
+
+}  // namespace cl_kernels::cpu

@@ -1,0 +1,166 @@
+// Work on whole rows around the tiles: scratch memory, sums over features, and the last steps of a gradient.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/scalar_tensor.h>
+
+#include <cmath>
+#include <limits>
+
+#include "operand.h"
+
+namespace cl_kernels::cpu {
+
+constexpr double kLog2e = 1.44269504088896340736;
+constexpr double kLn2 = 0.693147180559945309417;
+
+// Memory of its own for each thread of a parallel region.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t elements)
+      : stride_(round_up(elements, 64 / sizeof(T))),
+        memory_(at::empty({at::get_num_threads() * stride_}, at::CppTypeToScalarType<T>::value)) {}
+  T* get() { return memory_.template mutable_data_ptr<T>() + at::get_thread_num() * stride_; }
+
+ private:
+  int64_t stride_;
+  at::Tensor memory_;
+};
+
+// f(i) for each of n rows of d features.
+template <typename F>
+void for_rows(int64_t n, int64_t d, F f) {
+  at::parallel_for(0, n, std::max<int64_t>(1, (int64_t{1} << 15) / std::max<int64_t>(1, d)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i) f(i);
+                   });
+}
+
+// The matrix in the type of sums, row-major.
+template <typename Mode>
+at::Tensor sum_rows(const Operand<Mode>& x) {
+  return x.tensor().to(sum_type<Mode>()).contiguous();
+}
+
+// a . b over d elements, in eight partial sums.
+template <typename T>
+T dot(const T* a, const T* b, int64_t d) {
+  T part[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= d; k += 8)
+    for (int lane = 0; lane < 8; ++lane) part[lane] += a[k + lane] * b[k + lane];
+  for (; k < d; ++k) part[0] += a[k] * b[k];
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+}
+
+// Row i of x times row j of y, both contiguous [*, d].
+template <typename T>
+T dot_row(const at::Tensor& x, int64_t i, const at::Tensor& y, int64_t j) {
+  const int64_t d = x.size(1);
+  return dot(x.const_data_ptr<T>() + i * d, y.const_data_ptr<T>() + j * d, d);
+}
+
+// out[group_of(j)] += x[j], in the order of j.
+template <typename T, typename GroupOf>
+void add_to_groups(const at::Tensor& x, GroupOf group_of, at::Tensor& out) {
+  const int64_t n = x.size(0), d = x.size(1);
+  const T* in = x.const_data_ptr<T>();
+  T* sums = out.mutable_data_ptr<T>();
+  at::parallel_for(0, d, std::max<int64_t>(16, (int64_t{1} << 16) / std::max<int64_t>(1, n)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t j = 0; j < n; ++j) {
+                       T* sum = sums + group_of(j) * d;
+                       for (int64_t c = begin; c < end; ++c) sum[c] += in[j * d + c];
+                     }
+                   });
+}
+
+template <typename T>
+void copy_rows(const at::Tensor& x, T* out) {
+  const at::Tensor flat = x.to(at::CppTypeToScalarType<T>::value).contiguous();
+  std::copy_n(flat.const_data_ptr<T>(), flat.numel(), out);
+}
+
+// Natural log of sum * 2^max.
+template <typename T>
+T log_of_sum(T max, T sum) {
+  return max == -std::numeric_limits<T>::infinity()
+             ? max
+             : static_cast<T>((std::log2(static_cast<double>(sum)) + static_cast<double>(max)) * kLn2);
+}
+
+template <typename Mode>
+double largest_norm(const Operand<Mode>& x) {
+  return at::linalg_vector_norm(x.tensor(), 2, at::IntArrayRef{1}, false, sum_type<Mode>())
+      .max()
+      .template item<double>();
+}
+
+// sum_i x_i . grad_i, of x [n, d] and the first d columns of grad [n, >= d]; 0-dim.
+template <typename T>
+at::Tensor contraction(const at::Tensor& x, const at::Tensor& grad) {
+  const int64_t n = x.size(0), d = x.size(1), ld = grad.size(1);
+  std::vector<double> part(n);
+  for_rows(n, d, [&](int64_t i) {
+    part[i] = dot(x.const_data_ptr<T>() + i * d, grad.const_data_ptr<T>() + i * ld, d);
+  });
+  double total = 0;
+  for (double value : part) total += value;
+  return at::scalar_tensor(total, grad.options());
+}
+
+// scale * (the first d columns of grad [n, >= d]) in the input's type, contiguous.
+inline at::Tensor finish_gradient(at::Tensor grad, int64_t d, double scale, at::ScalarType type) {
+  grad.mul_(scale);
+  return grad.narrow(1, 0, d).to(type).contiguous();
+}
+
+// The two products of a gradient tile G with features, G in the scratch memory of a thread.
+template <typename Mode>
+class GradientProduct {
+ public:
+  using T = typename Mode::Sum;
+  using Word = typename Mode::Operand;
+  static constexpr bool kRounds = Mode::kPack == 2;
+  // Tiles of scratch memory: G itself, and behind it its roundings to pairs along columns and along rows.
+  static constexpr int kTiles = kRounds ? 2 : 1;
+
+  GradientProduct(T* g, ptrdiff_t ld, int64_t tile_elements, int rows, int cols)
+      : ld_(ld), rows_(rows), cols_(cols) {
+    if constexpr (kRounds) {
+      along_cols_ = reinterpret_cast<Word*>(g + tile_elements);
+      along_rows_ = along_cols_ + tile_elements / 2;
+      const int padded_cols = static_cast<int>(round_up(cols, kTileAlign));
+      if (rows % 2) std::fill_n(g + rows * ld, padded_cols, T(0));
+      tile_kernels<Mode>().row.round_pairs(g, ld, static_cast<int>(round_up(rows, 2)), padded_cols,
+                                           along_cols_, along_rows_);
+    } else {
+      along_cols_ = along_rows_ = g;
+    }
+  }
+
+  // out [rows, padded d] += G x[col .. col + cols]
+  void add_rows(const Operand<Mode>& x, int64_t col, T* out) const {
+    tile_kernels<Mode>().product.accumulate(along_cols_, ld_ / Mode::kPack, false, rows_,
+                                            static_cast<int>(ceil_div(cols_, Mode::kPack)), x.row_panels(col),
+                                            x.row_panel_stride(), x.panels(), out, x.padded_d());
+  }
+
+  // out [cols, padded d] += Gᵀ x[row .. row + rows]
+  void add_cols(const Operand<Mode>& x, int64_t row, T* out) const {
+    tile_kernels<Mode>().product.accumulate(along_rows_, ld_, true, cols_,
+                                            static_cast<int>(ceil_div(rows_, Mode::kPack)), x.row_panels(row),
+                                            x.row_panel_stride(), x.panels(), out, x.padded_d());
+  }
+
+ private:
+  ptrdiff_t ld_;
+  int rows_, cols_;
+  Word *along_cols_, *along_rows_;
+};
+
+}  // namespace cl_kernels::cpu
