@@ -1,0 +1,87 @@
+# `make help` lists the targets. Everything happens in .venv; stamps there keep a second run short.
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?=
+BENCH_FLAGS ?=
+CL_KERNELS_SKIP_BUILD ?=
+# Here a build that fails is an error; without a compiler: make demo CL_KERNELS_SKIP_BUILD=1
+CL_KERNELS_FORCE_BUILD ?= $(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),,1)
+export CL_KERNELS_SKIP_BUILD CL_KERNELS_FORCE_BUILD
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+CXX_FILES := $(filter %.h %.inl %.cpp,$(SOURCES))
+# Stamps of both kinds of install, so that changing the switch installs again.
+BUILT := $(VENV)/.built$(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),-pure)
+
+.PHONY: help demo test lint format bench acceptance build clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk 'BEGIN {FS = ":.*##"} /^[a-z]+:.*##/ {printf "  make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.12          the interpreter that .venv is made with"
+	@echo "  PIP_FLAGS=...              passed to every pip install"
+	@echo "  PYTEST_FLAGS='-k supcon'   passed to pytest; likewise DEMO_FLAGS, BENCH_FLAGS"
+	@echo "  CL_KERNELS_SKIP_BUILD=1    do without a C++ compiler"
+
+demo: $(BUILT)  ## train on handwritten digits, eager against ours; plot time and memory
+	$(BIN)/python examples/digits.py $(DEMO_FLAGS)
+
+test: $(BUILT) $(VENV)/.dev  ## the whole test suite
+	$(if $(findstring -pure,$(BUILT)),,CL_KERNELS_REQUIRE_EXTENSION=1) $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+lint: $(VENV)/.dev  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy cl_kernels
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run --Werror $(CXX_FILES))
+
+format: $(VENV)/.dev  ## rewrite the sources to the style that lint checks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+bench: $(BUILT) $(VENV)/.dev  ## microbenchmarks (pytest-benchmark)
+	$(BIN)/python -m pytest bench -q --benchmark-columns=min,median,rounds --benchmark-sort=fullname $(BENCH_FLAGS)
+
+acceptance: $(BUILT)  ## speed and memory measures against their targets
+	$(BIN)/python bench/acceptance.py $(BENCH_FLAGS)
+
+build: $(BUILT)  ## install the package in .venv and compile its extension
+
+# python setup.py build_ext keeps its objects in build/, so that only changed files are compiled again.
+$(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@rm -f $(VENV)/.built-pure && touch $@
+
+$(VENV)/.built-pure: $(VENV)/.installed
+	rm -f cl_kernels/_C.*so $(VENV)/.built
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.demo pyproject.toml
+	CL_KERNELS_SKIP_BUILD=1 CL_KERNELS_FORCE_BUILD= $(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo requirements/dev.txt
+	$(PIP) --requirement requirements/dev.txt
+	@touch $@
+
+$(VENV)/.demo: $(BIN)/python requirements/demo.txt
+	$(PIP) --requirement requirements/demo.txt
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "cl_kernels needs Python 3.10 or later; PYTHON= names another")'
+	$(PYTHON) -m venv $(VENV)
+
+clean:  ## remove build products
+	rm -rf build dist demo_output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -f cl_kernels/_C.*so $(VENV)/.built* $(VENV)/.installed
+	find cl_kernels tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean  ## remove .venv as well
+	rm -rf $(VENV)
