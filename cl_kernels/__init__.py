@@ -1,0 +1,61 @@
+"""Exact contrastive losses for PyTorch that never hold the N x N matrix."""
+
+from cl_kernels import ops, reference
+from cl_kernels.dispatch import BackendError, use_backend
+from cl_kernels.losses import (
+    ClipLoss,
+    DCLLoss,
+    DimCLLoss,
+    InfoNCELoss,
+    MultiLevelConLoss,
+    NTXentLoss,
+    SCELoss,
+    SelfConLoss,
+    SupConLoss,
+    clip_loss,
+    dcl_loss,
+    dimcl_loss,
+    info_nce_loss,
+    multilevel_loss,
+    nt_xent_loss,
+    sce_loss,
+    selfcon_loss,
+    supcon_loss,
+)
+from cl_kernels.primitives import (
+    contrastive_lse,
+    masked_log_softmax,
+    similarity,
+    soft_target_cross_entropy,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "ClipLoss",
+    "DCLLoss",
+    "DimCLLoss",
+    "InfoNCELoss",
+    "MultiLevelConLoss",
+    "NTXentLoss",
+    "SCELoss",
+    "SelfConLoss",
+    "SupConLoss",
+    "clip_loss",
+    "contrastive_lse",
+    "dcl_loss",
+    "dimcl_loss",
+    "info_nce_loss",
+    "masked_log_softmax",
+    "multilevel_loss",
+    "nt_xent_loss",
+    "ops",
+    "reference",
+    "sce_loss",
+    "selfcon_loss",
+    "similarity",
+    "soft_target_cross_entropy",
+    "supcon_loss",
+    "use_backend",
+]

@@ -1,0 +1,90 @@
+"""`python -m cl_kernels info`: versions, the build, and which backend serves which op here, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import cl_kernels
+from cl_kernels import dispatch, extension
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def collect() -> dict[str, Any]:
+    build = extension.build_info()
+    capability = build.get("cpu_capability") or f"{torch.backends.cpu.get_cpu_capability()} (torch's)"
+    return {
+        "versions": {
+            "cl_kernels": cl_kernels.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "triton": _installed("triton"),
+        },
+        "build": {
+            "extension": "loaded" if extension.is_loaded() else f"none: {extension.missing_because}",
+            **({"built with": _described(build)} if build else {}),
+            "CPU instruction set": capability,
+            "threads": str(torch.get_num_threads()),
+            "float32 matmul precision": torch.get_float32_matmul_precision(),
+        },
+        "backend": dispatch.requested(),
+        "ops": [row._asdict() for row in dispatch.table()],
+    }
+
+
+def _described(build: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in build.items() if key != "cpu_capability")
+
+
+def _section(title: str, entries: dict[str, str]) -> list[str]:
+    width = max(map(len, entries))
+    return [title, *(f"  {key:<{width}}  {value}" for key, value in entries.items()), ""]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    padded = [
+        [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)] for row in (header, *rows)
+    ]
+    return ["  " + "  ".join(cells).rstrip() for cells in padded]
+
+
+def as_text(info: dict[str, Any]) -> str:
+    header = ("op", "device", "backend", "why not the others")
+    rows = [(row["op"], row["device"], row["backend"], row["reason"]) for row in info["ops"]]
+    return "\n".join(
+        [
+            *_section("versions", info["versions"]),
+            *_section("build", info["build"]),
+            f"ops under backend 'auto' (now: {info['backend']!r})",
+            *_table(header, rows),
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cl_kernels", description="Contrastive losses for PyTorch."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="versions, the build, and which backend serves which op, and why")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    collected = collect()
+    print(json.dumps(collected, indent=2) if options.json else as_text(collected))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,576 @@
+"""Every op in pure PyTorch, on any device, walking the rows in chunks so that no N x M matrix is held.
+
+The formulas stand in `ops.py`. A chunk's logits hold about 2^22 elements. Products, sums and maxima are
+float32 (float64 for float64 inputs), and nothing depends on the order of execution. What is excluded from a
+row is a logit of -inf; a row or column with nothing included has an LSE of -inf and adds to no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from cl_kernels.validation import accumulate_dtype, full_precision
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+CHUNK_ELEMENTS = 1 << 22
+MIN_CHUNK_ROWS = 16
+
+
+def _op(function: Callable[P, R]) -> Callable[P, R]:
+    return torch.no_grad()(full_precision(function))
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // max(columns, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _softmax_of(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse), 0 where the LSE is -inf. `lse` broadcasts against the logits."""
+    return (logits - lse.masked_fill(lse == -math.inf, math.inf)).exp_()
+
+
+def _gradient(total: Tensor, scale: Tensor, like: Tensor, needed: bool) -> Tensor:
+    """scale * total in the dtype of `like`; [0] where it is not needed."""
+    return (total * scale).to(like.dtype) if needed else total.new_empty(0)
+
+
+def _where_finite(grad: Tensor, lse: Tensor) -> Tensor:
+    return grad.to(lse.dtype).masked_fill(lse == -math.inf, 0)
+
+
+@dataclass(frozen=True)
+class _Contrast:
+    """One contrastive problem: features in the accumulation dtype, and which pairs count."""
+
+    q: Tensor  # [N, D]
+    k: Tensor  # [M, D]
+    scale: Tensor  # []
+    exclude: int | None
+    row_labels: Tensor | None  # [N]
+    col_labels: Tensor | None  # [M]
+    among: str
+    label_positives: bool
+    positive_index: Tensor | None  # [N]
+    positive_mask: Tensor | None  # [R, C], of any dtype
+    key_bias: Tensor | None  # [M]
+
+    def chunks(self) -> Iterator[slice]:
+        return _chunks(self.q.shape[0], self.k.shape[0])
+
+    @property
+    def has_positives(self) -> bool:
+        return self.label_positives or self.positive_index is not None or self.positive_mask is not None
+
+    def _columns(self) -> Tensor:
+        return torch.arange(self.k.shape[0], device=self.k.device)
+
+    def _excluded(self, rows: slice) -> Tensor:
+        own = torch.arange(rows.start, rows.stop, device=self.q.device) + (self.exclude or 0)
+        return own[:, None] == self._columns()
+
+    def _same_label(self, rows: slice) -> Tensor:
+        if self.row_labels is None or self.col_labels is None:
+            raise ValueError("row_labels and col_labels must be given when labels decide which pairs count")
+        return self.row_labels[rows, None] == self.col_labels
+
+    def dots(self, rows: slice) -> Tensor:
+        return self.q[rows] @ self.k.T
+
+    def logits(self, rows: slice, dots: Tensor) -> Tensor:
+        """S of these rows, -inf outside of the denominator."""
+        logits = dots * self.scale
+        if self.key_bias is not None:
+            logits += self.key_bias
+        if self.exclude is not None:
+            logits.masked_fill_(self._excluded(rows), -math.inf)
+        if self.among != "all":
+            same = self._same_label(rows)
+            logits.masked_fill_(same if self.among == "different" else ~same, -math.inf)
+        return logits
+
+    def weights(self, rows: slice) -> Tensor:
+        """w of these rows, [n, M], bool or in the accumulation dtype."""
+        if self.positive_index is not None:
+            return self.positive_index[rows, None] == self._columns()
+        if self.positive_mask is not None:
+            period, width = self.positive_mask.shape
+            index = torch.arange(rows.start, rows.stop, device=self.q.device) % period
+            weights = self.positive_mask[index][:, self._columns() % width]
+        else:
+            weights = self._same_label(rows)
+        return weights if self.exclude is None else weights.masked_fill(self._excluded(rows), 0)
+
+
+@_op
+def contrastive_forward(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    exclude: int | None,
+    row_labels: Tensor | None,
+    col_labels: Tensor | None,
+    among: str,
+    label_positives: bool,
+    positive_index: Tensor | None,
+    positive_mask: Tensor | None,
+    key_bias: Tensor | None,
+    both_axes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(q.dtype)
+    rows_q = q.to(acc)
+    pairs = _Contrast(
+        rows_q, rows_q if k is None else k.to(acc), scale, exclude, row_labels, col_labels, among,
+        label_positives, positive_index, positive_mask, key_bias,
+    )  # fmt: skip
+    n, m = q.shape[0], pairs.k.shape[0]
+    lse = q.new_empty(n, dtype=acc)
+    lse_cols = q.new_full((m if both_axes else 0,), -math.inf, dtype=acc)
+    positive_sum = q.new_empty(n if pairs.has_positives else 0, dtype=acc)
+    positive_count = torch.empty_like(positive_sum)
+    for rows in pairs.chunks():
+        dots = pairs.dots(rows)
+        if pairs.has_positives:
+            weights = pairs.weights(rows)
+            positive_sum[rows] = (weights * dots).sum(1) * scale
+            positive_count[rows] = weights.sum(1, dtype=acc)
+        logits = pairs.logits(rows, dots)
+        lse[rows] = logits.logsumexp(1)
+        if both_axes:
+            lse_cols = torch.logaddexp(lse_cols, logits.logsumexp(0))
+    return lse, lse_cols, positive_sum, positive_count
+
+
+@_op
+def contrastive_backward(
+    grad_lse: Tensor | None,
+    grad_lse_cols: Tensor | None,
+    grad_positive_sum: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    exclude: int | None,
+    row_labels: Tensor | None,
+    col_labels: Tensor | None,
+    among: str,
+    label_positives: bool,
+    positive_index: Tensor | None,
+    positive_mask: Tensor | None,
+    key_bias: Tensor | None,
+    both_axes: bool,
+    lse: Tensor,
+    lse_cols: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(q.dtype)
+    rows_q = q.to(acc)
+    pairs = _Contrast(
+        rows_q, rows_q if k is None else k.to(acc), scale, exclude, row_labels, col_labels, among,
+        label_positives, positive_index, positive_mask, key_bias,
+    )  # fmt: skip
+    needs_q, needs_k, needs_bias = needs
+    into_columns = needs_k or (needs_q and k is None)
+    grad_q = q.new_empty(q.shape if needs_q else (0,), dtype=acc)
+    grad_k = q.new_zeros(pairs.k.shape if into_columns else (0,), dtype=acc)
+    grad_bias = q.new_zeros(pairs.k.shape[0] if needs_bias else 0, dtype=acc)
+    grad_scale = q.new_zeros((), dtype=acc)
+    if grad_lse is not None:
+        grad_lse = _where_finite(grad_lse, lse)
+    if grad_lse_cols is not None:
+        grad_lse_cols = _where_finite(grad_lse_cols, lse_cols)
+
+    for rows in pairs.chunks():
+        dots = pairs.dots(rows)
+        logits = pairs.logits(rows, dots)
+        grad = torch.zeros_like(dots)
+        if grad_lse is not None:
+            grad += grad_lse[rows, None] * _softmax_of(logits, lse[rows, None])
+        if grad_lse_cols is not None:
+            grad += grad_lse_cols * _softmax_of(logits, lse_cols)
+        if needs_bias:
+            grad_bias += grad.sum(0)
+        if grad_positive_sum is not None:
+            grad += grad_positive_sum[rows, None] * pairs.weights(rows)
+        grad_scale += (grad * dots).sum()
+        if needs_q:
+            grad_q[rows] = grad @ pairs.k
+        if into_columns:
+            grad_k += grad.T @ pairs.q[rows]
+
+    if needs_q and k is None:
+        grad_q += grad_k
+    return _gradient(grad_q, scale, q, needs_q), _gradient(grad_k, scale, q, needs_k), grad_scale, grad_bias
+
+
+def _at(segments: Sequence[Tensor], index: Tensor, acc: torch.dtype) -> Tensor:
+    """Row index[i] of the concatenated segments, [N, D]; 0 where the index is none of theirs."""
+    found = segments[0].new_zeros((index.shape[0], segments[0].shape[1]), dtype=acc)
+    for part in segments:
+        if part.shape[0] > 0:
+            inside = (index >= 0) & (index < part.shape[0])
+            row = part[index.clamp(0, part.shape[0] - 1)].to(acc)
+            found = torch.where(inside[:, None], row, found)
+        index = index - part.shape[0]
+    return found
+
+
+@dataclass(frozen=True)
+class _SoftTarget:
+    """Student and teacher features in the accumulation dtype; keys as segments of one long list."""
+
+    q: Tensor  # [N, D]
+    k: list[Tensor]  # [M_s, D] each
+    target_q: Tensor  # [N, E]
+    target_k: list[Tensor]  # [M_s, E] each
+    scale: Tensor
+    target_scale: Tensor
+    positive: Tensor | None  # [N]
+    positive_in_target: str
+
+    @property
+    def lengths(self) -> list[int]:
+        return [part.shape[0] for part in self.k]
+
+    def chunks(self) -> Iterator[slice]:
+        return _chunks(self.q.shape[0], sum(self.lengths))
+
+    def is_positive(self, rows: slice) -> Tensor | None:
+        if self.positive is None:
+            return None
+        return self.positive[rows, None] == torch.arange(sum(self.lengths), device=self.q.device)
+
+    def dots(self, rows: slice) -> Tensor:
+        return torch.cat([self.q[rows] @ part.T for part in self.k], 1)
+
+    def target_dots(self, rows: slice) -> Tensor:
+        return torch.cat([self.target_q[rows] @ part.T for part in self.target_k], 1)
+
+    def target_logits(self, dots: Tensor, positive: Tensor | None) -> Tensor:
+        logits = dots * self.target_scale
+        if positive is not None:
+            logits.masked_fill_(positive, -math.inf if self.positive_in_target == "exclude" else 0.0)
+        return logits
+
+
+def _soft_target(
+    q: Tensor,
+    k: Sequence[Tensor],
+    target_q: Tensor,
+    target_k: Sequence[Tensor],
+    scale: Tensor,
+    target_scale: Tensor,
+    positive: Tensor | None,
+    positive_in_target: str,
+) -> _SoftTarget:
+    acc = accumulate_dtype(q.dtype)
+    return _SoftTarget(
+        q.to(acc), [part.to(acc) for part in k], target_q.to(acc), [part.to(acc) for part in target_k],
+        scale, target_scale, positive, positive_in_target,
+    )  # fmt: skip
+
+
+def _times_segments(matrix: Tensor, segments: Sequence[Tensor]) -> Tensor:
+    """matrix [n, M] @ the concatenated segments [M, D]."""
+    out = matrix.new_zeros((matrix.shape[0], segments[0].shape[1]))
+    start = 0
+    for part in segments:
+        out += matrix[:, start : start + part.shape[0]] @ part
+        start += part.shape[0]
+    return out
+
+
+def _add_transposed(grads: Sequence[Tensor], matrix: Tensor, rows: Tensor) -> None:
+    """Add matrix.T [M, n] @ rows [n, D] to the gradients of the segments."""
+    start = 0
+    for grad in grads:
+        grad += matrix[:, start : start + grad.shape[0]].T @ rows
+        start += grad.shape[0]
+
+
+@_op
+def soft_target_forward(
+    q: Tensor,
+    k: Sequence[Tensor],
+    target_q: Tensor,
+    target_k: Sequence[Tensor],
+    scale: Tensor,
+    target_scale: Tensor,
+    positive: Tensor | None,
+    positive_in_target: str,
+    save_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(q.dtype)
+    problem = _soft_target(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
+    n = q.shape[0]
+    lse, target_lse, cross = (q.new_empty(n, dtype=acc) for _ in range(3))
+    positive_sum = q.new_empty(0 if positive is None else n, dtype=acc)
+    mean_key, mean_target_key = (q.new_empty(q.shape if save_gradient else (0,), dtype=acc) for _ in range(2))
+    for rows in problem.chunks():
+        own = problem.is_positive(rows)
+        logits = problem.dots(rows) * scale
+        target_logits = problem.target_logits(problem.target_dots(rows), own)
+        lse[rows] = logits.logsumexp(1)
+        target_lse[rows] = target_logits.logsumexp(1)
+        target = _softmax_of(target_logits, target_lse[rows, None])
+        cross[rows] = (target * logits).sum(1)
+        if own is not None:
+            positive_sum[rows] = (own * logits).sum(1)
+        if save_gradient:
+            softmax = _softmax_of(logits, lse[rows, None])
+            if own is not None:
+                softmax.masked_fill_(own, 0)
+                target.masked_fill_(own, 0)
+            mean_key[rows] = _times_segments(softmax, problem.k)
+            mean_target_key[rows] = _times_segments(target, problem.k)
+    return lse, target_lse, cross, positive_sum, mean_key, mean_target_key
+
+
+@_op
+def soft_target_backward(
+    grad_lse: Tensor | None,
+    grad_target_lse: Tensor | None,
+    grad_cross: Tensor | None,
+    grad_positive_sum: Tensor | None,
+    q: Tensor,
+    k: Sequence[Tensor],
+    target_q: Tensor,
+    target_k: Sequence[Tensor],
+    scale: Tensor,
+    target_scale: Tensor,
+    positive: Tensor | None,
+    positive_in_target: str,
+    lse: Tensor,
+    target_lse: Tensor,
+    cross: Tensor,
+    mean_key: Tensor,
+    mean_target_key: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor, Tensor]:
+    problem = _soft_target(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
+    needs_q, needs_k, needs_target_q, needs_target_k = needs
+    needs_target = needs_target_q or needs_target_k
+    g_lse, g_cross, g_positive = (_or_zeros(g, lse) for g in (grad_lse, grad_cross, grad_positive_sum))
+    g_lse = _where_finite(g_lse, lse)
+    g_cross = _where_finite(g_cross, target_lse)
+    g_target_lse = _where_finite(_or_zeros(grad_target_lse, lse), target_lse)
+
+    def zeros(like: Tensor, needed: bool) -> Tensor:
+        return lse.new_zeros(like.shape if needed else (0,))
+
+    grad_q, grad_target_q = zeros(q, needs_q), zeros(target_q, needs_target_q)
+    grad_k = [zeros(part, needs_k) for part in k]
+    grad_target_k = [zeros(part, needs_target_k) for part in target_k]
+    grad_scale, grad_target_scale = lse.new_zeros(()), lse.new_zeros(())
+
+    if mean_key.numel() > 0 and not (needs_k or needs_target):
+        grad = g_lse[:, None] * mean_key + g_cross[:, None] * mean_target_key
+        if positive is not None:
+            key = _at(problem.k, positive, lse.dtype)
+            logit = (problem.q * key).sum(1) * scale
+            weight = g_lse * torch.expm1(logit - lse) + (g_lse + g_positive)
+            if positive_in_target == "zero":
+                weight += g_cross * _softmax_of(torch.zeros_like(target_lse), target_lse)
+            grad += weight[:, None] * key
+        grad_scale = (problem.q * grad).sum()
+        if needs_q:
+            grad_q = grad
+    else:
+        for rows in problem.chunks():
+            own = problem.is_positive(rows)
+            dots, target_dots = problem.dots(rows), problem.target_dots(rows)
+            logits = dots * scale
+            target = _softmax_of(problem.target_logits(target_dots, own), target_lse[rows, None])
+            grad = g_lse[rows, None] * _softmax_of(logits, lse[rows, None]) + g_cross[rows, None] * target
+            if own is not None:
+                grad += g_positive[rows, None] * own
+            grad_scale += (grad * dots).sum()
+            if needs_q:
+                grad_q[rows] = _times_segments(grad, problem.k)
+            if needs_k:
+                _add_transposed(grad_k, grad, problem.q[rows])
+            if not needs_target:
+                continue
+            grad = target * (g_target_lse[rows, None] + g_cross[rows, None] * (logits - cross[rows, None]))
+            if own is not None:
+                grad.masked_fill_(own, 0)
+            grad_target_scale += (grad * target_dots).sum()
+            if needs_target_q:
+                grad_target_q[rows] = _times_segments(grad, problem.target_k)
+            if needs_target_k:
+                _add_transposed(grad_target_k, grad, problem.target_q[rows])
+
+    return (
+        _gradient(grad_q, scale, q, needs_q),
+        [_gradient(part, scale, q, needs_k) for part in grad_k],
+        _gradient(grad_target_q, target_scale, q, needs_target_q),
+        [_gradient(part, target_scale, q, needs_target_k) for part in grad_target_k],
+        grad_scale,
+        grad_target_scale,
+    )
+
+
+def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def _standardised(z: Tensor, mean: Tensor, rnorm: Tensor) -> Tensor:
+    """The centred columns of z [N, D] at unit length, as rows [D, N]."""
+    return ((z.to(mean.dtype) - mean) * rnorm).T.contiguous()
+
+
+def _column_statistics(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / norm of the centred columns of z [N, D], the latter 0 for a constant column."""
+    z = z.to(accumulate_dtype(z.dtype))
+    mean = z.mean(0)
+    norm = torch.linalg.vector_norm(z - mean, dim=0)
+    rounding = 4 * torch.finfo(z.dtype).eps * math.sqrt(z.shape[0])
+    return mean, torch.where(norm > rounding * mean.abs(), norm.reciprocal(), 0)
+
+
+def _dimcl_positives(z: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(positive_index, positive_mask) of the 2D rows of X: the other view's same dimension, and the mask."""
+    features = z.shape[1]
+    own = torch.arange(2 * features, device=z.device)
+    partner = (own + features) % (2 * features)
+    if mask is None:
+        return partner, None
+    return None, mask | (partner[:, None] == own)
+
+
+@_op
+def dimcl_forward(
+    z0: Tensor, z1: Tensor, scale: Tensor, positive_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mean0, rnorm0 = _column_statistics(z0)
+    mean1, rnorm1 = _column_statistics(z1)
+    x = torch.cat([_standardised(z0, mean0, rnorm0), _standardised(z1, mean1, rnorm1)])
+    index, mask = _dimcl_positives(z0, positive_mask)
+    lse, _, positive_sum, positive_count = contrastive_forward(
+        x, None, scale, 0, None, None, "all", False, index, mask, None, False
+    )
+    return lse, positive_sum, positive_count, torch.stack([mean0, mean1]), torch.stack([rnorm0, rnorm1])
+
+
+@_op
+def dimcl_backward(
+    grad_lse: Tensor | None,
+    grad_positive_sum: Tensor | None,
+    z0: Tensor,
+    z1: Tensor,
+    scale: Tensor,
+    positive_mask: Tensor | None,
+    lse: Tensor,
+    mean: Tensor,
+    rnorm: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.cat([_standardised(z0, mean[0], rnorm[0]), _standardised(z1, mean[1], rnorm[1])])
+    index, mask = _dimcl_positives(z0, positive_mask)
+    grad, _, grad_scale, _ = contrastive_backward(
+        grad_lse, None, grad_positive_sum, x, None, scale, 0, None, None, "all", False, index, mask, None,
+        False, lse, lse.new_empty(0), (True, False, False),
+    )  # fmt: skip
+    grad = grad - x * (x * grad).sum(1, keepdim=True)
+    grad = grad - grad.mean(
+        1, keepdim=True
+    )  # last, as rounding leaves x itself a mean where it hardly varies
+    grad_z = (grad * rnorm.flatten()[:, None]).T.to(z0.dtype)
+    grad_z0, grad_z1 = (part.contiguous() for part in grad_z.split(z0.shape[1], 1))
+    return grad_z0, grad_z1, grad_scale
+
+
+def _reciprocal_norm(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=1)
+    return torch.where(norm > 0, norm.reciprocal(), 0)
+
+
+@_op
+def similarity_forward(
+    q: Tensor, k: Tensor | None, scale: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(q.dtype)
+    rows_q = q.to(acc)
+    rows_k = rows_q if k is None else k.to(acc)
+    q_rnorm, k_rnorm = rows_q.new_empty(0), rows_q.new_empty(0)
+    if normalize:
+        q_rnorm = _reciprocal_norm(rows_q)
+        rows_q = rows_q * q_rnorm[:, None]
+        if k is None:
+            rows_k = rows_q
+        else:
+            k_rnorm = _reciprocal_norm(rows_k)
+            rows_k = rows_k * k_rnorm[:, None]
+    out = q.new_empty(rows_q.shape[0], rows_k.shape[0])
+    for rows in _chunks(*out.shape):
+        out[rows] = (rows_q[rows] @ rows_k.T) * scale
+    return out, q_rnorm, k_rnorm
+
+
+@_op
+def similarity_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    normalize: bool,
+    q_rnorm: Tensor,
+    k_rnorm: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_q, needs_k = needs
+    acc = accumulate_dtype(q.dtype)
+    rows_q = q.to(acc)
+    rows_k = rows_q if k is None else k.to(acc)
+    if normalize:
+        rows_q = rows_q * q_rnorm[:, None]
+        rows_k = rows_q if k is None else rows_k * k_rnorm[:, None]
+    into_columns = needs_k or (needs_q and k is None)
+    grad_q = q.new_empty(q.shape, dtype=acc)
+    grad_k = q.new_zeros(rows_k.shape if into_columns else (0,), dtype=acc)
+    for rows in _chunks(*grad.shape):
+        part = grad[rows].to(acc)
+        grad_q[rows] = part @ rows_k
+        if into_columns:
+            grad_k += part.T @ rows_q[rows]
+    grad_scale = (grad_q * rows_q).sum()
+
+    if needs_q and k is None:
+        grad_q += grad_k
+    if normalize and needs_q:
+        grad_q = (grad_q - rows_q * (rows_q * grad_q).sum(1, keepdim=True)) * q_rnorm[:, None]
+    if normalize and needs_k:
+        grad_k = (grad_k - rows_k * (rows_k * grad_k).sum(1, keepdim=True)) * k_rnorm[:, None]
+    return _gradient(grad_q, scale, q, needs_q), _gradient(grad_k, scale, q, needs_k), grad_scale
+
+
+@_op
+def masked_log_softmax_forward(logits: Tensor, mask: Tensor | None) -> Tensor:
+    acc = accumulate_dtype(logits.dtype)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for rows in _chunks(*logits.shape):
+        part = logits[rows].to(acc)
+        if mask is not None:
+            part = part.masked_fill(~mask[rows], -math.inf)
+        lse = part.logsumexp(1, keepdim=True)
+        out[rows] = part - lse.masked_fill(lse == -math.inf, math.inf)
+    return out
+
+
+@_op
+def masked_log_softmax_backward(grad: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
+    acc = accumulate_dtype(output.dtype)
+    grad_logits = torch.empty_like(output, memory_format=torch.contiguous_format)
+    for rows in _chunks(*output.shape):
+        part = grad[rows].to(acc)
+        if mask is not None:
+            part = part.masked_fill(~mask[rows], 0)
+        grad_logits[rows] = part - output[rows].to(acc).exp() * part.sum(1, keepdim=True)
+    return grad_logits

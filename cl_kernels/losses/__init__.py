@@ -1,0 +1,32 @@
+"""The contrastive losses, each as a function and as a module."""
+
+from cl_kernels.losses.clip import ClipLoss, clip_loss
+from cl_kernels.losses.dcl import DCLLoss, dcl_loss
+from cl_kernels.losses.dimcl import DimCLLoss, dimcl_loss
+from cl_kernels.losses.info_nce import InfoNCELoss, info_nce_loss
+from cl_kernels.losses.multilevel import MultiLevelConLoss, multilevel_loss
+from cl_kernels.losses.nt_xent import NTXentLoss, nt_xent_loss
+from cl_kernels.losses.sce import SCELoss, sce_loss
+from cl_kernels.losses.selfcon import SelfConLoss, selfcon_loss
+from cl_kernels.losses.supcon import SupConLoss, supcon_loss
+
+__all__ = [
+    "ClipLoss",
+    "DCLLoss",
+    "DimCLLoss",
+    "InfoNCELoss",
+    "MultiLevelConLoss",
+    "NTXentLoss",
+    "SCELoss",
+    "SelfConLoss",
+    "SupConLoss",
+    "clip_loss",
+    "dcl_loss",
+    "dimcl_loss",
+    "info_nce_loss",
+    "multilevel_loss",
+    "nt_xent_loss",
+    "sce_loss",
+    "selfcon_loss",
+    "supcon_loss",
+]

@@ -1,0 +1,87 @@
+"""Anchors over the view-major rows of multi-view features: what SupCon and SelfCon share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cl_kernels import autograd, validation
+from cl_kernels.autograd import ContrastiveStats, Pairs
+from cl_kernels.losses._common import wide
+
+EMPTY_COUNT = 1e-6
+
+
+def view_major(features: Tensor) -> Tensor:
+    """[B, V, D] -> [V*B, D]: row v*B + b is view v of sample b."""
+    return features.transpose(0, 1).flatten(0, 1)
+
+
+def anchor_rows(rows: Tensor, anchors: int) -> tuple[Tensor, Tensor | None]:
+    """Queries and keys when the first `anchors` rows are contrasted with all; None keeps the symmetry of the
+    whole."""
+    return (rows, None) if anchors == rows.shape[0] else (rows[:anchors], rows)
+
+
+def same_sample_pairs(
+    labels: Tensor | None, batch: int, rows: Tensor, anchors: int, among: str = "all"
+) -> Pairs:
+    """Row r belongs to sample r % batch; positives are the other rows of its label (None: of its sample)."""
+    n = rows.shape[0]
+    if labels is None and n == 2 * batch and among == "all":
+        partner = torch.arange(n, device=rows.device).roll(batch)
+        return Pairs(exclude=0, positive_index=partner[:anchors])
+    if labels is None:
+        labels = torch.arange(batch, device=rows.device)
+    columns = torch.cat([labels] * (n // batch)) if n > batch else labels
+    own = columns if anchors == n else columns[:anchors]
+    return Pairs(exclude=0, row_labels=own, col_labels=columns, among=among, label_positives=True)
+
+
+def outside_rows(
+    rows: Tensor,
+    anchors: int,
+    batch: int,
+    scale: float | Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    among: str = "all",
+) -> tuple[Tensor, Tensor | None]:
+    """The "out" loss of each anchor, unscaled, and the weight of its positives (None: all have some)."""
+    q, k = anchor_rows(rows, anchors)
+    if mask is None:
+        pairs = same_sample_pairs(labels, batch, rows, anchors, among)
+    else:
+        pairs = Pairs(exclude=0, positive_mask=mask.to(validation.accumulate_dtype(rows.dtype)))
+    stats = autograd.contrastive(q, k, scale, pairs)
+    if pairs.positive_index is not None:
+        return stats.lse - stats.positive_sum, None
+    if mask is None and among == "all" and rows.shape[0] > batch:
+        return torch.addcdiv(stats.lse, stats.positive_sum, stats.positive_count, value=-1), None
+    return _guarded_rows(stats), stats.positive_count
+
+
+def _guarded_rows(stats: ContrastiveStats) -> Tensor:
+    """As above where anchors may lack positives or a denominator: 0 for those, in value and gradient."""
+    count = stats.positive_count
+    divisor = count.masked_fill(count < EMPTY_COUNT, 1.0)
+    loss = torch.addcdiv(stats.lse * (count / divisor), stats.positive_sum, divisor, value=-1)
+    return loss.masked_fill(stats.lse == -torch.inf, 0.0)
+
+
+def reduce_anchors(
+    loss: Tensor,
+    count: Tensor | None,
+    temperature: float | Tensor,
+    base_temperature: float | Tensor,
+    no_positive: str,
+    reduction: str,
+) -> Tensor:
+    """The reduced loss times temperature / base_temperature; `count` None: every anchor has positives."""
+    weight = count > 0 if count is not None and no_positive == "drop" else None
+    ratio = wide(temperature, loss) / wide(base_temperature, loss)
+    if not isinstance(ratio, Tensor) and ratio == 1.0:
+        return validation.reduction(loss, reduction, weight)
+    if reduction == "mean" and weight is None:
+        return loss.sum() * (ratio / loss.shape[0])
+    return validation.reduction(loss, reduction, weight) * ratio

@@ -1,0 +1,98 @@
+"""The symmetric image-text loss of CLIP."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cl_kernels import autograd, validation
+from cl_kernels.autograd import Pairs
+from cl_kernels.losses._common import wide
+
+
+@validation.full_precision
+def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
+    r"""Mean of the cross-entropies of images over texts and of texts over images.
+
+    With :math:`S_{ij} = s\, x_i \cdot y_j`, pair i on the diagonal:
+
+    .. math:: L = \frac{1}{2N} \sum_i \Big( \log\sum_j e^{S_{ij}} + \log\sum_j e^{S_{ji}} - 2 S_{ii} \Big)
+
+    Args:
+        image_features, text_features: [N, D], float16, bfloat16, float32 or float64; used as they come, not
+            normalised.
+        logit_scale: s, a float or a 0-dim tensor (CLIP's `logit_scale.exp()`), which gets its gradient.
+
+    Returns:
+        The loss, 0-dim, in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
+
+    With :math:`G = (P + Q - 2I) / 2N`, P the softmax over rows of S and Q over its columns:
+
+    ==============  ====================================================
+    input           gradient
+    ==============  ====================================================
+    image_features  :math:`s\, G y`
+    text_features   :math:`s\, G^\top x`
+    logit_scale     :math:`\sum_{ij} G_{ij}\, x_i \cdot y_j`
+    ==============  ====================================================
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
+    figure 3.
+    """
+    x, y = validation.pair("image_features", image_features, "text_features", text_features)
+    scale = wide(validation.scale("logit_scale", logit_scale, x), x)
+
+    own = torch.arange(x.shape[0], device=x.device)
+    stats = autograd.contrastive(x, y, scale, Pairs(exclude=None, positive_index=own), both_axes=True)
+    return (torch.lerp(stats.lse, stats.lse_cols, 0.5) - stats.positive_sum).mean()
+
+
+class ClipLoss(nn.Module):
+    """`clip_loss` as a module, with the constructor and the forward of open_clip's ClipLoss.
+
+    It sees the features of one process: `world_size` above 1 and `use_horovod` are refused. `local_loss`,
+    `gather_with_grad`, `cache_labels` and `rank` change nothing then. `logit_bias` shifts every logit alike,
+    which no softmax sees: the loss does not depend on it and its gradient is 0.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if validation.integer("world_size", world_size, minimum=1) > 1:
+            raise ValueError(
+                f"world_size must be 1, got {world_size}: features are not gathered across processes"
+            )
+        if use_horovod:
+            raise ValueError(f"use_horovod must be False, got {use_horovod!r}: Horovod is not supported")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        loss = clip_loss(image_features, text_features, logit_scale)
+        if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
+            loss = loss + 0.0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, world_size={self.world_size}"

@@ -1,0 +1,98 @@
+"""Decoupled contrastive learning (DCL) and its weighted form (DCLW)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cl_kernels import autograd, validation
+from cl_kernels.autograd import Pairs
+from cl_kernels.losses._common import inverse, shown, unit_rows, wide
+
+
+@validation.full_precision
+def dcl_loss(
+    z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.1, sigma: float | Tensor | None = None
+) -> Tensor:
+    r"""DCL: NT-Xent whose denominator holds no positive, one way (the anchors are the rows of z0).
+
+    .. math::
+        \ell_i = \log \sum_{j \ne i} \Big( e^{x_i \cdot x_j / \tau} + e^{x_i \cdot y_j / \tau} \Big)
+                 - w_i\, x_i \cdot y_i / \tau, \qquad x = z_0,\; y = z_1
+
+    with :math:`w_i = 1` (DCL), or with `sigma`
+    :math:`w_i = 2 - N\, \mathrm{softmax}_i(x_i \cdot y_i / \sigma)` (DCLW). The weight is differentiated, as
+    in the authors' code.
+
+    Args:
+        z0, z1: two views of a batch, [N, D], float16, bfloat16, float32 or float64; used as they come, not
+            normalised.
+        temperature: :math:`\tau > 0`, a float or a 0-dim tensor, which gets its gradient.
+        sigma: :math:`\sigma > 0` of DCLW, likewise; None for DCL.
+
+    Returns:
+        The mean over the N anchors in float32 (float64 for float64 inputs). One pair alone has no negatives:
+        0.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
+
+    With P the softmax of anchor i over its 2(N - 1) negatives and
+    :math:`G_{ij} = g_i (P_{ij} - w_i [j = i'])`, i' the other view: dx, dy and :math:`d\tau` as for NT-Xent,
+    and for DCLW through the weights besides.
+
+    Source: Yeh et al., "Decoupled Contrastive Learning", 2021.
+    """
+    z0, z1 = validation.pair("z0", z0, "z1", z1)
+    tau = validation.temperature("temperature", temperature, z0)
+    width = None if sigma is None else validation.temperature("sigma", sigma, z0)
+
+    n = z0.shape[0]
+    scale = inverse(tau, z0)
+    own = torch.arange(n, device=z0.device)
+    cross = autograd.contrastive(z0, z1, scale, Pairs(exclude=0, positive_index=own))
+    if n == 1:
+        return 0.0 * cross.positive_sum.sum()
+    within = autograd.contrastive(z0, None, scale, Pairs(exclude=0))
+    positive = cross.positive_sum
+    if width is not None:
+        positive = positive * (2.0 - n * torch.softmax(positive * (wide(tau, z0) / wide(width, z0)), 0))
+    return (torch.logaddexp(within.lse, cross.lse) - positive).mean()
+
+
+class DCLLoss(nn.Module):
+    """`dcl_loss` as a module: forward(out0, out1).
+
+    `normalize=True, symmetric=True` is the loss of lightly's DCLLoss: rows divided by their norms, and the
+    mean of both ways.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        sigma: float | Tensor | None = None,
+        *,
+        normalize: bool = False,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.sigma = sigma
+        self.normalize = validation.flag("normalize", normalize)
+        self.symmetric = validation.flag("symmetric", symmetric)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        validation.features("out0", out0)
+        validation.features("out1", out1)
+        if self.normalize:
+            out0, out1 = unit_rows(out0), unit_rows(out1)
+        loss = dcl_loss(out0, out1, temperature=self.temperature, sigma=self.sigma)
+        if self.symmetric:
+            loss = 0.5 * (loss + dcl_loss(out1, out0, temperature=self.temperature, sigma=self.sigma))
+        return loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={shown(self.temperature)}, sigma={shown(self.sigma)}, normalize={self.normalize}, "
+            f"symmetric={self.symmetric}"
+        )

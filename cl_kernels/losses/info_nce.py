@@ -1,0 +1,81 @@
+"""InfoNCE with in-batch negatives, or with a queue (MoCo)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_kernels import autograd, validation
+from cl_kernels.autograd import Pairs
+from cl_kernels.losses._common import inverse, own_similarity, shown
+
+
+@validation.full_precision
+def info_nce_loss(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""InfoNCE: find the key of each query.
+
+    .. math:: \ell_i = \log \sum_{j \in D(i)} e^{q_i \cdot k_j / \tau} - q_i \cdot k_i / \tau
+
+    Without a queue, D(i) is every key of the batch (one axis: queries over keys). With one, D(i) is the row's
+    own key and the queue; the other keys of the batch are left out.
+
+    Args:
+        q, k: queries and their keys, [N, D], float16, bfloat16, float32 or float64; used as they come, not
+            normalised.
+        queue: further negatives [K, D], which may be the transpose of a [D, K] buffer, or None.
+        temperature: :math:`\tau > 0`, a float or a 0-dim tensor, which gets its gradient.
+        reduction: "mean" over the queries, "sum", or "none": [N].
+
+    Returns:
+        The loss in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
+
+    With :math:`G_{ij} = g_i (P_{ij} - [j = i])`:
+
+    ============  ==============================================================
+    input         gradient
+    ============  ==============================================================
+    q             :math:`G k / \tau`
+    k, queue      :math:`G^\top q / \tau`; computed only where it is asked for
+    temperature   :math:`-\sum_{ij} G_{ij}\, q_i \cdot k_j / \tau^2`
+    ============  ==============================================================
+
+    Sources: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018; He et
+    al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, equation 1.
+    """
+    q, k, queue = validation.pair_and_queue(q, k, queue)
+    tau = validation.temperature("temperature", temperature, q)
+    validation.option("reduction", reduction, validation.REDUCTIONS)
+
+    scale = inverse(tau, q)
+    if queue is None:
+        own = torch.arange(q.shape[0], device=q.device)
+        stats = autograd.contrastive(q, k, scale, Pairs(exclude=None, positive_index=own))
+        return validation.reduction(stats.lse - stats.positive_sum, reduction)
+    others = autograd.contrastive(q, queue, scale, Pairs(exclude=None)).lse
+    return validation.reduction(-F.logsigmoid(own_similarity(q, k, scale) - others), reduction)
+
+
+class InfoNCELoss(nn.Module):
+    """`info_nce_loss` as a module: forward(q, k, queue=None)."""
+
+    def __init__(self, temperature: float | Tensor = 0.07, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
+
+    def forward(self, q: Tensor, k: Tensor, queue: Tensor | None = None) -> Tensor:
+        return info_nce_loss(q, k, queue, temperature=self.temperature, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"temperature={shown(self.temperature)}, reduction={self.reduction!r}"

@@ -1,0 +1,87 @@
+"""NT-Xent: the normalised temperature-scaled cross-entropy of SimCLR."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cl_kernels import autograd, validation
+from cl_kernels.autograd import Pairs
+from cl_kernels.losses._common import inverse, shown, unit_rows
+
+
+@validation.full_precision
+def nt_xent_loss(
+    z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.5, reduction: str = "mean"
+) -> Tensor:
+    r"""NT-Xent over two views of a batch.
+
+    With the :math:`2N` rows :math:`z = [z_0; z_1]`, each divided by its L2 norm, and :math:`p(i)` the other
+    view of row i:
+
+    .. math:: \ell_i = \log \sum_{j \ne i} e^{z_i \cdot z_j / \tau} - z_i \cdot z_{p(i)} / \tau
+
+    Args:
+        z0, z1: the two views, [N, D], float16, bfloat16, float32 or float64; normalised inside. A zero row
+            has similarity 0 with everything and gets no gradient.
+        temperature: :math:`\tau > 0`, a float or a 0-dim tensor, which gets its gradient.
+        reduction: "mean" over the 2N rows, "sum", or "none": [2N], the rows of z0 first.
+
+    Returns:
+        The loss in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
+
+    With :math:`G_{ij} = g_i (P_{ij} - [j = p(i)])`, P the softmax of row i without its diagonal:
+
+    ============  =====================================================================
+    input         gradient
+    ============  =====================================================================
+    unit rows     :math:`dz = (G + G^\top) z / \tau`, then through the normalisation
+    temperature   :math:`-\sum_{ij} G_{ij}\, z_i \cdot z_j / \tau^2`
+    ============  =====================================================================
+
+    Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020,
+    equation 1.
+    """
+    z0, z1 = validation.pair("z0", z0, "z1", z1)
+    tau = validation.temperature("temperature", temperature, z0)
+    validation.option("reduction", reduction, validation.REDUCTIONS)
+
+    n = z0.shape[0]
+    z = unit_rows(torch.cat([z0, z1]))
+    partner = torch.arange(2 * n, device=z.device).roll(n)
+    stats = autograd.contrastive(z, None, inverse(tau, z), Pairs(exclude=0, positive_index=partner))
+    return validation.reduction(stats.lse - stats.positive_sum, reduction)
+
+
+class NTXentLoss(nn.Module):
+    """`nt_xent_loss` as a module, with the constructor and the forward of lightly's NTXentLoss.
+
+    Negatives come from the batch: `memory_bank_size` other than 0 and `gather_distributed` are refused.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        memory_bank_size: int = 0,
+        gather_distributed: bool = False,
+        *,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        if memory_bank_size != 0:
+            raise ValueError(
+                f"memory_bank_size must be 0, got {memory_bank_size!r}: info_nce_loss takes a queue"
+            )
+        if gather_distributed:
+            raise ValueError(f"gather_distributed must be False, got {gather_distributed!r}: not supported")
+        self.temperature = temperature
+        self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        return nt_xent_loss(out0, out1, temperature=self.temperature, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"temperature={shown(self.temperature)}, reduction={self.reduction!r}"

@@ -1,0 +1,196 @@
+"""Similarity contrastive estimation (SCE): soft contrastive targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cl_kernels import autograd, validation
+from cl_kernels.losses._common import inverse, own_similarity, shown
+
+TARGET_POSITIVES = ("exclude", "zero")
+
+
+@validation.full_precision
+def sce_loss(
+    q: Tensor,
+    k: Tensor,
+    k_global: Tensor | None = None,
+    queue: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    target_temperature: float | Tensor = 0.07,
+    coeff: float | Tensor = 0.5,
+    positive_in_target: str = "exclude",
+    rank: int = 0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Cross-entropy against a mix of the positive and the sharpened similarities of the momentum keys.
+
+    .. math::
+        \ell_i = -\sum_j W_{ij} \log \mathrm{softmax}_j(q_i \cdot u_j / \tau), \qquad
+        W_i = \lambda\, \mathrm{onehot}_i + (1 - \lambda)\, \mathrm{softmax}_j(k_i \cdot u_j / \tau_m)
+
+    The keys u are `[k_global; queue]`; `k_global` is the keys of all processes and row i's positive is its
+    row :math:`i + N \cdot \mathrm{rank}`. Without either, :math:`u = k`. With a queue alone, u is the row's
+    own key :math:`k_i` and the queue.
+
+    Args:
+        q: online queries, [N, D], float16, bfloat16, float32 or float64; used as they come, not normalised.
+        k: their momentum keys, [N, D].
+        k_global: the gathered keys [G, D] with :math:`G \ge N (\mathrm{rank} + 1)`, or None.
+        queue: earlier keys [K, D], which may be the transpose of a [D, K] buffer (it is not copied), or None.
+        temperature, target_temperature: :math:`\tau, \tau_m > 0`, floats or 0-dim tensors, which get their
+            gradients.
+        coeff: :math:`\lambda \in [0, 1]`, likewise.
+        positive_in_target: what the target's softmax does with the positive's own column: "exclude" leaves it
+            out (the paper), "zero" keeps it with similarity 0 (what the authors' queue mode computes).
+        rank: which block of `k_global` holds the keys of this process.
+        reduction: "mean" over the queries, "sum", or "none": [N].
+
+    Returns:
+        The loss in float32 (float64 for float64 inputs). A row whose target has no column left takes
+        :math:`\lambda = 1`.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
+
+    With P the softmax of the online logits, T the target's, and A = T u (T without the positive):
+
+    ==================  ===============================================================================
+    input               gradient of row i
+    ==================  ===============================================================================
+    q                   :math:`g_i\,(P u - \lambda u_{pos} - (1 - \lambda) A)_i / \tau`
+    k_global, queue     :math:`g_i\,(P - W)_{ij}\, q_i / \tau`, and through T
+    k                   through T: :math:`-g_i (1 - \lambda) \sum_j T_{ij} (S_{ij} - \bar S_i)\, u_j / \tau_m`
+    coeff               :math:`-g_i\,(S_{i,pos} - \bar S_i)`, :math:`\bar S_i = \sum_j T_{ij} S_{ij}`
+    ==================  ===============================================================================
+
+    The keys get a gradient only if they require one; momentum keys do not, and cost nothing then.
+
+    Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
+    2023.
+    """
+    q, k, k_global, queue = validation.sce_inputs(q, k, k_global, queue, rank)
+    tau = validation.temperature("temperature", temperature, q)
+    target_tau = validation.temperature("target_temperature", target_temperature, q)
+    weight = validation.coefficient("coeff", coeff, q)
+    validation.option("positive_in_target", positive_in_target, TARGET_POSITIVES)
+    validation.option("reduction", reduction, validation.REDUCTIONS)
+
+    if k_global is None and queue is not None:
+        rows = _beside_queue(q, k, queue, tau, target_tau, weight, positive_in_target)
+    else:
+        rows = _among_keys(
+            q, k, k_global, queue, tau, target_tau, weight, positive_in_target, q.shape[0] * rank
+        )
+    return validation.reduction(rows, reduction)
+
+
+def _among_keys(
+    q: Tensor,
+    k: Tensor,
+    k_global: Tensor | None,
+    queue: Tensor | None,
+    tau: float | Tensor,
+    target_tau: float | Tensor,
+    coeff: float | Tensor,
+    positive_in_target: str,
+    first: int,
+) -> Tensor:
+    """[N]: the positive is one of the keys' columns."""
+    keys = [x for x in (k if k_global is None else k_global, queue) if x is not None]
+    stats = autograd.soft_target(
+        q,
+        keys,
+        k,
+        keys,
+        inverse(tau, q),
+        inverse(target_tau, q),
+        positive=torch.arange(first, first + q.shape[0], device=q.device),
+        positive_in_target=positive_in_target,
+    )
+    if positive_in_target == "exclude" and sum(x.shape[0] for x in keys) == 1:
+        coeff = 1.0
+    return stats.lse - _mix(stats.cross, stats.positive_sum, coeff)
+
+
+def _beside_queue(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    tau: float | Tensor,
+    target_tau: float | Tensor,
+    coeff: float | Tensor,
+    positive_in_target: str,
+) -> Tensor:
+    """[N]: the positive is a column of its own beside the queue's."""
+    scale = inverse(tau, q)
+    stats = autograd.soft_target(q, [queue], k, [queue], scale, inverse(target_tau, q))
+    positive, cross = own_similarity(q, k, scale), stats.cross
+    if positive_in_target == "zero":
+        cross = torch.lerp(positive, cross, torch.sigmoid(stats.target_lse))
+    return torch.logaddexp(stats.lse, positive) - _mix(cross, positive, coeff)
+
+
+def _mix(cross: Tensor, positive: Tensor, coeff: float | Tensor) -> Tensor:
+    """(1 - coeff) * cross + coeff * positive."""
+    return torch.lerp(cross, positive, coeff.to(cross) if isinstance(coeff, Tensor) else coeff)
+
+
+class SCELoss(nn.Module):
+    """`sce_loss` as a module: forward(q, k, k_global=None, queue=None).
+
+    What changes from step to step (both temperatures, `coeff`) can be given to a call; None takes the
+    module's.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        target_temperature: float | Tensor = 0.07,
+        coeff: float | Tensor = 0.5,
+        *,
+        positive_in_target: str = "exclude",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.target_temperature = target_temperature
+        self.coeff = coeff
+        self.positive_in_target = validation.option(
+            "positive_in_target", positive_in_target, TARGET_POSITIVES
+        )
+        self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        k_global: Tensor | None = None,
+        queue: Tensor | None = None,
+        *,
+        temperature: float | Tensor | None = None,
+        target_temperature: float | Tensor | None = None,
+        coeff: float | Tensor | None = None,
+        rank: int = 0,
+    ) -> Tensor:
+        return sce_loss(
+            q,
+            k,
+            k_global,
+            queue,
+            temperature=self.temperature if temperature is None else temperature,
+            target_temperature=self.target_temperature if target_temperature is None else target_temperature,
+            coeff=self.coeff if coeff is None else coeff,
+            positive_in_target=self.positive_in_target,
+            rank=rank,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={shown(self.temperature)}, target_temperature={shown(self.target_temperature)}, "
+            f"coeff={shown(self.coeff)}, positive_in_target={self.positive_in_target!r}, "
+            f"reduction={self.reduction!r}"
+        )

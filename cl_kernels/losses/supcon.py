@@ -1,0 +1,229 @@
+"""Supervised contrastive learning (SupCon), and with two views and no labels SimCLR."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cl_kernels import autograd, dispatch, reference, validation
+from cl_kernels.losses._common import inverse, shown
+from cl_kernels.losses._views import anchor_rows, outside_rows, reduce_anchors, same_sample_pairs, view_major
+
+CONTRAST_MODES = ("all", "one")
+SUMMATIONS = ("out", "in")
+DENOMINATORS = ("all", "one_positive", "only_negatives")
+NO_POSITIVE = ("zero", "drop")
+CHUNK_LOGITS = 2**22
+
+
+@validation.full_precision
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    base_temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    summation: str = "out",
+    denominator: str = "all",
+    positives_cap: int | None = None,
+    no_positive: str = "zero",
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Supervised contrastive loss over the views of a batch.
+
+    The rows are view-major: row vB + b is view v of sample b. With :math:`S_{ij} = z_i \cdot z_j / \tau`,
+    P(i) the other rows of anchor i's class with weights w (1 for labels) and Den(i) its denominator:
+
+    .. math::
+        \text{out:}\quad \ell_i &= \frac{\tau}{\tau_0} \sum_{p \in P(i)} \frac{w_{ip}}{|P(i)|}
+            \Big( \log \sum_{j \in Den(i)} e^{S_{ij}} - S_{ip} \Big), \qquad |P(i)| = \sum_p w_{ip} \\
+        \text{in:}\quad \ell_i &= -\frac{\tau}{\tau_0} \log \frac{1}{|P(i)|} \sum_{p \in P(i)} w_{ip}
+            \frac{e^{S_{ip}}}{\sum_{j \in Den(i)} e^{S_{ij}}}
+
+    Args:
+        features: [B, V, D], further dimensions are flattened; float16, bfloat16, float32 or float64; used as
+            they come, not normalised.
+        labels: [B] or [B, 1], integers, booleans or floats: samples of equal label are positives.
+        mask: [B, B], bool, integer or float weights, not necessarily symmetric: sample j is a positive of
+            sample i where it is not 0. Without labels and mask the other views of a sample are its positives
+            (SimCLR).
+        temperature, base_temperature: :math:`\tau, \tau_0 > 0`, floats or 0-dim tensors, which get their
+            gradients.
+        contrast_mode: "all": every row is an anchor; "one": those of view 0.
+        summation: "out" (equation 2, what the paper recommends) or "in" (equation 3).
+        denominator: "all": every row but the anchor; "one_positive": :math:`e^{S_{ip}}` of the positive at
+            hand and the negatives; "only_negatives".
+        positives_cap: a multiple of V: of an anchor's positives, keep the other views of its sample and those
+            of the first positives_cap / V other samples (by index; for a float mask by descending weight);
+            the others also leave the denominator. None keeps all.
+        no_positive: whether anchors without positives count in the mean, as 0 ("zero"), or not ("drop").
+        reduction: "mean" over the anchors, "sum", or "none": [VB] or, for "one", [B].
+
+    Returns:
+        The loss in float32 (float64 for float64 inputs). An anchor without positives, or with nothing in its
+        denominator, has loss and gradient 0.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
+        BackendError: if a backend is asked for by name and a rare option runs on the reference only.
+
+    Gradients, for "out" with :math:`W_{ij} = w_{ij} / |P(i)|`, for "in" with
+    :math:`W_{ij} = w_{ij} e^{S_{ij}} / \sum_p w_{ip} e^{S_{ip}}`, where Den(i) does not depend on the
+    positive:
+
+    ============  ==================================================================================
+    input         gradient
+    ============  ==================================================================================
+    logits        :math:`G_{ij} = g_i \tau / \tau_0\, (\mathrm{softmax}_{Den(i)}(S_i)_j - W_{ij})`
+    features      :math:`dz = (G + G^\top) z / \tau`
+    temperature   :math:`\sum_i g_i \ell_i / \tau - \sum_{ij} G_{ij} S_{ij} / \tau`
+    ============  ==================================================================================
+
+    The compiled kernels run "out" with denominator "all", and with labels (or without a mask) both summations
+    with "all" and "only_negatives"; the other combinations walk the anchors in chunks of the reference, in
+    bounded memory.
+
+    Source: Khosla et al., "Supervised Contrastive Learning", 2020, equations 2 and 3.
+    """
+    x = validation.views("features", features)
+    batch, views = x.shape[:2]
+    labels, mask = validation.supervision(labels, mask, batch, x)
+    kept = validation.positives_cap("positives_cap", positives_cap, views)
+    tau = validation.temperature("temperature", temperature, x)
+    base = validation.temperature("base_temperature", base_temperature, x)
+    validation.option("contrast_mode", contrast_mode, CONTRAST_MODES)
+    validation.option("summation", summation, SUMMATIONS)
+    validation.option("denominator", denominator, DENOMINATORS)
+    validation.option("no_positive", no_positive, NO_POSITIVE)
+    validation.option("reduction", reduction, validation.REDUCTIONS)
+
+    rows = view_major(x)
+    anchors = rows.shape[0] if contrast_mode == "all" else batch
+    scale = inverse(tau, x)
+    if labels is None and mask is None:
+        kept = None
+        if views == 2 and denominator != "only_negatives":
+            summation, denominator = "out", "all"
+    count: Tensor | None
+    by_labels = mask is None and denominator != "one_positive"
+    if kept is not None or not (by_labels or (summation, denominator) == ("out", "all")):
+        loss, count = _chunked_rows(
+            rows,
+            anchors,
+            batch,
+            scale=scale,
+            labels=labels,
+            mask=mask,
+            summation=summation,
+            denominator=denominator,
+            kept_samples=kept,
+        )
+    elif summation == "out":
+        among = "different" if denominator == "only_negatives" else "all"
+        loss, count = outside_rows(rows, anchors, batch, scale, labels, mask, among)
+    else:
+        loss, count = _inside_rows(rows, anchors, batch, scale, labels, denominator)
+    return reduce_anchors(loss, count, tau, base, no_positive, reduction)
+
+
+def _inside_rows(
+    rows: Tensor, anchors: int, batch: int, scale: float | Tensor, labels: Tensor | None, denominator: str
+) -> tuple[Tensor, Tensor]:
+    """The "in" loss of each anchor by class labels, unscaled, and the number of its positives.
+
+    With p and n the logarithms of the sums over positives and over negatives, -log(e^p / (e^p + e^n)) is
+    -log_sigmoid(p - n): nothing cancels in a converged model, as the whole denominator and p would.
+    """
+    q, k = anchor_rows(rows, anchors)
+    same = same_sample_pairs(labels, batch, rows, anchors, "same")
+    different = same_sample_pairs(labels, batch, rows, anchors, "different")
+    positives = autograd.contrastive(q, k, scale, same)
+    negatives = autograd.contrastive(q, k, scale, replace(different, label_positives=False)).lse
+    count = positives.positive_count
+    alone = positives.lse == -torch.inf
+    margin = (positives.lse - negatives).masked_fill(alone, 0.0)
+    if denominator == "all":
+        loss = count.log() - F.logsigmoid(margin)
+    else:
+        loss = count.log() - margin
+        alone = alone | (negatives == -torch.inf)
+    return loss.masked_fill(alone, 0.0), count
+
+
+def _chunked_rows(rows: Tensor, anchors: int, batch: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """`reference.supcon_rows` of chunks of the anchors, recomputed in the backward: memory stays bounded."""
+    dispatch.require_engine(
+        "supcon_loss with positives_cap, denominator='one_positive', or a mask beside 'out' and 'all'"
+    )
+    keys = rows.to(validation.accumulate_dtype(rows.dtype))
+    own = torch.arange(anchors, device=keys.device)
+    step = max(1, CHUNK_LOGITS // keys.shape[0])
+    if step >= anchors:
+        return reference.supcon_rows(keys[:anchors], keys, own, batch, **options)
+
+    def chunk(first: int) -> tuple[Tensor, Tensor]:
+        those = slice(first, min(first + step, anchors))
+        return reference.supcon_rows(keys[those], keys, own[those], batch, **options)
+
+    parts = [
+        checkpoint(chunk, first, use_reentrant=False, preserve_rng_state=False)
+        for first in range(0, anchors, step)
+    ]
+    loss, count = zip(*parts, strict=True)
+    return torch.cat(loss), torch.cat(count)
+
+
+class SupConLoss(nn.Module):
+    """`supcon_loss` as a module, with the constructor and the forward of SupContrast's SupConLoss."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float | Tensor = 0.07,
+        *,
+        summation: str = "out",
+        denominator: str = "all",
+        positives_cap: int | None = None,
+        no_positive: str = "zero",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.contrast_mode = validation.option("contrast_mode", contrast_mode, CONTRAST_MODES)
+        self.base_temperature = base_temperature
+        self.summation = validation.option("summation", summation, SUMMATIONS)
+        self.denominator = validation.option("denominator", denominator, DENOMINATORS)
+        self.positives_cap = positives_cap
+        self.no_positive = validation.option("no_positive", no_positive, NO_POSITIVE)
+        self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return supcon_loss(
+            features,
+            labels,
+            mask,
+            temperature=self.temperature,
+            base_temperature=self.base_temperature,
+            contrast_mode=self.contrast_mode,
+            summation=self.summation,
+            denominator=self.denominator,
+            positives_cap=self.positives_cap,
+            no_positive=self.no_positive,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={shown(self.temperature)}, contrast_mode={self.contrast_mode!r}, "
+            f"base_temperature={shown(self.base_temperature)}, summation={self.summation!r}, "
+            f"denominator={self.denominator!r}, positives_cap={self.positives_cap}, "
+            f"no_positive={self.no_positive!r}, reduction={self.reduction!r}"
+        )

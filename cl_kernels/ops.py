@@ -1,0 +1,253 @@
+"""The registered ops `torch.ops.cl_kernels.*`: schemas, formulas and fake kernels.
+
+The default implementation of every op is the function of the same name in `chunked.py`; the compiled
+extension registers faster CPU kernels for the same schemas. Gradients are attached in `autograd.py`: the ops
+themselves are not differentiable.
+
+Common to all: N rows, M columns, D features; features are [N, D] and [M, D] of one dtype, and `k` None means
+`q` with itself. "acc" is float64 for float64 features and float32 otherwise. Scales are 0-dim acc tensors, on
+the CPU or on the features' device. Outputs are contiguous and never alias an input; what was not asked for is
+an acc tensor [0].
+
+contrastive: S_ij = scale q_i.k_j + key_bias_j
+    exclude    offset o: column i + o is left out of row i; None: nothing is
+    among      "all" | "same" | "different": Den(i) holds the columns with any / equal / other labels
+    positives  at most one kind: w_ij = 1 where labels are equal (label_positives), w_ij = 1 at column
+               positive_index_i (-1: none), or w_ij = positive_mask[i % R, j % C]; 0 at the excluded column,
+               except for positive_index
+    forward    lse_i = LSE_{j in Den(i)} S_ij (-inf if empty); lse_cols_j = LSE_{i: j in Den(i)} S_ij;
+               positive_sum_i = sum_j w_ij scale q_i.k_j; positive_count_i = sum_j w_ij
+    backward   G_ij = g_lse_i exp(S_ij - lse_i) + g_cols_j exp(S_ij - lse_cols_j) [over Den] + g_pos_i w_ij;
+               grad_q = scale G k (k None: + scale G^T q); grad_k = scale G^T q;
+               grad_scale = sum G o (q k^T); grad_key_bias = column sums of the first two terms;
+               needs = (q, k, key_bias)
+
+soft_target: S_ij = scale q_i.k_j, T_ij = target_scale t_i.u_j over the concatenated segments of k, target_k
+    positive   int64 [N], a column (-1: none): left out of T ("exclude"), or a logit of 0 there ("zero")
+    forward    lse, target_lse [N] of S and T; cross_i = sum_j softmax(T)_ij S_ij, 0 if T is empty;
+               positive_sum_i = S at the positive; with save_gradient, over the columns but the positive:
+               mean_key = softmax(S) k and mean_target_key = softmax(T) k, [N, D]
+    backward   G_ij = g_lse_i softmax(S)_ij + g_cross_i softmax(T)_ij + g_pos_i [j = positive_i];
+               H_ij = softmax(T)_ij (g_target_lse_i + g_cross_i (S_ij - cross_i)), 0 at the positive;
+               grad_q = scale G k; grad_k = scale G^T q; grad_scale = sum G o (q k^T);
+               grad_target_q = target_scale H u; grad_target_k = target_scale H^T t;
+               grad_target_scale = sum H o (t u^T), 0 unless a target gradient is needed;
+               needs = (q, k, target_q, target_k)
+
+dimcl: X [2D, N] holds the centred columns of z0 and z1 [N, D] at unit length, 0 for a constant column;
+    S = scale X X^T without its diagonal; positives of row r: (r + D) mod 2D, and positive_mask [2D, 2D]
+    forward    lse, positive_sum, positive_count [2D]; mean, rnorm [2, D] of the columns
+    backward   dz = rnorm (g - mean(g) - x (x.g)) for each column, g the gradient of its row x of X
+
+similarity: scale q k^T in the dtype of q, of rows at unit length with `normalize`; *_rnorm = 1 / ||row||, 0
+    for a zero row; needs = (q, k)
+
+masked_log_softmax: logits - LSE over the included of each row; excluded: -inf, gradient 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_kernels import chunked
+from cl_kernels.validation import accumulate_dtype
+
+NAMESPACE = "cl_kernels"
+
+_PAIRS = (
+    "int? exclude, Tensor? row_labels, Tensor? col_labels, str among, bool label_positives, "
+    "Tensor? positive_index, Tensor? positive_mask, Tensor? key_bias, bool both_axes"
+)
+_TARGETS = (
+    "Tensor q, Tensor[] k, Tensor target_q, Tensor[] target_k, Tensor scale, Tensor target_scale, "
+    "Tensor? positive, str positive_in_target"
+)
+
+SCHEMAS = {
+    "contrastive_forward": (
+        f"(Tensor q, Tensor? k, Tensor scale, {_PAIRS})"
+        " -> (Tensor lse, Tensor lse_cols, Tensor positive_sum, Tensor positive_count)"
+    ),
+    "contrastive_backward": (
+        "(Tensor? grad_lse, Tensor? grad_lse_cols, Tensor? grad_positive_sum, "
+        f"Tensor q, Tensor? k, Tensor scale, {_PAIRS}, Tensor lse, Tensor lse_cols, bool[3] needs)"
+        " -> (Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_key_bias)"
+    ),
+    "soft_target_forward": (
+        f"({_TARGETS}, bool save_gradient)"
+        " -> (Tensor lse, Tensor target_lse, Tensor cross, Tensor positive_sum, "
+        "Tensor mean_key, Tensor mean_target_key)"
+    ),
+    "soft_target_backward": (
+        "(Tensor? grad_lse, Tensor? grad_target_lse, Tensor? grad_cross, Tensor? grad_positive_sum, "
+        f"{_TARGETS}, Tensor lse, Tensor target_lse, Tensor cross, Tensor mean_key, Tensor mean_target_key, "
+        "bool[4] needs)"
+        " -> (Tensor grad_q, Tensor[] grad_k, Tensor grad_target_q, Tensor[] grad_target_k, "
+        "Tensor grad_scale, Tensor grad_target_scale)"
+    ),
+    "dimcl_forward": (
+        "(Tensor z0, Tensor z1, Tensor scale, Tensor? positive_mask)"
+        " -> (Tensor lse, Tensor positive_sum, Tensor positive_count, Tensor mean, Tensor rnorm)"
+    ),
+    "dimcl_backward": (
+        "(Tensor? grad_lse, Tensor? grad_positive_sum, Tensor z0, Tensor z1, Tensor scale, "
+        "Tensor? positive_mask, Tensor lse, Tensor mean, Tensor rnorm)"
+        " -> (Tensor grad_z0, Tensor grad_z1, Tensor grad_scale)"
+    ),
+    "similarity_forward": (
+        "(Tensor q, Tensor? k, Tensor scale, bool normalize) -> (Tensor out, Tensor q_rnorm, Tensor k_rnorm)"
+    ),
+    "similarity_backward": (
+        "(Tensor grad, Tensor q, Tensor? k, Tensor scale, bool normalize, Tensor q_rnorm, Tensor k_rnorm, "
+        "bool[2] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_scale)"
+    ),
+    "masked_log_softmax_forward": "(Tensor logits, Tensor? mask) -> Tensor",
+    "masked_log_softmax_backward": "(Tensor grad, Tensor output, Tensor? mask) -> Tensor",
+}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(chunked, _name), "CompositeExplicitAutograd")
+
+
+def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
+    name = function.__name__.removeprefix("_")
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=_library)
+
+
+def _empty(like: Tensor, *shape: int, needed: bool = True) -> Tensor:
+    """An acc tensor on the device of `like`; [0] where it is not needed."""
+    return like.new_empty(shape if needed else (0,), dtype=accumulate_dtype(like.dtype))
+
+
+def _gradient(of: Tensor, needed: bool) -> Tensor:
+    return of.new_empty(of.shape) if needed else _empty(of, 0)
+
+
+@_fake
+def _contrastive_forward(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    exclude: int | None,
+    row_labels: Tensor | None,
+    col_labels: Tensor | None,
+    among: str,
+    label_positives: bool,
+    positive_index: Tensor | None,
+    positive_mask: Tensor | None,
+    key_bias: Tensor | None,
+    both_axes: bool,
+) -> tuple[Tensor, ...]:
+    n, m = q.shape[0], (q if k is None else k).shape[0]
+    positives = label_positives or positive_index is not None or positive_mask is not None
+    return (
+        _empty(q, n),
+        _empty(q, m, needed=both_axes),
+        _empty(q, n, needed=positives),
+        _empty(q, n, needed=positives),
+    )
+
+
+@_fake
+def _contrastive_backward(
+    grad_lse: Tensor | None,
+    grad_lse_cols: Tensor | None,
+    grad_positive_sum: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    *pairs: Any,
+) -> tuple[Tensor, ...]:
+    needs_q, needs_k, needs_bias = pairs[-1]
+    keys = q if k is None else k
+    return (
+        _gradient(q, needs_q),
+        _gradient(keys, needs_k),
+        _empty(q),
+        _empty(q, keys.shape[0], needed=needs_bias),
+    )
+
+
+@_fake
+def _soft_target_forward(
+    q: Tensor,
+    k: Sequence[Tensor],
+    target_q: Tensor,
+    target_k: Sequence[Tensor],
+    scale: Tensor,
+    target_scale: Tensor,
+    positive: Tensor | None,
+    positive_in_target: str,
+    save_gradient: bool,
+) -> tuple[Tensor, ...]:
+    n, d = q.shape
+    rows = (_empty(q, n) for _ in range(3))
+    means = (_empty(q, n, d, needed=save_gradient) for _ in range(2))
+    return *rows, _empty(q, n, needed=positive is not None), *means
+
+
+@_fake
+def _soft_target_backward(
+    grad_lse: Tensor | None,
+    grad_target_lse: Tensor | None,
+    grad_cross: Tensor | None,
+    grad_positive_sum: Tensor | None,
+    q: Tensor,
+    k: Sequence[Tensor],
+    target_q: Tensor,
+    target_k: Sequence[Tensor],
+    *rest: Any,
+) -> tuple[Tensor | list[Tensor], ...]:
+    needs_q, needs_k, needs_target_q, needs_target_k = rest[-1]
+    return (
+        _gradient(q, needs_q),
+        [_gradient(part, needs_k) for part in k],
+        _gradient(target_q, needs_target_q),
+        [_gradient(part, needs_target_k) for part in target_k],
+        _empty(q),
+        _empty(q),
+    )
+
+
+@_fake
+def _dimcl_forward(z0: Tensor, z1: Tensor, scale: Tensor, positive_mask: Tensor | None) -> tuple[Tensor, ...]:
+    d = z0.shape[1]
+    return _empty(z0, 2 * d), _empty(z0, 2 * d), _empty(z0, 2 * d), _empty(z0, 2, d), _empty(z0, 2, d)
+
+
+@_fake
+def _dimcl_backward(
+    grad_lse: Tensor | None, grad_positive_sum: Tensor | None, z0: Tensor, z1: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _gradient(z0, True), _gradient(z1, True), _empty(z0)
+
+
+@_fake
+def _similarity_forward(q: Tensor, k: Tensor | None, scale: Tensor, normalize: bool) -> tuple[Tensor, ...]:
+    n, m = q.shape[0], (q if k is None else k).shape[0]
+    return (
+        q.new_empty(n, m),
+        _empty(q, n, needed=normalize),
+        _empty(q, m, needed=normalize and k is not None),
+    )
+
+
+@_fake
+def _similarity_backward(grad: Tensor, q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    needs_q, needs_k = rest[-1]
+    return _gradient(q, needs_q), _gradient(q if k is None else k, needs_k), _empty(q)
+
+
+@_fake
+def _masked_log_softmax_forward(logits: Tensor, mask: Tensor | None) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@_fake
+def _masked_log_softmax_backward(grad: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
+    return output.new_empty(output.shape)

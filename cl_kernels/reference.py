@@ -1,0 +1,675 @@
+"""The definition of right: every loss in plain PyTorch, with whole matrices.
+
+Any device, any float dtype (half inputs are summed in float32), differentiable any number of times, and never
+NaN: an empty denominator or a row without positives gives loss 0 and gradient 0. The `*_stats` functions say
+what the engine's operators return, `supcon_rows` the losses of some of the anchors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_kernels import validation as check
+from cl_kernels.validation import accumulate_dtype, full_precision
+
+INF = float("inf")
+Scalar = float | Tensor
+
+
+def _accumulate(x: Tensor) -> Tensor:
+    return x.to(accumulate_dtype(x.dtype))
+
+
+def _scalar(value: Scalar, like: Tensor) -> Scalar:
+    """A 0-dim tensor in the dtype and on the device of `like`; a float as it is."""
+    return value.to(like) if isinstance(value, Tensor) else value
+
+
+def _inverse(temperature: Scalar, like: Tensor) -> Scalar:
+    return 1.0 / _scalar(temperature, like)
+
+
+def _logsumexp(x: Tensor, included: Tensor | None = None) -> Tensor:
+    """LSE of the included entries of each row; -inf, with gradient 0, where there is none."""
+    if included is not None:
+        x = x.masked_fill(~included, -INF)
+    empty = (x == -INF).all(dim=1)
+    return torch.logsumexp(x.masked_fill(empty[:, None], 0.0), dim=1).masked_fill(empty, -INF)
+
+
+def _masked_softmax(x: Tensor, included: Tensor, lse: Tensor) -> Tensor:
+    """softmax over the included entries of each row, given their LSE; 0 for the rest and for empty rows."""
+    shifted = x - lse.masked_fill(lse == -INF, 0.0)[:, None]
+    return shifted.masked_fill(~included, -INF).exp()
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """Rows divided by their L2 norm; a zero row stays zero and gets no gradient."""
+    squared = (x * x).sum(dim=1, keepdim=True)
+    zero = squared == 0
+    return x * squared.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
+
+
+def _columns(n: int, m: int, offset: int, device: torch.device) -> Tensor:
+    """Bool [n, m], True at column i + offset of row i."""
+    rows = torch.arange(n, device=device)[:, None]
+    return torch.arange(m, device=device) == rows + offset
+
+
+def _one_hot(column: Tensor, m: int) -> Tensor:
+    """Bool [N, m], True at `column` [N] of each row; nothing for -1."""
+    return column[:, None] == torch.arange(m, device=column.device)
+
+
+def contrastive_stats(
+    q: Tensor,  # [N, D]
+    k: Tensor | None,  # [M, D], None: q
+    scale: Scalar,
+    exclude: int | None = 0,
+    row_labels: Tensor | None = None,  # int64 [N]
+    col_labels: Tensor | None = None,  # int64 [M]
+    among: str = "all",
+    label_positives: bool = False,
+    positive_index: Tensor | None = None,  # int64 [N]
+    positive_mask: Tensor | None = None,  # [R, C]
+    key_bias: Tensor | None = None,  # [M]
+    both_axes: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(lse [N], lse_cols [M], positive_sum [N], positive_count [N])` of S = scale q kᵀ; [0] if unasked.
+
+    lse_i = LSE_{j in Den(i)} (S_ij + key_bias_j), lse_cols_j = LSE_{i: j in Den(i)} (S_ij + key_bias_j),
+    positive_sum_i = Σ_j w_ij S_ij, positive_count_i = Σ_j w_ij.
+    """
+    q = _accumulate(q)
+    k = q if k is None else _accumulate(k)
+    (n, _), (m, _) = q.shape, k.shape
+    products = _scalar(scale, q) * (q @ k.T)
+
+    others = torch.ones(n, m, dtype=torch.bool, device=q.device)
+    if exclude is not None:
+        others = ~_columns(n, m, exclude, q.device)
+    included = others
+    if row_labels is not None and col_labels is not None:
+        same = row_labels[:, None] == col_labels
+        included = {"all": others, "same": others & same, "different": others & ~same}[among]
+
+    logits = products if key_bias is None else products + key_bias.to(q)
+    lse = _logsumexp(logits, included)
+    lse_cols = _logsumexp(logits.T, included.T) if both_axes else q.new_zeros(0)
+
+    if label_positives:
+        weights = (others & same).to(q)
+    elif positive_index is not None:
+        weights = _one_hot(positive_index, m).to(q)
+    elif positive_mask is not None:
+        rows, cols = positive_mask.shape
+        row, col = torch.arange(n, device=q.device) % rows, torch.arange(m, device=q.device) % cols
+        weights = positive_mask.to(q)[row][:, col].masked_fill(~others, 0.0)
+    else:
+        return lse, lse_cols, q.new_zeros(0), q.new_zeros(0)
+    return lse, lse_cols, (weights * products).sum(dim=1), weights.sum(dim=1)
+
+
+def soft_target_stats(
+    q: Tensor,  # [N, D]
+    k: Sequence[Tensor],  # segments [M_s, D]
+    target_q: Tensor,  # [N, E]
+    target_k: Sequence[Tensor],  # segments [M_s, E]
+    scale: Scalar,
+    target_scale: Scalar,
+    positive: Tensor | None = None,  # int64 [N]
+    positive_in_target: str = "exclude",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(lse [N], target_lse [N], cross [N], positive_sum [N])` of S = scale q kᵀ and T = target_scale t uᵀ.
+
+    cross_i = Σ_j softmax(T)_ij S_ij; the positive's column of T is left out ("exclude") or 0 ("zero").
+    """
+    q, keys = _accumulate(q), _accumulate(torch.cat(list(k)))
+    student = _scalar(scale, q) * (q @ keys.T)
+    teacher, included = _teacher(target_q, target_k, target_scale, positive, positive_in_target)
+    target_lse = _logsumexp(teacher, included)
+    cross = (_masked_softmax(teacher, included, target_lse) * student).sum(dim=1)
+    if positive is None:
+        return _logsumexp(student), target_lse, cross, q.new_zeros(0)
+    at_positive = _one_hot(positive, student.shape[1])
+    return _logsumexp(student), target_lse, cross, (at_positive.to(q) * student).sum(dim=1)
+
+
+def _teacher(
+    target_q: Tensor,
+    target_k: Sequence[Tensor],
+    target_scale: Scalar,
+    positive: Tensor | None,
+    positive_in_target: str,
+) -> tuple[Tensor, Tensor]:
+    """The target's logits [N, M] and which of them count."""
+    t, u = _accumulate(target_q), _accumulate(torch.cat(list(target_k)))
+    teacher = _scalar(target_scale, t) * (t @ u.T)
+    everything = torch.ones_like(teacher, dtype=torch.bool)
+    if positive is None:
+        return teacher, everything
+    at_positive = _one_hot(positive, teacher.shape[1])
+    if positive_in_target == "zero":
+        return teacher.masked_fill(at_positive, 0.0), everything
+    return teacher, ~at_positive
+
+
+def dimcl_stats(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    scale: Scalar,
+    positive_mask: Tensor | None = None,  # bool [2D, 2D]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(lse, positive_sum, positive_count)`, each [2D], of scale times the columns' Pearson correlations."""
+    columns = torch.cat([_standardize(_accumulate(z0)), _standardize(_accumulate(z1))], dim=1).T
+    width = columns.shape[0]
+    positives = _columns(width, width, width // 2, z0.device) | _columns(
+        width, width, -(width // 2), z0.device
+    )
+    if positive_mask is not None:
+        positives = positives | positive_mask
+    lse, _, positive_sum, count = contrastive_stats(columns, None, scale, positive_mask=positives)
+    return lse, positive_sum, count
+
+
+def _standardize(z: Tensor) -> Tensor:
+    """Columns centred and divided by their norm; a constant column becomes 0 and gets no gradient."""
+    n = z.shape[0]
+    mean = z.mean(dim=0)
+    centred = z - mean
+    squared = (centred * centred).sum(dim=0)
+    noise = 4 * torch.finfo(z.dtype).eps * n**0.5 * mean.abs()
+    constant = (squared <= noise * noise) | (squared == 0)
+    return centred * squared.masked_fill(constant, 1.0).rsqrt().masked_fill(constant, 0.0)
+
+
+def similarity_matrix(q: Tensor, k: Tensor | None, scale: Scalar, normalize: bool) -> Tensor:
+    """scale q kᵀ [N, M] in q's dtype, of unit rows with `normalize` (a zero row stays zero)."""
+    dtype = q.dtype
+    q = _accumulate(q)
+    k = q if k is None else _accumulate(k)
+    if normalize:
+        q, k = _normalize(q), _normalize(k)
+    return (_scalar(scale, q) * (q @ k.T)).to(dtype)
+
+
+def masked_log_softmax_matrix(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """x - LSE(included) [N, M] in the dtype of `logits`; -inf, with gradient 0, where `mask` is False."""
+    x = _accumulate(logits)
+    included = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    lse = _logsumexp(x, included)
+    shifted = x - lse.masked_fill(lse == -INF, 0.0)[:, None]
+    return shifted.masked_fill(~included, -INF).to(logits.dtype)
+
+
+@full_precision
+def similarity(q: Tensor, k: Tensor | None = None, *, scale: Scalar = 1.0, normalize: bool = False) -> Tensor:
+    """[N, M]: scale q·k, of unit vectors with `normalize`; k None: q with itself."""
+    check.features("q", q)
+    check.flag("normalize", normalize)
+    scale = check.scale("scale", scale, q)
+    if k is not None:
+        check.features("k", k, shape="[M, D]")
+        check.same_device(q=q, k=k)
+        check.same_width(q=q, k=k)
+        q, k = check.promote(q, k)
+    return similarity_matrix(q, k, scale, normalize)
+
+
+@full_precision
+def masked_log_softmax(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[N, M]: log-softmax over the entries where `mask` is True; the rest is -inf."""
+    check.features("logits", logits, shape="[N, M]")
+    if mask is not None:
+        check.boolean_mask("mask", mask, logits.shape)
+        check.same_device(logits=logits, mask=mask)
+    return masked_log_softmax_matrix(logits, mask)
+
+
+@full_precision
+def soft_target_cross_entropy(
+    q: Tensor,
+    k: Tensor | Sequence[Tensor],
+    target_q: Tensor,
+    target_k: Tensor | Sequence[Tensor],
+    *,
+    scale: Scalar,
+    target_scale: Scalar,
+    positive: Tensor | None = None,
+    coeff: Scalar = 0.0,
+    positive_in_target: str = "exclude",
+    reduction: str = "mean",
+) -> Tensor:
+    """-Σ_j W_ij log softmax(S)_ij [N], W = coeff onehot(positive) + (1 - coeff) softmax(T).
+
+    S = scale q kᵀ, T = target_scale target_q target_kᵀ. A row whose target is empty has W = onehot.
+    """
+    keys, target_keys = check.segments("k", k), check.segments("target_k", target_k)
+    check.features("q", q)
+    check.features("target_q", target_q, shape="[N, E]")
+    check.same_device(q=q, k=keys, target_q=target_q, target_k=target_keys, positive=positive)
+    check.same_width(q=q, k=keys)
+    check.same_width(target_q=target_q, target_k=target_keys)
+    check.same_length(q=q, target_q=target_q)
+    check.same_segments("k", keys, "target_k", target_keys)
+    check.option("positive_in_target", positive_in_target, ("exclude", "zero"))
+    check.option("reduction", reduction, check.REDUCTIONS)
+    scale = check.scale("scale", scale, q)
+    target_scale = check.scale("target_scale", target_scale, q)
+    coeff = check.coefficient("coeff", coeff, q)
+    if positive is not None:
+        positive = check.index("positive", positive, q.shape[0], sum(x.shape[0] for x in keys))
+    elif isinstance(coeff, Tensor) or coeff != 0:
+        raise ValueError(f"positive must be given with a coeff other than 0, got None with coeff {coeff}")
+
+    parts = check.promote(q, target_q, *keys, *target_keys)
+    q, target_q, rest = parts[0], parts[1], list(parts[2:])
+    keys, target_keys = rest[: len(keys)], rest[len(keys) :]
+    q = _accumulate(q)
+    student = _scalar(scale, q) * (q @ _accumulate(torch.cat(keys)).T)
+    teacher, included = _teacher(target_q, target_keys, target_scale, positive, positive_in_target)
+    return check.reduction(_soft_cross_entropy(student, teacher, included, positive, coeff), reduction)
+
+
+def _soft_cross_entropy(
+    student: Tensor, teacher: Tensor, included: Tensor, positive: Tensor | None, coeff: Scalar
+) -> Tensor:
+    """Losses [N] of the logits S and T, both [N, M], with the target over the included entries of T."""
+    log_p = student - _logsumexp(student)[:, None]
+    target = _masked_softmax(teacher, included, _logsumexp(teacher, included))
+    if positive is None:
+        return -(target * log_p).sum(dim=1)
+    onehot = _one_hot(positive, student.shape[1]).to(student)
+    coeff = _scalar(coeff, student)
+    weights = coeff * onehot + (1 - coeff) * target
+    weights = torch.where(included.any(dim=1, keepdim=True), weights, onehot)
+    return -(weights * log_p).sum(dim=1)
+
+
+@full_precision
+def contrastive_lse(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    scale: Scalar = 1.0,
+    exclude: str | int | None = "self",
+    row_labels: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    among: str = "all",
+    key_bias: Tensor | None = None,
+    both_axes: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LSE_{j in Den(i)} (scale q_i·k_j + key_bias_j) [N], with `both_axes` also over i [M]; -inf if empty."""
+    check.features("q", q)
+    n = m = q.shape[0]
+    if k is not None:
+        check.features("k", k, shape="[M, D]")
+        check.same_width(q=q, k=k)
+        m = k.shape[0]
+    check.same_device(q=q, k=k, row_labels=row_labels, col_labels=col_labels, key_bias=key_bias)
+    check.option("among", among, ("all", "same", "different"))
+    check.flag("both_axes", both_axes)
+    scale = check.scale("scale", scale, q)
+    offset = check.exclude("exclude", exclude)
+    if k is None and col_labels is None:
+        col_labels = row_labels
+    check.both_or_none("row_labels", row_labels, "col_labels", col_labels)
+    if row_labels is not None and col_labels is not None:
+        row_labels = check.labels("row_labels", row_labels, n)
+        col_labels = check.labels("col_labels", col_labels, m)
+    elif among != "all":
+        raise ValueError(f"row_labels must be given with among={among!r}, got None")
+    if key_bias is not None:
+        check.key_bias("key_bias", key_bias, m)
+    if k is not None:
+        q, k = check.promote(q, k)
+    lse, lse_cols, _, _ = contrastive_stats(
+        q, k, scale, offset, row_labels, col_labels, among, key_bias=key_bias, both_axes=both_axes
+    )
+    return (lse, lse_cols) if both_axes else lse
+
+
+def supcon_rows(
+    anchors: Tensor,  # [R, D]
+    keys: Tensor,  # [M, D], view-major: row r is a view of sample r % samples
+    rows: Tensor,  # int64 [R], which keys the anchors are
+    samples: int,
+    *,
+    scale: Scalar,
+    labels: Tensor | None = None,  # int64 [samples]
+    mask: Tensor | None = None,  # [samples, samples]
+    summation: str = "out",
+    denominator: str = "all",
+    kept_samples: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Losses [R], without the factor τ/τ_base, and weights of positives [R] of some of the anchors.
+
+    With w_ij the weight of the pair, |P_i| = Σ_j w_ij, S = scale q kᵀ and Den_ij the denominator:
+
+        out: Σ_j w_ij (log Den_ij - S_ij) / |P_i|       in: -log (Σ_j w_ij exp(S_ij) / Den_ij) + log |P_i|
+
+    Den_ij sums exp(S_ic) over c ≠ i ("all"), over negatives and j ("one_positive") or over negatives;
+    negatives are pairs of weight 0. `kept_samples` keeps the positives of so many other samples and drops the
+    rest, from Den too.
+    A row without positives, or with an empty denominator, has loss 0.
+    """
+    anchors, keys = _accumulate(anchors), _accumulate(keys)
+    own = rows[:, None] == torch.arange(keys.shape[0], device=keys.device)
+    per_sample = _sample_weights(rows % samples, samples, labels, mask, keys)
+    copies = keys.shape[0] // samples
+    negatives = (per_sample == 0).repeat(1, copies) & ~own
+    if kept_samples is not None:
+        per_sample = _cap(per_sample, rows % samples, kept_samples)
+    weights = per_sample.repeat(1, copies).masked_fill(own, 0.0)
+    positives = weights != 0
+    total = weights.sum(dim=1)
+
+    logits = _scalar(scale, keys) * (anchors @ keys.T)
+    denominators = negatives | positives if denominator == "all" else negatives
+    lse = _logsumexp(logits, denominators)
+    valid = positives.any(dim=1)
+    if denominator != "one_positive":
+        valid = valid & (lse != -INF)
+    alone = lse == -INF
+    lse = lse.masked_fill(alone, 0.0)[:, None]
+
+    if denominator == "one_positive":
+        log_ratio = F.logsigmoid(logits - lse).masked_fill(alone[:, None], 0.0)  # S_ij - log Den_ij
+    else:
+        log_ratio = logits - lse
+    if summation == "out":
+        loss = -(weights * log_ratio).sum(dim=1) / torch.where(total >= 1e-6, total, 1.0)
+    else:
+        log_weights = torch.where(positives, weights, 1.0).log()
+        loss = torch.where(valid, total, 1.0).log() - _logsumexp(log_ratio + log_weights, positives)
+    return loss.masked_fill(~valid, 0.0), total
+
+
+def _sample_weights(
+    anchor: Tensor, samples: int, labels: Tensor | None, mask: Tensor | None, like: Tensor
+) -> Tensor:
+    """Weights [R, samples] of the samples as positives of the sample `anchor` [R]."""
+    if mask is not None:
+        return mask[anchor].to(like)
+    if labels is None:
+        labels = torch.arange(samples, device=like.device)
+    return (labels[anchor][:, None] == labels).to(like)
+
+
+def _cap(per_sample: Tensor, anchor: Tensor, kept: int) -> Tensor:
+    """Keep the anchor's own sample and the `kept` heaviest others, the first of equals; zero the rest."""
+    own = _one_hot(anchor, per_sample.shape[1])
+    order = per_sample.masked_fill(own, -INF).argsort(dim=1, descending=True, stable=True)
+    first = torch.zeros_like(own).scatter(1, order[:, :kept], True)
+    return per_sample.masked_fill(~(first | own), 0.0)
+
+
+@full_precision
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: Scalar = 0.07,
+    base_temperature: Scalar = 0.07,
+    contrast_mode: str = "all",
+    summation: str = "out",
+    denominator: str = "all",
+    positives_cap: int | None = None,
+    no_positive: str = "zero",
+    reduction: str = "mean",
+) -> Tensor:
+    """(τ/τ_base) L_i of `supcon_rows` for features [B, V, D]; anchors are all views, or view 0 ("one").
+
+    Khosla et al., Supervised Contrastive Learning, the losses "out" and "in".
+    """
+    features = check.views("features", features)
+    samples, views, _ = features.shape
+    labels, mask = check.supervision(labels, mask, samples, features)
+    check.option("contrast_mode", contrast_mode, ("all", "one"))
+    check.option("summation", summation, ("out", "in"))
+    check.option("denominator", denominator, ("all", "one_positive", "only_negatives"))
+    kept = check.positives_cap("positives_cap", positives_cap, views)
+    anchors = samples * (views if contrast_mode == "all" else 1)
+    return _supcon(
+        features, samples, anchors, labels, mask, temperature, base_temperature, no_positive, reduction,
+        summation=summation, denominator=denominator, kept_samples=kept,
+    )  # fmt: skip
+
+
+@full_precision
+def selfcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: Scalar = 0.07,
+    base_temperature: Scalar = 0.07,
+    anchors: str = "all",
+    augmentations: int = 1,
+    no_positive: str = "zero",
+    reduction: str = "mean",
+) -> Tensor:
+    """SupCon ("out", "all") over the exits of a network, features [A·B, exits + 1, D], the backbone last.
+
+    Anchors are all rows, those of the exits only, or those of view 0 ("first"). Bae et al., Self-Contrastive
+    Learning.
+    """
+    features = check.views("features", features)
+    check.option("anchors", anchors, ("all", "exits", "first"))
+    samples = check.split("features", features, check.integer("augmentations", augmentations, 1))
+    labels, mask = check.supervision(labels, mask, samples, features)
+    rows, views, _ = features.shape
+    count = rows * {"all": views, "exits": views - 1, "first": 1}[anchors]
+    if count == 0:
+        raise ValueError(f"features must have a view besides the backbone with anchors='exits', got {views}")
+    return _supcon(
+        features, samples, count, labels, mask, temperature, base_temperature, no_positive, reduction
+    )
+
+
+def _supcon(
+    features: Tensor,  # [rows, V, D]
+    samples: int,
+    anchors: int,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    temperature: Scalar,
+    base_temperature: Scalar,
+    no_positive: str,
+    reduction: str,
+    **options: Any,
+) -> Tensor:
+    """`supcon_rows` of the first `anchors` rows of the view-major features, scaled and reduced."""
+    check.option("no_positive", no_positive, ("zero", "drop"))
+    check.option("reduction", reduction, check.REDUCTIONS)
+    temperature = check.temperature("temperature", temperature, features)
+    base_temperature = check.temperature("base_temperature", base_temperature, features)
+
+    keys = _accumulate(features.transpose(0, 1).flatten(0, 1))
+    rows = torch.arange(anchors, device=keys.device)
+    loss, positives = supcon_rows(
+        keys[:anchors], keys, rows, samples,
+        scale=_inverse(temperature, keys), labels=labels, mask=mask, **options,
+    )  # fmt: skip
+    loss = loss * (_scalar(temperature, keys) * _inverse(base_temperature, keys))
+    return check.reduction(loss, reduction, positives > 0 if no_positive == "drop" else None)
+
+
+@full_precision
+def multilevel_loss(
+    levels: Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    weights: Sequence[float] | Tensor | None = None,
+    temperature: Scalar = 0.07,
+    base_temperature: Scalar = 0.07,
+    reduction: str = "mean",
+) -> Tensor:
+    """Σ_l weights_l · supcon_loss(levels_l), the levels [B, V, D_l] being layers of one encoder."""
+    levels = check.levels("levels", levels)
+    parts = [
+        supcon_loss(
+            level, labels, temperature=temperature, base_temperature=base_temperature, reduction=reduction
+        )
+        for level in levels
+    ]
+    factors = check.level_weights("weights", weights, len(levels), levels[0])
+    total = factors[0] * parts[0]
+    for factor, part in zip(factors[1:], parts[1:], strict=True):
+        total = total + factor * part
+    return total
+
+
+@full_precision
+def sce_loss(
+    q: Tensor,
+    k: Tensor,
+    k_global: Tensor | None = None,
+    queue: Tensor | None = None,
+    *,
+    temperature: Scalar = 0.1,
+    target_temperature: Scalar = 0.07,
+    coeff: Scalar = 0.5,
+    positive_in_target: str = "exclude",
+    rank: int = 0,
+    reduction: str = "mean",
+) -> Tensor:
+    """-Σ_j W_ij log softmax(q·keys/τ)_ij, W = λ onehot + (1 - λ) softmax(k·keys/τ_m).
+
+    The keys are k_global [M, D] (positive i + N·rank) and the queue [K, D]; without k_global, k; with the
+    queue alone, the row's own key k_i and the queue. The positive is left out of the target, or has logit 0
+    in it ("zero"). Denize et al., Similarity Contrastive Estimation.
+    """
+    q, k, k_global, queue = check.sce_inputs(q, k, k_global, queue, rank)
+    temperature = check.temperature("temperature", temperature, q)
+    target_temperature = check.temperature("target_temperature", target_temperature, q)
+    coeff = check.coefficient("coeff", coeff, q)
+    check.option("positive_in_target", positive_in_target, ("exclude", "zero"))
+    check.option("reduction", reduction, check.REDUCTIONS)
+
+    q, k = _accumulate(q), _accumulate(k)
+    student, teacher = [], []
+    positive = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    if k_global is None and queue is not None:
+        student.append((q * k).sum(dim=1, keepdim=True))
+        teacher.append((k * k).sum(dim=1, keepdim=True))
+    else:
+        keys = k if k_global is None else _accumulate(k_global)
+        student.append(q @ keys.T)
+        teacher.append(k @ keys.T)
+        positive = torch.arange(q.shape[0], device=q.device) + q.shape[0] * rank
+    if queue is not None:
+        student.append(q @ _accumulate(queue).T)
+        teacher.append(k @ _accumulate(queue).T)
+    s = _inverse(temperature, q) * torch.cat(student, dim=1)
+    t = _inverse(target_temperature, q) * torch.cat(teacher, dim=1)
+
+    included = torch.ones_like(t, dtype=torch.bool)
+    if positive_in_target == "zero":
+        t = t.masked_fill(_one_hot(positive, t.shape[1]), 0.0)
+    else:
+        included = ~_one_hot(positive, t.shape[1])
+    return check.reduction(_soft_cross_entropy(s, t, included, positive, coeff), reduction)
+
+
+@full_precision
+def info_nce_loss(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | None = None,
+    *,
+    temperature: Scalar = 0.07,
+    reduction: str = "mean",
+) -> Tensor:
+    """-log exp(q_i·k_i/τ) / Σ_j exp(q_i·key_j/τ): keys k, or k_i and the queue [K, D] (MoCo)."""
+    q, k, queue = check.pair_and_queue(q, k, queue)
+    temperature = check.temperature("temperature", temperature, q)
+    check.option("reduction", reduction, check.REDUCTIONS)
+    q, k = _accumulate(q), _accumulate(k)
+    if queue is None:
+        logits = q @ k.T
+        positive = torch.arange(q.shape[0], device=q.device)
+    else:
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ _accumulate(queue).T], dim=1)
+        positive = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    return F.cross_entropy(_inverse(temperature, q) * logits, positive, reduction=reduction)
+
+
+@full_precision
+def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.5, reduction: str = "mean") -> Tensor:
+    """-log exp(S_i,pos) / Σ_{j≠i} exp(S_ij), S the cosines over τ of the 2N rows of z0, z1 (SimCLR) [2N]."""
+    z0, z1 = check.pair("z0", z0, "z1", z1)
+    temperature = check.temperature("temperature", temperature, z0)
+    check.option("reduction", reduction, check.REDUCTIONS)
+    n = z0.shape[0]
+    z = _normalize(_accumulate(torch.cat([z0, z1])))
+    partner = (torch.arange(2 * n, device=z.device) + n) % (2 * n)
+    lse, _, positive, _ = contrastive_stats(z, None, _inverse(temperature, z), positive_index=partner)
+    return check.reduction(lse - positive, reduction)
+
+
+@full_precision
+def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Scalar) -> Tensor:
+    """Mean of the cross-entropies of the rows and of the columns of logit_scale · image textᵀ (CLIP)."""
+    image, text = check.pair("image_features", image_features, "text_features", text_features)
+    logit_scale = check.scale("logit_scale", logit_scale, image)
+    image, text = _accumulate(image), _accumulate(text)
+    logits = _scalar(logit_scale, image) * (image @ text.T)
+    positive = torch.arange(image.shape[0], device=image.device)
+    return (F.cross_entropy(logits, positive) + F.cross_entropy(logits.T, positive)) / 2
+
+
+@full_precision
+def dcl_loss(z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.1, sigma: Scalar | None = None) -> Tensor:
+    """mean_i LSE_{j≠i} (z0_i·z0_j/τ, z0_i·z1_j/τ) - w_i z0_i·z1_i/τ, one way.
+
+    w_i = 1, or 2 - N softmax_i(z0_i·z1_i/sigma) (DCLW). With N = 1 the denominator is empty and the loss 0.
+    Yeh et al., Decoupled Contrastive Learning.
+    """
+    z0, z1 = check.pair("z0", z0, "z1", z1)
+    temperature = check.temperature("temperature", temperature, z0)
+    if sigma is not None:
+        sigma = check.temperature("sigma", sigma, z0)
+    z0, z1 = _accumulate(z0), _accumulate(z1)
+    n = z0.shape[0]
+    others = ~_columns(n, n, 0, z0.device)
+    logits = torch.cat([z0 @ z0.T, z0 @ z1.T], dim=1) * _inverse(temperature, z0)
+    lse = _logsumexp(logits, others.repeat(1, 2))
+    products = (z0 * z1).sum(dim=1)
+    weight: Scalar = 1.0
+    if sigma is not None:
+        weight = 2 - n * torch.softmax(products * _inverse(sigma, z0), dim=0)
+    loss = lse - weight * (products * _inverse(temperature, z0))
+    return loss.masked_fill(lse == -INF, 0.0).mean()
+
+
+@full_precision
+def dimcl_loss(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: Scalar = 0.1,
+    positive_mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """LSE_{c≠r} S_rc - mean over positives of S_rc [2D], S the Pearson correlations over τ of the 2D columns.
+
+    Nguyen et al., DimCL: Dimensional Contrastive Learning for Improving Self-Supervised Learning.
+    """
+    z0, z1 = check.pair("z0", z0, "z1", z1)
+    check.minimum_rows("z0", z0, 2)
+    width = 2 * z0.shape[1]
+    if positive_mask is not None:
+        check.boolean_mask("positive_mask", positive_mask, (width, width))
+        check.same_device(z0=z0, positive_mask=positive_mask)
+    temperature = check.temperature("temperature", temperature, z0)
+    check.option("reduction", reduction, check.REDUCTIONS)
+    scale = _inverse(temperature, _accumulate(z0))
+    lse, positive_sum, count = dimcl_stats(z0, z1, scale, positive_mask)
+    return check.reduction(lse - positive_sum / count, reduction)

@@ -1,0 +1,415 @@
+"""Checks of the arguments of public functions.
+
+Every check raises before any kernel runs: `TypeError` for a wrong type or dtype, `ValueError` for a wrong
+shape, device, value or option. The message names the argument, what is wanted and what came.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function` with autocast off, so that a loss keeps the dtype of its inputs."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        for device_type in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device_type):
+                with torch.autocast(device_type, enabled=False):
+                    return wrapper(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, maxima and losses: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensor(name: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    return x
+
+
+def features(name: str, x: Any, ranks: Container[int] = (2,), shape: str = "[N, D]") -> Tensor:
+    """A non-empty floating-point tensor of one of the given ranks; `shape` describes it in the message."""
+    tensor(name, x)
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dim() not in ranks:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+    return x
+
+
+def views(name: str, x: Any) -> Tensor:
+    """Multi-view features [B, V, ...] as [B, V, D], trailing dimensions flattened."""
+    features(name, x, ranks=range(3, 65), shape="[B, V, D] (or [B, V, ...])")
+    return x if x.dim() == 3 else x.flatten(2)
+
+
+def segments(name: str, x: Any) -> list[Tensor]:
+    """A tensor [M, D] or a non-empty sequence of them, as a list."""
+    if isinstance(x, Tensor):
+        return [features(name, x, shape="[M, D]")]
+    if not isinstance(x, list | tuple):
+        raise TypeError(f"{name} must be a torch.Tensor or a list of them, got {type(x).__name__}")
+    if len(x) == 0:
+        raise ValueError(f"{name} must hold at least one tensor, got an empty {type(x).__name__}")
+    return [features(f"{name}[{i}]", part, shape="[M, D]") for i, part in enumerate(x)]
+
+
+def _named(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments, also those in lists, by name; what is no tensor has its own check."""
+    for name, x in arguments.items():
+        parts = (
+            {f"{name}[{i}]": part for i, part in enumerate(x)} if isinstance(x, list | tuple) else {name: x}
+        )
+        yield from ((part, y) for part, y in parts.items() if isinstance(y, Tensor))
+
+
+def same_device(**tensors: Tensor | Sequence[Tensor] | None) -> None:
+    """All tensors (also inside lists; None is passed over) on one device."""
+    (first, head), *rest = _named(tensors)
+    for name, x in rest:
+        if x.device != head.device:
+            raise ValueError(f"{name} must be on the device of {first} ({head.device}), got {x.device}")
+
+
+def same_width(**tensors: Tensor | Sequence[Tensor] | None) -> None:
+    """All tensors with the same last dimension."""
+    (first, head), *rest = _named(tensors)
+    for name, x in rest:
+        if x.shape[-1] != head.shape[-1]:
+            raise ValueError(
+                f"{name} must have as many features as {first} ({head.shape[-1]}), "
+                f"got {x.shape[-1]} (shape {tuple(x.shape)})"
+            )
+
+
+def same_length(**tensors: Tensor | Sequence[Tensor] | None) -> None:
+    """All tensors with the same first dimension."""
+    (first, head), *rest = _named(tensors)
+    for name, x in rest:
+        if x.shape[0] != head.shape[0]:
+            raise ValueError(
+                f"{name} must have as many rows as {first} ({head.shape[0]}), "
+                f"got {x.shape[0]} (shape {tuple(x.shape)})"
+            )
+
+
+def same_shape(**tensors: Tensor | Sequence[Tensor] | None) -> None:
+    (first, head), *rest = _named(tensors)
+    for name, x in rest:
+        if x.shape != head.shape:
+            raise ValueError(
+                f"{name} must have the shape {tuple(head.shape)} of {first}, got {tuple(x.shape)}"
+            )
+
+
+def minimum_rows(name: str, x: Tensor, rows: int) -> Tensor:
+    if x.shape[0] < rows:
+        raise ValueError(f"{name} must have at least {rows} rows, got shape {tuple(x.shape)}")
+    return x
+
+
+def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in their common floating-point dtype."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def option(name: str, value: Any, allowed: Sequence[str]) -> str:
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} must be one of {_listed(allowed)}, got a value of type {type(value).__name__}"
+        )
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {_listed(allowed)}, got {value!r}")
+    return value
+
+
+def _listed(allowed: Sequence[str]) -> str:
+    return ", ".join(repr(a) for a in allowed)
+
+
+def integer(name: str, value: Any, minimum: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def _scalar(
+    name: str, value: Any, like: Tensor, accepts: Callable[[float], bool], wanted: str
+) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be a float or a 0-dim float tensor, got a tensor of {value.dtype}")
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a float or a 0-dim tensor, got shape {tuple(value.shape)}")
+        if value.device != like.device and value.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU or on {like.device}, got a tensor on {value.device}")
+        if readable(value) and not accepts(value.item()):
+            raise ValueError(f"{name} must be {wanted}, got {value.item()}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
+        raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__}")
+    number = float(value)
+    if not accepts(number):
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return number
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of `x` can be looked at now, without a synchronisation: eagerly, on the CPU."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def temperature(name: str, value: Any, like: Tensor) -> float | Tensor:
+    """A positive finite float, or a 0-dim tensor on the CPU or on the device of `like`."""
+    return _scalar(name, value, like, lambda v: 0 < v < math.inf, "positive and finite")
+
+
+def scale(name: str, value: Any, like: Tensor) -> float | Tensor:
+    """A finite float, or a 0-dim tensor on the CPU or on the device of `like`."""
+    return _scalar(name, value, like, lambda v: -math.inf < v < math.inf, "finite")
+
+
+def coefficient(name: str, value: Any, like: Tensor) -> float | Tensor:
+    """A float or 0-dim tensor in [0, 1]."""
+    return _scalar(name, value, like, lambda v: 0 <= v <= 1, "between 0 and 1")
+
+
+def labels(name: str, x: Any, n: int) -> Tensor:
+    """Labels [n] or [n, 1] of any real dtype as int64 [n]; floating-point labels are compared by value."""
+    tensor(name, x)
+    if x.is_complex():
+        raise TypeError(f"{name} must be integers, booleans or floats, got {x.dtype}")
+    if tuple(x.shape) not in ((n,), (n, 1)):
+        raise ValueError(f"{name} must have shape [{n}] or [{n}, 1], got {tuple(x.shape)}")
+    x = x.reshape(n)
+    if not x.is_floating_point():
+        return x.to(torch.int64)
+    exact = (x.detach() if x.dtype == torch.float64 else x.detach().float()) + 0.0  # -0.0 becomes 0.0
+    return exact.view(torch.int64 if exact.dtype == torch.float64 else torch.int32).to(torch.int64)
+
+
+def mask(name: str, x: Any, n: int) -> Tensor:
+    """A matrix [n, n] of bool, integer or float weights, without gradient."""
+    tensor(name, x)
+    if x.is_complex():
+        raise TypeError(f"{name} must be bool, integer or float, got {x.dtype}")
+    if tuple(x.shape) != (n, n):
+        raise ValueError(f"{name} must have shape [{n}, {n}], got {tuple(x.shape)}")
+    if x.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: none is computed for it")
+    return x
+
+
+def boolean_mask(name: str, x: Any, shape: Sequence[int]) -> Tensor:
+    """A bool tensor of exactly this shape."""
+    tensor(name, x)
+    if x.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {x.dtype}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(x.shape)}")
+    return x
+
+
+def not_both(first: str, x: Any, second: str, y: Any) -> None:
+    if x is not None and y is not None:
+        raise ValueError(f"{first} and {second} must not be given together, got both")
+
+
+def both_or_none(first: str, x: Any, second: str, y: Any) -> None:
+    if (x is None) != (y is None):
+        given, missing = (second, first) if x is None else (first, second)
+        raise ValueError(f"{first} and {second} must be given together, got {given} without {missing}")
+
+
+def index(name: str, x: Any, n: int, size: int) -> Tensor:
+    """Indices int64 [n] in [-1, size): one column a row, -1 for none."""
+    tensor(name, x)
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64, got {x.dtype}")
+    if tuple(x.shape) != (n,):
+        raise ValueError(f"{name} must have shape [{n}], got {tuple(x.shape)}")
+    if readable(x) and bool(((x < -1) | (x >= size)).any()):
+        raise ValueError(f"{name} must lie in [-1, {size}), got {x.min().item()} to {x.max().item()}")
+    return x.to(torch.int64)
+
+
+def key_bias(name: str, x: Any, m: int) -> Tensor:
+    """A floating-point bias [m], one for each key."""
+    tensor(name, x)
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if tuple(x.shape) != (m,):
+        raise ValueError(f"{name} must have shape [{m}], got {tuple(x.shape)}")
+    return x
+
+
+def exclude(name: str, value: Any) -> int | None:
+    """`"self"` -> 0, None -> None, an integer offset as it is: column i + offset is left out of row i."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if value != "self":
+            raise ValueError(f"{name} must be 'self', None or an integer offset, got {value!r}")
+        return 0
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be 'self', None or an integer offset, got {type(value).__name__}")
+    return int(value)
+
+
+def reduction(loss: Tensor, how: str, weight: Tensor | None = None) -> Tensor:
+    """Reduce the losses of rows [n]; `weight` [n] (bool or 0/1) marks the rows that the mean counts."""
+    option("reduction", how, REDUCTIONS)
+    if how == "none":
+        return loss
+    if how == "sum":
+        return loss.sum()
+    if weight is None:
+        return loss.mean()
+    return (loss * weight).sum() / weight.sum().clamp(min=1)
+
+
+def supervision(x: Any, weights: Any, n: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The arguments `labels` and `mask` of a loss over n samples: at most one, on the device of `like`."""
+    not_both("labels", x, "mask", weights)
+    if x is not None:
+        x = labels("labels", x, n)
+        same_device(features=like, labels=x)
+    if weights is not None:
+        mask("mask", weights, n)
+        same_device(features=like, mask=weights)
+    return x, weights
+
+
+def same_segments(first: str, x: Sequence[Tensor], second: str, y: Sequence[Tensor]) -> None:
+    """Two lists of segments of equal lengths."""
+    lengths, wanted = [part.shape[0] for part in y], [part.shape[0] for part in x]
+    if lengths != wanted:
+        raise ValueError(f"{second} must have segments as long as those of {first} {wanted}, got {lengths}")
+
+
+def pair(first: str, x: Any, second: str, y: Any) -> tuple[Tensor, Tensor]:
+    """Two matrices of one shape and device, in their common dtype."""
+    features(first, x)
+    features(second, y)
+    same_device(**{first: x, second: y})
+    same_shape(**{first: x, second: y})
+    x, y = promote(x, y)
+    return x, y
+
+
+def pair_and_queue(q: Any, k: Any, queue: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q, k [N, D] and an optional queue [K, D] on one device, in their common dtype."""
+    q, k = pair("q", q, "k", k)
+    if queue is None:
+        return q, k, None
+    features("queue", queue, shape="[K, D]")
+    same_device(q=q, queue=queue)
+    same_width(q=q, queue=queue)
+    q, k, queue = promote(q, k, queue)
+    return q, k, queue
+
+
+def sce_inputs(
+    q: Any, k: Any, k_global: Any, queue: Any, rank: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`pair_and_queue` and the gathered keys [M, D], which must hold the N keys of `rank`."""
+    integer("rank", rank, 0)
+    q, k, queue = pair_and_queue(q, k, queue)
+    n = q.shape[0]
+    if k_global is None:
+        if rank != 0:
+            raise ValueError(f"k_global must be given with a rank other than 0, got None with rank {rank}")
+        return q, k, None, queue
+    features("k_global", k_global, shape="[M, D]")
+    same_device(q=q, k_global=k_global)
+    same_width(q=q, k_global=k_global)
+    minimum_rows("k_global", k_global, n * (rank + 1))
+    dtype = torch.promote_types(q.dtype, k_global.dtype)
+    return q.to(dtype), k.to(dtype), k_global.to(dtype), None if queue is None else queue.to(dtype)
+
+
+def positives_cap(name: str, value: Any, views: int) -> int | None:
+    """A cap on positives, a multiple of the number of views, as a number of samples."""
+    if value is None:
+        return None
+    if integer(name, value, 0) % views:
+        raise ValueError(f"{name} must be None or a multiple of the {views} views, got {value}")
+    return int(value) // views
+
+
+def split(name: str, x: Tensor, augmentations: int) -> int:
+    """The number of samples B of features [augmentations·B, ...]."""
+    if x.shape[0] % augmentations:
+        raise ValueError(
+            f"{name} must have a multiple of augmentations={augmentations} rows, got shape {tuple(x.shape)}"
+        )
+    return x.shape[0] // augmentations
+
+
+def levels(name: str, x: Any) -> list[Tensor]:
+    """A non-empty list of features [B, V, D_l] with the same B and V, on one device."""
+    if not isinstance(x, list | tuple):
+        raise TypeError(f"{name} must be a list of tensors, got {type(x).__name__}")
+    if len(x) == 0:
+        raise ValueError(f"{name} must hold at least one tensor, got an empty {type(x).__name__}")
+    parts = [views(f"{name}[{i}]", part) for i, part in enumerate(x)]
+    for i, part in enumerate(parts):
+        if part.shape[:2] != parts[0].shape[:2]:
+            raise ValueError(
+                f"{name}[{i}] must have the batch and views of {name}[0] {tuple(parts[0].shape[:2])}, "
+                f"got {tuple(part.shape[:2])}"
+            )
+    same_device(**{name: parts})
+    return parts
+
+
+def level_weights(name: str, x: Any, n: int, like: Tensor) -> list[float | Tensor]:
+    """One factor for each of n levels: a sequence of floats or 0-dim tensors, or a tensor [n]; None: 1."""
+    if x is None:
+        return [1.0] * n
+    if isinstance(x, Tensor):
+        if tuple(x.shape) != (n,):
+            raise ValueError(f"{name} must have shape [{n}], got {tuple(x.shape)}")
+        x = list(x.unbind())
+    if not isinstance(x, list | tuple):
+        raise TypeError(f"{name} must be a sequence of floats or a tensor, got {type(x).__name__}")
+    if len(x) != n:
+        raise ValueError(f"{name} must have one entry for each of the {n} levels, got {len(x)}")
+    return [scale(f"{name}[{i}]", value, like) for i, value in enumerate(x)]
