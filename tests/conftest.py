@@ -1,0 +1,67 @@
+"""Backends, seeds and poisoned memory for all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import cl_kernels as clk
+from cl_kernels import extension
+
+settings.register_profile(
+    "tests",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each test that asks for it runs on the compiled kernels (by "auto") and on the chunked reference.
+
+    Without the extension the former are skipped, or fail with CL_KERNELS_REQUIRE_EXTENSION=1.
+    """
+    name = request.param
+    if name == "cpu" and not extension.is_loaded():
+        reason = f"no CPU kernels: {extension.missing_because}"
+        if os.environ.get("CL_KERNELS_REQUIRE_EXTENSION", "") not in ("", "0"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with clk.use_backend("auto" if name == "cpu" else name):
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small problems run faster so, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh tensors hold NaN, so that an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,134 @@
+"""First and second derivatives in float64 against finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from parity import unit
+from torch import Tensor
+
+import cl_kernels as clk
+
+pytestmark = pytest.mark.usefixtures("backend", "one_thread")
+
+LABELS = torch.tensor([0, 1, 0, 2])
+MASK = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0.3], [0, 0, 0, 2.0]])
+
+
+def f64(*shape: int) -> Tensor:
+    return unit(*shape, dtype=torch.float64)
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def supcon(**options: Any) -> Callable[..., Tensor]:
+    return lambda x, tau: clk.supcon_loss(x, temperature=tau, base_temperature=0.5, **options)
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Tensor]]]] = {
+    **{
+        f"supcon {name}": (supcon(**options), lambda: [f64(4, 2, 3), scalar(0.4)])
+        for name, options in {
+            "two views": {},
+            "labels": {"labels": LABELS},
+            "one": {"labels": LABELS, "contrast_mode": "one", "reduction": "none"},
+            "drop": {"labels": LABELS, "no_positive": "drop"},
+            "mask": {"mask": MASK, "reduction": "sum"},
+            "in": {"labels": LABELS, "summation": "in"},
+            "only negatives": {"labels": LABELS, "denominator": "only_negatives"},
+            "in, only negatives": {"labels": LABELS, "summation": "in", "denominator": "only_negatives"},
+            "one positive": {"labels": LABELS, "denominator": "one_positive"},
+            "capped": {"mask": MASK, "summation": "in", "positives_cap": 2},
+        }.items()
+    },
+    "supcon singletons": (lambda x: clk.supcon_loss(x, LABELS, temperature=0.4), lambda: [f64(4, 1, 3)]),
+    "selfcon": (
+        lambda x: clk.selfcon_loss(x, LABELS[:2], anchors="exits", augmentations=2, temperature=0.4),
+        lambda: [f64(4, 2, 3)],
+    ),
+    "multilevel": (
+        lambda x, y, w: clk.multilevel_loss([x, y], LABELS, weights=w, temperature=0.4),
+        lambda: [f64(4, 2, 3), f64(4, 2, 2), torch.tensor([0.5, 1.5], dtype=torch.float64)],
+    ),
+    "nt_xent": (
+        lambda x, y, tau: clk.nt_xent_loss(x, y, temperature=tau),
+        lambda: [f64(3, 4), f64(3, 4), scalar(0.4)],
+    ),
+    "info_nce": (
+        lambda q, k, tau: clk.info_nce_loss(q, k, temperature=tau, reduction="none"),
+        lambda: [f64(4, 3), f64(4, 3), scalar(0.4)],
+    ),
+    "info_nce with a queue": (
+        lambda q, k, queue, tau: clk.info_nce_loss(q, k, queue, temperature=tau),
+        lambda: [f64(3, 3), f64(3, 3), f64(5, 3), scalar(0.4)],
+    ),
+    "clip": (clk.clip_loss, lambda: [f64(4, 3), f64(4, 3), scalar(3.0)]),
+    "dcl": (
+        lambda x, y, tau: clk.dcl_loss(x, y, temperature=tau),
+        lambda: [f64(4, 3), f64(4, 3), scalar(0.4)],
+    ),
+    "dclw": (
+        lambda x, y, tau, sigma: clk.dcl_loss(x, y, temperature=tau, sigma=sigma),
+        lambda: [f64(4, 3), f64(4, 3), scalar(0.4), scalar(0.7)],
+    ),
+    "dimcl": (
+        lambda x, y, tau: clk.dimcl_loss(x, y, temperature=tau),
+        lambda: [f64(5, 2), f64(5, 2), scalar(0.4)],
+    ),
+    "sce": (
+        lambda q, k, tau, tau_m, coeff: clk.sce_loss(
+            q, k, temperature=tau, target_temperature=tau_m, coeff=coeff
+        ),
+        lambda: [f64(3, 3), f64(3, 3), scalar(0.4), scalar(0.3), scalar(0.6)],
+    ),
+    "sce with keys and a queue": (
+        lambda q, k, keys, queue: clk.sce_loss(
+            q, k, keys, queue, temperature=0.4, positive_in_target="zero", rank=1, reduction="none"
+        ),
+        lambda: [f64(2, 3), f64(2, 3), f64(4, 3), f64(3, 3)],
+    ),
+    **{
+        f"sce with a queue, {how}": (
+            lambda q, k, queue, tau_m, how=how: clk.sce_loss(
+                q, k, queue=queue, temperature=0.4, target_temperature=tau_m, positive_in_target=how
+            ),
+            lambda: [f64(3, 3), f64(3, 3), f64(4, 3), scalar(0.3)],
+        )
+        for how in ("exclude", "zero")
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradcheck(case: str) -> None:
+    function, make = CASES[case]
+    inputs = [x.requires_grad_() for x in make()]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_create_graph_gives_the_same_first_derivative(case: str) -> None:
+    function, make = CASES[case]
+    inputs = [x.requires_grad_() for x in make()]
+    fused = torch.autograd.grad(function(*inputs).sum(), inputs)
+    differentiable = torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True)
+    for x, y in zip(fused, differentiable, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+def test_gradient_penalty() -> None:
+    """A second derivative through a network, in float32."""
+    torch.manual_seed(1)
+    network = torch.nn.Linear(6, 4)
+    x = torch.randn(8, 2, 6, requires_grad=True)
+    loss = clk.supcon_loss(torch.nn.functional.normalize(network(x), dim=-1), torch.arange(8) % 3)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    gradient.square().sum().backward()
+    assert network.weight.grad.isfinite().all()
+    assert network.weight.grad.abs().max() > 0
