@@ -1,0 +1,242 @@
+"""SupCon on handwritten digits: the published eager formula against `cl_kernels`, one line apart.
+
+Trains the same small encoder twice from one seed, compares the loss curves and the held-out accuracy, then
+measures time and peak memory of the loss for a ladder of batch sizes. Run it with `make demo`, or
+`python examples/digits.py`. Exits with 1 if the two losses disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from ladder import GIB, MIB, Measurement, Task, available_memory, make_loss, measure, predict
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.syntax import Syntax
+from rich.table import Table
+from training import Digits, Encoder, Run, accuracy, disagreement, load_digits, train
+
+TEMPERATURE = 0.1
+GRADIENT_TOLERANCE = 1e-5
+CURVE_TOLERANCE = 5e-3
+ONE_LINE = """\
+- criterion = EagerSupConLoss(temperature=0.1)
++ criterion = cl_kernels.SupConLoss(temperature=0.1)"""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=50, help="training steps of each run")
+    parser.add_argument("--batch", type=int, default=1024, help="images a step; every image gives two views")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-rows", type=int, default=65536, help="the ladder's last N = 2 x batch size")
+    parser.add_argument("--limit-gib", type=float, default=8.0, help="memory that a loss may take")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds that one measurement may take")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    return parser.parse_args()
+
+
+def kernels_in_use() -> str:
+    from cl_kernels import extension
+
+    if not extension.is_loaded():
+        return "no compiled kernels (plain PyTorch, in chunks)"
+    return f"compiled CPU kernels, {extension.build_info().get('cpu_capability', 'unknown instruction set')}"
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def train_both(data: Digits, args: argparse.Namespace, progress: Progress) -> dict[str, Run]:
+    runs = {}
+    for name in ("eager", "cl_kernels"):
+        bar = progress.add_task(f"train, {name}", total=args.steps, note="")
+        runs[name] = train(
+            make_loss(name, TEMPERATURE),
+            data,
+            steps=args.steps,
+            batch=args.batch,
+            seed=args.seed,
+            on_step=lambda loss, bar=bar: progress.update(bar, advance=1, note=f"loss {loss:.4f}"),
+        )
+    return runs
+
+
+def climb(args: argparse.Namespace, limit: int, progress: Progress) -> dict[str, list[Measurement]]:
+    """Measure both losses at every size. Eager is tried once past the limit; beyond that it cannot fit."""
+    sizes = [1024 << i for i in range(30) if 1024 << i <= args.max_rows]
+    results: dict[str, list[Measurement]] = {"eager": [], "cl_kernels": []}
+    bar = progress.add_task("ladder of batch sizes", total=2 * len(sizes), note="")
+    for rows in sizes:
+        for name, measurements in results.items():
+            task = Task(name, rows, temperature=TEMPERATURE, limit=limit, threads=torch.get_num_threads())
+            progress.update(bar, note=f"{name}, batch {rows // 2:,}")
+            measurements.append(_measure_unless_hopeless(task, measurements, args.patience))
+            progress.advance(bar)
+    progress.update(bar, note="done")
+    return results
+
+
+def _measure_unless_hopeless(task: Task, before: list[Measurement], patience: float) -> Measurement:
+    done = [m for m in before if m.status == "ok"]
+    if any(m.status == "memory" for m in before):
+        return Measurement(task, "memory")
+    if not done:
+        return measure(task)
+    ms, peak = predict(done[-1], task.rows)
+    too_large = task.loss == "eager" and task.limit is not None and peak > task.limit
+    if too_large and sys.platform != "linux":  # only there is the limit enforced
+        return Measurement(task, "memory")
+    if ms > 1e3 * patience and not too_large:
+        return Measurement(task, f"skipped: over {patience:.0f} s")
+    return measure(task)
+
+
+def training_table(runs: dict[str, Run], scores: dict[str, tuple[float, float]]) -> Table:
+    table = Table(title="Training", title_justify="left")
+    table.add_column("loss")
+    for column in ("first", "last", "k-NN", "linear probe", "step", "of it the loss"):
+        table.add_column(column, justify="right")
+    for name, run in runs.items():
+        nearest, probe = scores[name]
+        table.add_row(
+            name,
+            f"{run.losses[0]:.4f}",
+            f"{run.losses[-1]:.4f}",
+            f"{nearest:.1%}",
+            f"{probe:.1%}",
+            f"{run.step_ms:.0f} ms",
+            f"{run.loss_ms:.1f} ms, {run.loss_share:.0%}",
+        )
+    nearest, probe = scores["untrained"]
+    table.add_row("[dim]untrained", "", "", f"[dim]{nearest:.1%}", f"[dim]{probe:.1%}", "", "")
+    return table
+
+
+def ladder_table(results: dict[str, list[Measurement]], limit: int) -> Table:
+    table = Table(title="Loss alone, forward + backward, D = 128", title_justify="left")
+    for column in ("batch", "rows N", "eager", "cl_kernels", "faster", "eager memory", "cl_kernels memory"):
+        table.add_column(column, justify="right")
+    fitted = [m for m in results["eager"] if m.status == "ok"]
+    for eager, ours in zip(results["eager"], results["cl_kernels"], strict=True):
+        rows = ours.task.rows
+        needed = f"; needs ~{show_bytes(predict(fitted[-1], rows)[1])}" if fitted else ""
+        both = eager.status == ours.status == "ok"
+        table.add_row(
+            f"{rows // ours.task.views:,}",
+            f"{rows:,}",
+            show_time(eager),
+            show_time(ours),
+            f"{eager.ms / ours.ms:.1f}x" if both else "",
+            f"[red]over {limit / GIB:.0f} GiB{needed}" if eager.status == "memory" else show_peak(eager),
+            show_peak(ours),
+        )
+    return table
+
+
+def show_time(m: Measurement) -> str:
+    if m.status == "memory":
+        return "[red]does not fit"
+    if m.status != "ok":
+        return f"[yellow]{m.status}"
+    return f"{m.ms / 1e3:.2f} s" if m.ms >= 1e3 else f"{m.ms:.1f} ms"
+
+
+def show_peak(m: Measurement) -> str:
+    return show_bytes(m.peak) if m.status == "ok" else ""
+
+
+def show_bytes(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
+
+
+def main() -> int:
+    args = arguments()
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    start = time.perf_counter()
+    limit = min(int(args.limit_gib * GIB), int(0.8 * available_memory()))
+    threads = torch.get_num_threads()
+    console.print(
+        Panel(
+            f"SupCon on handwritten digits, {args.batch:,} images x 2 views: eager against cl_kernels\n"
+            f"[dim]torch {torch.__version__}, {threads} threads; {kernels_in_use()}",
+            title="cl_kernels demo",
+            title_align="left",
+        )
+    )
+    console.print(Syntax(ONE_LINE, "diff", background_color="default"))
+
+    data = load_digits()
+    if args.batch > len(data.train_images):
+        console.print(f"[red]--batch is at most {len(data.train_images)}, the number of training images")
+        return 2
+    with progress_bar(console) as progress:
+        runs = train_both(data, args, progress)
+    torch.manual_seed(args.seed)
+    scores = {name: accuracy(run.encoder, data) for name, run in runs.items()}
+    scores["untrained"] = accuracy(Encoder(), data)
+    curves = {name: run.losses for name, run in runs.items()}
+    gradient, difference = disagreement(runs["eager"], runs["cl_kernels"])
+    agree = gradient <= GRADIENT_TOLERANCE and difference <= CURVE_TOLERANCE
+    console.print(training_table(runs, scores))
+    verdict = "[green]agree" if agree else "[bold red]DISAGREE"
+    console.print(
+        f"The runs {verdict}[/]. Largest relative difference of the loss curves {difference:.1e} "
+        f"(allowed {CURVE_TOLERANCE:g}),\n"
+        f"of the first step's gradients {gradient:.1e} (allowed {GRADIENT_TOLERANCE:g})\n"
+    )
+
+    with progress_bar(console) as progress:
+        results = climb(args, limit, progress)
+    console.print(ladder_table(results, limit))
+
+    plot, figures = args.output / "digits.png", args.output / "digits.json"
+    subtitle = (
+        f"SupCon on handwritten digits, {threads} CPU threads, torch {torch.__version__}; {kernels_in_use()}"
+    )
+    from plots import draw
+
+    draw(plot, curves, results, limit, subtitle)
+    record = {
+        "torch": torch.__version__,
+        "threads": threads,
+        "kernels": kernels_in_use(),
+        "curve_difference": difference,
+        "first_gradient_difference": gradient,
+        "curves": curves,
+        "accuracy": {
+            name: dict(zip(("knn", "linear_probe"), score, strict=True)) for name, score in scores.items()
+        },
+        "step_ms": {name: run.step_ms for name, run in runs.items()},
+        "loss_ms": {name: run.loss_ms for name, run in runs.items()},
+        "ladder": [asdict(m) for ms in results.values() for m in ms],
+    }
+    figures.write_text(json.dumps(record, indent=1))
+    console.print(
+        f"Plot: [bold]{plot}[/]   figures: {figures}   ({time.perf_counter() - start:.0f} s in all)"
+    )
+
+    if not agree:
+        console.print("[bold red]FAILED: the two losses train differently.")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
