@@ -36,7 +36,7 @@ class Pairs:
 
 
 class ContrastiveStats(NamedTuple):
-    """What was not asked for is empty, [0]."""
+    """Statistics of rows, float64 (`validation.statistics_dtype`); what was not asked for is empty, [0]."""
 
     lse: Tensor  # [N]
     lse_cols: Tensor  # [M]
@@ -45,6 +45,8 @@ class ContrastiveStats(NamedTuple):
 
 
 class SoftTargetStats(NamedTuple):
+    """Statistics of rows, as above."""
+
     lse: Tensor  # [N]
     target_lse: Tensor  # [N]
     cross: Tensor  # [N]
@@ -56,7 +58,9 @@ def as_scale(scale: float | Tensor, like: Tensor) -> Tensor:
     dtype = accumulate_dtype(like.dtype)
     if isinstance(scale, Tensor):
         return scale.to(dtype)
-    return torch.ones((), dtype=dtype) * scale  # unlike torch.tensor(scale), compiles once for all values
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=dtype) * scale  # compiles once for all values
+    return torch.scalar_tensor(scale, dtype=dtype)
 
 
 def contrastive(
@@ -149,7 +153,7 @@ def _differentiate(
         x if x is None else x.view_as(x) for x in inputs
     ]  # an input computed from another stays independent
     pairs = zip(formula(*views), grads, strict=False)
-    outputs = [(out, grad) for out, grad in pairs if grad is not None and out.requires_grad]
+    outputs = [(out, grad.to(out.dtype)) for out, grad in pairs if grad is not None and out.requires_grad]
     wanted = [x for x, needed in zip(views, needs, strict=True) if needed and x is not None]
     if not outputs or not wanted:
         return [None] * len(views)
@@ -244,15 +248,15 @@ class SoftTarget(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             q, target_q, scale, target_scale, positive,
-            lse, target_lse, cross, mean_key, mean_target_key, *segments,
+            lse, target_lse, cross, positive_sum, mean_key, mean_target_key, *segments,
         )  # fmt: skip
         ctx.options = (positive_in_target, backend)
         return lse, target_lse, cross, positive_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, target_q, scale, target_scale, positive, *stats = ctx.saved_tensors[:10]
-        segments = ctx.saved_tensors[10:]
+        q, target_q, scale, target_scale, positive, *stats = ctx.saved_tensors[:11]
+        segments = ctx.saved_tensors[11:]
         half = len(segments) // 2
         k, target_k = segments[:half], segments[half:]
         positive_in_target, backend = ctx.options

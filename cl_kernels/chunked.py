@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from cl_kernels.validation import accumulate_dtype, full_precision
+from cl_kernels.validation import accumulate_dtype, full_precision, statistics_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,9 +34,20 @@ def _chunks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
+    """Of the rows (1) or columns (0) of a chunk, with the digits of a statistic."""
+    dtype = statistics_dtype(logits)
+    top = logits.amax(dim, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0)
+    return (logits - top).exp_().sum(dim).to(dtype).log() + top.squeeze(dim).to(dtype)
+
+
 def _softmax_of(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logits - lse), 0 where the LSE is -inf. `lse` broadcasts against the logits."""
-    return (logits - lse.masked_fill(lse == -math.inf, math.inf)).exp_()
+    """exp(logits - lse), 0 where the LSE is -inf. `lse`, a statistic, broadcasts against the logits."""
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    rounded = lse.to(logits.dtype)
+    rest = (rounded.to(lse.dtype) - lse).nan_to_num().exp()  # what rounding takes off
+    return (logits - rounded).exp_().mul_(rest.to(logits.dtype))
 
 
 def _gradient(total: Tensor, scale: Tensor, like: Tensor, needed: bool) -> Tensor:
@@ -44,8 +55,8 @@ def _gradient(total: Tensor, scale: Tensor, like: Tensor, needed: bool) -> Tenso
     return (total * scale).to(like.dtype) if needed else total.new_empty(0)
 
 
-def _where_finite(grad: Tensor, lse: Tensor) -> Tensor:
-    return grad.to(lse.dtype).masked_fill(lse == -math.inf, 0)
+def _where_finite(grad: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.to(dtype).masked_fill(lse == -math.inf, 0)
 
 
 @dataclass(frozen=True)
@@ -86,9 +97,9 @@ class _Contrast:
     def dots(self, rows: slice) -> Tensor:
         return self.q[rows] @ self.k.T
 
-    def logits(self, rows: slice, dots: Tensor) -> Tensor:
-        """S of these rows, -inf outside of the denominator."""
-        logits = dots * self.scale
+    def denominator(self, rows: slice, similarities: Tensor) -> Tensor:
+        """S of these rows from scale q k^T, -inf outside of the denominator."""
+        logits = similarities.clone()
         if self.key_bias is not None:
             logits += self.key_bias
         if self.exclude is not None:
@@ -133,20 +144,21 @@ def contrastive_forward(
         label_positives, positive_index, positive_mask, key_bias,
     )  # fmt: skip
     n, m = q.shape[0], pairs.k.shape[0]
-    lse = q.new_empty(n, dtype=acc)
-    lse_cols = q.new_full((m if both_axes else 0,), -math.inf, dtype=acc)
-    positive_sum = q.new_empty(n if pairs.has_positives else 0, dtype=acc)
+    dtype = statistics_dtype(q)
+    lse = q.new_empty(n, dtype=dtype)
+    lse_cols = q.new_full((m if both_axes else 0,), -math.inf, dtype=dtype)
+    positive_sum = q.new_empty(n if pairs.has_positives else 0, dtype=dtype)
     positive_count = torch.empty_like(positive_sum)
     for rows in pairs.chunks():
-        dots = pairs.dots(rows)
+        similarities = pairs.dots(rows) * scale
         if pairs.has_positives:
             weights = pairs.weights(rows)
-            positive_sum[rows] = (weights * dots).sum(1) * scale
-            positive_count[rows] = weights.sum(1, dtype=acc)
-        logits = pairs.logits(rows, dots)
-        lse[rows] = logits.logsumexp(1)
+            positive_sum[rows] = (weights * similarities).sum(1, dtype=dtype)
+            positive_count[rows] = weights.sum(1, dtype=dtype)
+        logits = pairs.denominator(rows, similarities)
+        lse[rows] = _log_sum_exp(logits, 1)
         if both_axes:
-            lse_cols = torch.logaddexp(lse_cols, logits.logsumexp(0))
+            lse_cols = torch.logaddexp(lse_cols, _log_sum_exp(logits, 0))
     return lse, lse_cols, positive_sum, positive_count
 
 
@@ -184,13 +196,13 @@ def contrastive_backward(
     grad_bias = q.new_zeros(pairs.k.shape[0] if needs_bias else 0, dtype=acc)
     grad_scale = q.new_zeros((), dtype=acc)
     if grad_lse is not None:
-        grad_lse = _where_finite(grad_lse, lse)
+        grad_lse = _where_finite(grad_lse, lse, acc)
     if grad_lse_cols is not None:
-        grad_lse_cols = _where_finite(grad_lse_cols, lse_cols)
+        grad_lse_cols = _where_finite(grad_lse_cols, lse_cols, acc)
 
     for rows in pairs.chunks():
         dots = pairs.dots(rows)
-        logits = pairs.logits(rows, dots)
+        logits = pairs.denominator(rows, dots * scale)
         grad = torch.zeros_like(dots)
         if grad_lse is not None:
             grad += grad_lse[rows, None] * _softmax_of(logits, lse[rows, None])
@@ -199,7 +211,7 @@ def contrastive_backward(
         if needs_bias:
             grad_bias += grad.sum(0)
         if grad_positive_sum is not None:
-            grad += grad_positive_sum[rows, None] * pairs.weights(rows)
+            grad += grad_positive_sum[rows, None].to(acc) * pairs.weights(rows)
         grad_scale += (grad * dots).sum()
         if needs_q:
             grad_q[rows] = grad @ pairs.k
@@ -311,19 +323,20 @@ def soft_target_forward(
     acc = accumulate_dtype(q.dtype)
     problem = _soft_target(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
     n = q.shape[0]
-    lse, target_lse, cross = (q.new_empty(n, dtype=acc) for _ in range(3))
-    positive_sum = q.new_empty(0 if positive is None else n, dtype=acc)
+    dtype = statistics_dtype(q)
+    lse, target_lse, cross = (q.new_empty(n, dtype=dtype) for _ in range(3))
+    positive_sum = q.new_empty(0 if positive is None else n, dtype=dtype)
     mean_key, mean_target_key = (q.new_empty(q.shape if save_gradient else (0,), dtype=acc) for _ in range(2))
     for rows in problem.chunks():
         own = problem.is_positive(rows)
         logits = problem.dots(rows) * scale
         target_logits = problem.target_logits(problem.target_dots(rows), own)
-        lse[rows] = logits.logsumexp(1)
-        target_lse[rows] = target_logits.logsumexp(1)
+        lse[rows] = _log_sum_exp(logits, 1)
+        target_lse[rows] = _log_sum_exp(target_logits, 1)
         target = _softmax_of(target_logits, target_lse[rows, None])
-        cross[rows] = (target * logits).sum(1)
+        cross[rows] = (target * logits).sum(1, dtype=dtype)
         if own is not None:
-            positive_sum[rows] = (own * logits).sum(1)
+            positive_sum[rows] = (own * logits).sum(1, dtype=dtype)
         if save_gradient:
             softmax = _softmax_of(logits, lse[rows, None])
             if own is not None:
@@ -351,6 +364,7 @@ def soft_target_backward(
     lse: Tensor,
     target_lse: Tensor,
     cross: Tensor,
+    positive_sum: Tensor,
     mean_key: Tensor,
     mean_target_key: Tensor,
     needs: Sequence[bool],
@@ -358,28 +372,27 @@ def soft_target_backward(
     problem = _soft_target(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
     needs_q, needs_k, needs_target_q, needs_target_k = needs
     needs_target = needs_target_q or needs_target_k
-    g_lse, g_cross, g_positive = (_or_zeros(g, lse) for g in (grad_lse, grad_cross, grad_positive_sum))
-    g_lse = _where_finite(g_lse, lse)
-    g_cross = _where_finite(g_cross, target_lse)
-    g_target_lse = _where_finite(_or_zeros(grad_target_lse, lse), target_lse)
+    acc = accumulate_dtype(q.dtype)
+    g_positive = _or_zeros(grad_positive_sum, lse).to(acc)
+    g_lse = _where_finite(_or_zeros(grad_lse, lse), lse, acc)
+    g_cross = _where_finite(_or_zeros(grad_cross, lse), target_lse, acc)
+    g_target_lse = _where_finite(_or_zeros(grad_target_lse, lse), target_lse, acc)
 
     def zeros(like: Tensor, needed: bool) -> Tensor:
-        return lse.new_zeros(like.shape if needed else (0,))
+        return like.new_zeros(like.shape if needed else (0,), dtype=acc)
 
     grad_q, grad_target_q = zeros(q, needs_q), zeros(target_q, needs_target_q)
     grad_k = [zeros(part, needs_k) for part in k]
     grad_target_k = [zeros(part, needs_target_k) for part in target_k]
-    grad_scale, grad_target_scale = lse.new_zeros(()), lse.new_zeros(())
+    grad_scale, grad_target_scale = (q.new_zeros((), dtype=acc) for _ in range(2))
 
     if mean_key.numel() > 0 and not (needs_k or needs_target):
         grad = g_lse[:, None] * mean_key + g_cross[:, None] * mean_target_key
         if positive is not None:
-            key = _at(problem.k, positive, lse.dtype)
-            logit = (problem.q * key).sum(1) * scale
-            weight = g_lse * torch.expm1(logit - lse) + (g_lse + g_positive)
+            weight = g_lse * torch.expm1(positive_sum - lse) + (g_lse + g_positive)
             if positive_in_target == "zero":
-                weight += g_cross * _softmax_of(torch.zeros_like(target_lse), target_lse)
-            grad += weight[:, None] * key
+                weight += g_cross * (-target_lse).exp()
+            grad += weight[:, None].to(acc) * _at(problem.k, positive, acc)
         grad_scale = (problem.q * grad).sum()
         if needs_q:
             grad_q = grad
@@ -399,7 +412,9 @@ def soft_target_backward(
                 _add_transposed(grad_k, grad, problem.q[rows])
             if not needs_target:
                 continue
-            grad = target * (g_target_lse[rows, None] + g_cross[rows, None] * (logits - cross[rows, None]))
+            grad = target * (
+                g_target_lse[rows, None] + g_cross[rows, None] * (logits - cross[rows, None].to(acc))
+            )
             if own is not None:
                 grad.masked_fill_(own, 0)
             grad_target_scale += (grad * target_dots).sum()

@@ -6,8 +6,9 @@ themselves are not differentiable.
 
 Common to all: N rows, M columns, D features; features are [N, D] and [M, D] of one dtype, and `k` None means
 `q` with itself. "acc" is float64 for float64 features and float32 otherwise. Scales are 0-dim acc tensors, on
-the CPU or on the features' device. Outputs are contiguous and never alias an input; what was not asked for is
-an acc tensor [0].
+the CPU or on the features' device. Statistics of rows (lse, sums and counts of positives, cross) are float64:
+their differences decide the gradient of a converged row. Outputs are contiguous and never alias an input;
+what was not asked for is empty, [0].
 
 contrastive: S_ij = scale q_i.k_j + key_bias_j
     exclude    offset o: column i + o is left out of row i; None: nothing is
@@ -54,7 +55,7 @@ import torch
 from torch import Tensor
 
 from cl_kernels import chunked
-from cl_kernels.validation import accumulate_dtype
+from cl_kernels.validation import accumulate_dtype, statistics_dtype
 
 NAMESPACE = "cl_kernels"
 
@@ -84,8 +85,8 @@ SCHEMAS = {
     ),
     "soft_target_backward": (
         "(Tensor? grad_lse, Tensor? grad_target_lse, Tensor? grad_cross, Tensor? grad_positive_sum, "
-        f"{_TARGETS}, Tensor lse, Tensor target_lse, Tensor cross, Tensor mean_key, Tensor mean_target_key, "
-        "bool[4] needs)"
+        f"{_TARGETS}, Tensor lse, Tensor target_lse, Tensor cross, Tensor positive_sum, "
+        "Tensor mean_key, Tensor mean_target_key, bool[4] needs)"
         " -> (Tensor grad_q, Tensor[] grad_k, Tensor grad_target_q, Tensor[] grad_target_k, "
         "Tensor grad_scale, Tensor grad_target_scale)"
     ),
@@ -125,6 +126,11 @@ def _empty(like: Tensor, *shape: int, needed: bool = True) -> Tensor:
     return like.new_empty(shape if needed else (0,), dtype=accumulate_dtype(like.dtype))
 
 
+def _rows(like: Tensor, n: int, needed: bool = True) -> Tensor:
+    """A statistic of n rows."""
+    return like.new_empty((n if needed else 0,), dtype=statistics_dtype(like))
+
+
 def _gradient(of: Tensor, needed: bool) -> Tensor:
     return of.new_empty(of.shape) if needed else _empty(of, 0)
 
@@ -147,10 +153,10 @@ def _contrastive_forward(
     n, m = q.shape[0], (q if k is None else k).shape[0]
     positives = label_positives or positive_index is not None or positive_mask is not None
     return (
-        _empty(q, n),
-        _empty(q, m, needed=both_axes),
-        _empty(q, n, needed=positives),
-        _empty(q, n, needed=positives),
+        _rows(q, n),
+        _rows(q, m, both_axes),
+        _rows(q, n, positives),
+        _rows(q, n, positives),
     )
 
 
@@ -186,9 +192,9 @@ def _soft_target_forward(
     save_gradient: bool,
 ) -> tuple[Tensor, ...]:
     n, d = q.shape
-    rows = (_empty(q, n) for _ in range(3))
+    rows = (_rows(q, n) for _ in range(3))
     means = (_empty(q, n, d, needed=save_gradient) for _ in range(2))
-    return *rows, _empty(q, n, needed=positive is not None), *means
+    return *rows, _rows(q, n, positive is not None), *means
 
 
 @_fake
@@ -217,7 +223,8 @@ def _soft_target_backward(
 @_fake
 def _dimcl_forward(z0: Tensor, z1: Tensor, scale: Tensor, positive_mask: Tensor | None) -> tuple[Tensor, ...]:
     d = z0.shape[1]
-    return _empty(z0, 2 * d), _empty(z0, 2 * d), _empty(z0, 2 * d), _empty(z0, 2, d), _empty(z0, 2, d)
+    rows = (_rows(z0, 2 * d) for _ in range(3))
+    return *rows, _empty(z0, 2, d), _empty(z0, 2, d)
 
 
 @_fake

@@ -190,7 +190,7 @@ def soft_target_cross_entropy(
         weight = torch.where(has_target, coeff, 1) * (positive >= 0)
         target_weight = torch.where(has_target, 1 - coeff, 0)
         loss = weight * (stats.lse - stats.positive_sum) + target_weight * (stats.lse - stats.cross)
-    return validation.reduction(loss, reduction)
+    return validation.reduction(loss, reduction).to(validation.accumulate_dtype(q.dtype))
 
 
 @validation.full_precision
@@ -268,4 +268,5 @@ def contrastive_lse(
         q, k = validation.promote(q, k)
     pairs = Pairs(exclude=offset, row_labels=row_labels, col_labels=col_labels, among=among)
     stats = autograd.contrastive(q, k, scale, pairs, key_bias=key_bias, both_axes=both_axes)
-    return (stats.lse, stats.lse_cols) if both_axes else stats.lse
+    dtype = validation.accumulate_dtype(q.dtype)
+    return (stats.lse.to(dtype), stats.lse_cols.to(dtype)) if both_axes else stats.lse.to(dtype)

@@ -42,6 +42,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a row's log-sum-exp and sum over positives: float64, so that their difference in a
+    converged row keeps its digits; float32 on a device without it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def tensor(name: str, x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")

@@ -1,4 +1,6 @@
-// The engine: log-sum-exp over similarities, and the sums over positives, without the N x M matrix.
+// The engine: log-sum-exp over similarities, and the sums over positives, without the N x M matrix. These
+// statistics of rows are float64, so that lse - S of a converged row, a difference of equals, keeps its
+// digits.
 #pragma once
 
 #include <ATen/core/Tensor.h>

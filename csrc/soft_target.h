@@ -33,7 +33,8 @@ soft_target_backward(const std::optional<at::Tensor>& grad_lse,  // [N], as the 
                      const at::Tensor& scale, const at::Tensor& target_scale,
                      const std::optional<at::Tensor>& positive, std::string_view positive_in_target,
                      const at::Tensor& lse, const at::Tensor& target_lse, const at::Tensor& cross,
-                     const at::Tensor& mean_key, const at::Tensor& mean_target_key,
+                     const at::Tensor& positive_sum, const at::Tensor& mean_key,
+                     const at::Tensor& mean_target_key,
                      std::array<bool, 4> needs);  // q, k, target_q, target_k
 // -> grad_q [N, D], grad_k [M_s, D] each, grad_target_q [N, E], grad_target_k [M_s, E] each, grad_scale [],
 // grad_target_scale []

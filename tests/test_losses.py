@@ -180,7 +180,7 @@ def test_sce_with_one_key_is_zero(positive_in_target: str) -> None:
     loss = clk.sce_loss(q, k, positive_in_target=positive_in_target, coeff=0.2)
     loss.backward()
     assert loss == 0
-    assert (q.grad == 0).all()
+    assert (q.grad.abs() < 1e-6).all()  # 1 - coeff - (1 - coeff), each rounded
 
 
 def test_dimcl_positive_mask() -> None:

@@ -354,7 +354,7 @@ def test_half_inputs_sum_in_float32(dtype: torch.dtype, backend: str) -> None:
         outputs, grads = values_and_gradients(
             lambda q, k: [autograd.contrastive(q, k, 2.0, Pairs()).lse], (q, k)
         )
-    assert outputs[0].dtype == torch.float32
+    assert outputs[0].dtype == torch.float64  # a statistic
     assert [g.dtype for g in grads] == [dtype, dtype]
     assert_same(outputs, expected, rtol=1e-5, atol=1e-5)
     eps = torch.finfo(dtype).eps
@@ -434,11 +434,11 @@ def test_opcheck_soft_target(how: str, dtype: torch.dtype) -> None:
         target_scale.to(acc), positive, how,
     )  # fmt: skip
     for save_gradient in (False, True):
-        lse, target_lse, cross, _, *saved = check_op("soft_target_forward", *arguments, save_gradient)
+        lse, *saved = check_op("soft_target_forward", *arguments, save_gradient)
         ones = torch.ones_like(lse)
         grads = (ones, None, -ones, None if positive is None else ones)
         for needs in [(True, False, False, False), (not save_gradient,) * 4]:
-            check_op("soft_target_backward", *grads, *arguments, lse, target_lse, cross, *saved, needs)
+            check_op("soft_target_backward", *grads, *arguments, lse, *saved, needs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

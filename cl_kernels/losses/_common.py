@@ -32,6 +32,11 @@ def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
     return (q.to(dtype) * k.to(dtype)).sum(1) * scale
 
 
+def reduced(rows: Tensor, how: str, like: Tensor, weight: Tensor | None = None) -> Tensor:
+    """`validation.reduction` of losses made of statistics, in the accumulation dtype of `like`."""
+    return validation.reduction(rows, how, weight).to(validation.accumulate_dtype(like.dtype))
+
+
 def shown(value: float | Tensor | None) -> str:
     """A temperature or coefficient as `extra_repr` prints it."""
     return "None" if value is None else f"{value.item() if isinstance(value, Tensor) else value:g}"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import ContrastiveStats, Pairs
-from cl_kernels.losses._common import wide
+from cl_kernels.losses._common import reduced, wide
 
 EMPTY_COUNT = 1e-6
 
@@ -76,12 +76,14 @@ def reduce_anchors(
     base_temperature: float | Tensor,
     no_positive: str,
     reduction: str,
+    like: Tensor,
 ) -> Tensor:
     """The reduced loss times temperature / base_temperature; `count` None: every anchor has positives."""
+    dtype = validation.accumulate_dtype(like.dtype)
     weight = count > 0 if count is not None and no_positive == "drop" else None
     ratio = wide(temperature, loss) / wide(base_temperature, loss)
     if not isinstance(ratio, Tensor) and ratio == 1.0:
-        return validation.reduction(loss, reduction, weight)
+        return reduced(loss, reduction, like, weight)
     if reduction == "mean" and weight is None:
-        return loss.sum() * (ratio / loss.shape[0])
-    return validation.reduction(loss, reduction, weight) * ratio
+        return (loss.sum() * (ratio / loss.shape[0])).to(dtype)
+    return (validation.reduction(loss, reduction, weight) * ratio).to(dtype)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import wide
+from cl_kernels.losses._common import reduced, wide
 
 
 @validation.full_precision
@@ -47,7 +47,7 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float 
 
     own = torch.arange(x.shape[0], device=x.device)
     stats = autograd.contrastive(x, y, scale, Pairs(exclude=None, positive_index=own), both_axes=True)
-    return (torch.lerp(stats.lse, stats.lse_cols, 0.5) - stats.positive_sum).mean()
+    return reduced(torch.lerp(stats.lse, stats.lse_cols, 0.5) - stats.positive_sum, "mean", x)
 
 
 class ClipLoss(nn.Module):

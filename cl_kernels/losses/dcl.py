@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import inverse, shown, unit_rows, wide
+from cl_kernels.losses._common import inverse, reduced, shown, unit_rows, wide
 
 
 @validation.full_precision
@@ -52,12 +52,12 @@ def dcl_loss(
     own = torch.arange(n, device=z0.device)
     cross = autograd.contrastive(z0, z1, scale, Pairs(exclude=0, positive_index=own))
     if n == 1:
-        return 0.0 * cross.positive_sum.sum()
+        return reduced(0.0 * cross.positive_sum, "mean", z0)
     within = autograd.contrastive(z0, None, scale, Pairs(exclude=0))
     positive = cross.positive_sum
     if width is not None:
         positive = positive * (2.0 - n * torch.softmax(positive * (wide(tau, z0) / wide(width, z0)), 0))
-    return (torch.logaddexp(within.lse, cross.lse) - positive).mean()
+    return reduced(torch.logaddexp(within.lse, cross.lse) - positive, "mean", z0)
 
 
 class DCLLoss(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
-from cl_kernels.losses._common import inverse, shown
+from cl_kernels.losses._common import inverse, reduced, shown
 
 
 @validation.full_precision
@@ -63,8 +63,8 @@ def dimcl_loss(
 
     lse, positive_sum, positive_count = autograd.dimcl(z0, z1, inverse(tau, z0), positive_mask)
     if positive_mask is None:
-        return validation.reduction(lse - positive_sum, reduction)
-    return validation.reduction(torch.addcdiv(lse, positive_sum, positive_count, value=-1), reduction)
+        return reduced(lse - positive_sum, reduction, z0)
+    return reduced(torch.addcdiv(lse, positive_sum, positive_count, value=-1), reduction, z0)
 
 
 class DimCLLoss(nn.Module):

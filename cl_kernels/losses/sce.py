@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
-from cl_kernels.losses._common import inverse, own_similarity, shown
+from cl_kernels.losses._common import inverse, own_similarity, reduced, shown
 
 TARGET_POSITIVES = ("exclude", "zero")
 
@@ -84,7 +84,7 @@ def sce_loss(
         rows = _among_keys(
             q, k, k_global, queue, tau, target_tau, weight, positive_in_target, q.shape[0] * rank
         )
-    return validation.reduction(rows, reduction)
+    return reduced(rows, reduction, q)
 
 
 def _among_keys(
@@ -127,7 +127,7 @@ def _beside_queue(
     """[N]: the positive is a column of its own beside the queue's."""
     scale = inverse(tau, q)
     stats = autograd.soft_target(q, [queue], k, [queue], scale, inverse(target_tau, q))
-    positive, cross = own_similarity(q, k, scale), stats.cross
+    positive, cross = own_similarity(q, k, scale).to(stats.lse.dtype), stats.cross
     if positive_in_target == "zero":
         cross = torch.lerp(positive, cross, torch.sigmoid(stats.target_lse))
     return torch.logaddexp(stats.lse, positive) - _mix(cross, positive, coeff)

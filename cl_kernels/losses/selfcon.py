@@ -73,7 +73,7 @@ def selfcon_loss(
 
     views = {"all": x.shape[1], "exits": x.shape[1] - 1, "first": 1}[anchors]
     loss, count = outside_rows(view_major(x), views * x.shape[0], batch, inverse(tau, x), labels, mask)
-    return reduce_anchors(loss, count, tau, base, no_positive, reduction)
+    return reduce_anchors(loss, count, tau, base, no_positive, reduction, x)
 
 
 class SelfConLoss(nn.Module):

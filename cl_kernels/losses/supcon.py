@@ -130,7 +130,7 @@ def supcon_loss(
         loss, count = outside_rows(rows, anchors, batch, scale, labels, mask, among)
     else:
         loss, count = _inside_rows(rows, anchors, batch, scale, labels, denominator)
-    return reduce_anchors(loss, count, tau, base, no_positive, reduction)
+    return reduce_anchors(loss, count, tau, base, no_positive, reduction, x)
 
 
 def _inside_rows(

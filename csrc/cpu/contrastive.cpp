@@ -1,7 +1,6 @@
 #include "../contrastive.h"
 
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/zeros.h>
@@ -84,14 +83,14 @@ class Engine {
         !pairs.row_labels || pairs.col_labels->const_data_ptr() == pairs.row_labels->const_data_ptr();
     symmetric_ = !k && !pairs.both_axes && pairs.exclude.value_or(0) == 0 && same_labels &&
                  !bias_.defined() && !mask_.defined();
-    row_block_ = block_size(n());
-    col_block_ = block_size(m());
+    row_block_ = symmetric_ ? triangle_block(n()) : rectangle_block(n());
+    col_block_ = symmetric_ ? row_block_ : rectangle_block(m());
   }
 
   std::tuple<at::Tensor, at::Tensor> log_sum_exp() {
-    const at::TensorOptions options = q_.tensor().options().dtype(sum_type<Mode>());
-    at::Tensor lse = at::empty({n()}, options);
-    at::Tensor lse_cols = at::empty({pairs_.both_axes ? m() : 0}, options);
+    at::Tensor lse = at::empty({n()}, at::kDouble);
+    at::Tensor lse_cols = at::empty({pairs_.both_axes ? m() : 0}, at::kDouble);
+    if (index_.defined()) index_logit_.assign(n(), T(0));
     q_.make_rows();
     key().make_col_panels();
     const bool shared_exp = (symmetric_ || pairs_.both_axes) && !bias_.defined();
@@ -103,16 +102,14 @@ class Engine {
     return {lse, lse_cols};
   }
 
+  // After log_sum_exp, whose tiles hold the logit of a positive given by index.
   std::tuple<at::Tensor, at::Tensor> positives() {
-    const at::TensorOptions options = q_.tensor().options().dtype(sum_type<Mode>());
     const bool any = pairs_.label_positives || index_.defined() || mask_.defined();
-    at::Tensor sum = at::empty({any ? n() : 0}, options), count = at::empty_like(sum);
-    if (!any) return {sum, count};
-    const at::Tensor q = sum_rows(q_), k = sum_rows(key());
+    at::Tensor sum = at::empty({any ? n() : 0}, at::kDouble), count = at::empty_like(sum);
     if (index_.defined())
-      index_positives(q, k, sum, count);
-    else
-      prototype_positives(q, k, sum, count);
+      index_positives(sum, count);
+    else if (any)
+      prototype_positives(sum_rows(q_), sum_rows(key()), sum, count);
     return {sum, count};
   }
 
@@ -122,8 +119,8 @@ class Engine {
       std::array<bool, 3> needs) {
     const at::TensorOptions options = q_.tensor().options().dtype(sum_type<Mode>());
     const at::Tensor none = at::empty({0}, options);
-    set_coefficients(grad_lse, lse, row_coef_, row_shift_);
-    if (pairs_.both_axes) set_coefficients(grad_lse_cols, lse_cols, col_coef_, col_shift_);
+    rows_.set(grad_lse, lse);
+    if (pairs_.both_axes) cols_.set(grad_lse_cols, lse_cols);
     weight_.assign(round_up(n(), kTileAlign), T(0));
     if (grad_positive) copy_rows(*grad_positive, weight_.data());
     choose_softmax();
@@ -175,12 +172,13 @@ class Engine {
     return other;
   }
 
-  // Base-2 logits of a tile; what is left out becomes -inf.
+  // Base-2 logits of a tile; what is left out becomes -inf. The forward notes those of positives by index.
   void logits(const Tile& t, T* s) {
     tile_kernels<Mode>().product.dot(
         q_.row(t.row), q_.depth(), t.rows, key().col_panels(t.col), q_.depth(),
         static_cast<int>(ceil_div(t.cols, tile_kernels<Mode>().product.panel_width)),
         static_cast<T>(scale_ * kLog2e), s, ld());
+    if (!index_logit_.empty()) for_index(t, [&](int64_t row, int64_t at) { index_logit_[row] = s[at]; });
     const T out = -std::numeric_limits<T>::infinity();
     for (int i = 0; i < t.rows; ++i) std::fill(s + i * ld() + t.cols, s + i * ld() + t.padded_cols(), out);
     if (bias_.defined()) {
@@ -218,10 +216,12 @@ class Engine {
     constexpr bool wide = sizeof(T) == 8;
     constexpr double range = wide ? 700 : 86, tiny = wide ? 1e-200 : 1e-25;
     const double headroom = range - std::log(static_cast<double>(std::max(n(), m())));
-    const double r = std::abs(scale_) * largest_norm(q_) * (k_ ? largest_norm(*k_) : largest_norm(q_));
+    const double norm = largest_norm(q_);
+    const double r = std::abs(scale_) * norm * (k_ ? largest_norm(*k_) : norm);
     if (!(r <= 2.5 * range)) return false;
     const bool safe = r <= headroom;
-    const T shift = static_cast<T>(std::max(0.0, r - headroom) * kLog2e);
+    // A whole number: subtracting it from a logit is exact.
+    const T shift = static_cast<T>(std::ceil(std::max(0.0, r - headroom) * kLog2e));
     std::vector<T> row_sum(round_up(n(), kTileAlign), T(0));
     std::vector<T> col_sum(symmetric_ ? 0 : round_up(m(), kTileAlign), T(0));
     Scratch<T> scratch(tile_elements() + ld());
@@ -235,10 +235,10 @@ class Engine {
       });
     }
     auto finish_sums = [&](const std::vector<T>& sums, at::Tensor& out) {
-      T* value = out.mutable_data_ptr<T>();
+      double* value = out.mutable_data_ptr<double>();
       for (int64_t i = 0; i < out.numel(); ++i) {
         if (!safe && !(sums[i] >= tiny)) return false;
-        value[i] = static_cast<T>((std::log2(static_cast<double>(sums[i])) + shift) * kLn2);
+        value[i] = log_of_sum(shift, sums[i]);
       }
       return true;
     };
@@ -257,7 +257,7 @@ class Engine {
 
   // Any range of logits: a running maximum for each row.
   void online(at::Tensor& lse) {
-    T* out = lse.mutable_data_ptr<T>();
+    double* out = lse.mutable_data_ptr<double>();
     Scratch<T> scratch(tile_elements() + 2 * row_block_);
     run_tasks(row_blocks(), flops(1) * col_blocks(), [&](int64_t a) {
       T* s = scratch.get();
@@ -274,14 +274,28 @@ class Engine {
     });
   }
 
-  void index_positives(const at::Tensor& q, const at::Tensor& k, at::Tensor& sum, at::Tensor& count) {
+  // The very logits that the log-sum-exps were made of, so that lse - S of a converged row keeps its digits.
+  void index_positives(at::Tensor& sum, at::Tensor& count) {
     const int64_t* index = index_.const_data_ptr<int64_t>();
-    T *s = sum.mutable_data_ptr<T>(), *c = count.mutable_data_ptr<T>();
-    for_rows(n(), q_.d(), [&](int64_t i) {
-      const bool some = index[i] >= 0;
-      s[i] = some ? static_cast<T>(scale_) * dot_row<T>(q, i, k, index[i]) : T(0);
-      c[i] = some ? T(1) : T(0);
-    });
+    for (int64_t i = 0; i < n(); ++i) {
+      sum.mutable_data_ptr<double>()[i] = index_logit_[i] * kLn2;
+      count.mutable_data_ptr<double>()[i] = index[i] >= 0;
+    }
+  }
+
+  // f(i, place in the tile) for every row i whose positive by index lies in the tile, or in its mirror image.
+  template <typename F>
+  void for_index(const Tile& t, F f) const {
+    const int64_t* index = index_.const_data_ptr<int64_t>();
+    for (int i = 0; i < t.rows; ++i) {
+      const int64_t j = index[t.row + i] - t.col;
+      if (index[t.row + i] >= 0 && j >= 0 && j < t.cols) f(t.row + i, i * ld() + j);
+    }
+    if (!symmetric_) return;
+    for (int j = 0; j < t.cols; ++j) {
+      const int64_t i = index[t.col + j] - t.row;
+      if (index[t.col + j] >= 0 && i >= 0 && i < t.rows) f(t.col + j, i * ld() + j);
+    }
   }
 
   // Sums over many positives come from prototypes: class sums of the keys, or mask @ (keys summed over
@@ -303,7 +317,7 @@ class Engine {
       weight = at::zeros({groups}, q.options());
       for (int64_t j = 0; j < m(); ++j) weight.mutable_data_ptr<T>()[ids_->cols[j]] += 1;
     }
-    T *s = sum.mutable_data_ptr<T>(), *c = count.mutable_data_ptr<T>();
+    double *s = sum.mutable_data_ptr<double>(), *c = count.mutable_data_ptr<double>();
     const T* total = weight.const_data_ptr<T>();
     for_rows(n(), q_.d(), [&](int64_t i) {
       const int64_t group = mask_.defined() ? i % mask_.size(0) : ids_->rows[i];
@@ -315,74 +329,78 @@ class Engine {
         if (own != 0) value -= own * dot_row<T>(q, i, k, j);
         number -= own;
       }
-      s[i] = static_cast<T>(scale_) * value;
+      s[i] = scale_ * value;
       c[i] = number;
     });
   }
 
-  // The coefficient of the softmax of each row (or column) and its log-sum-exp in base 2; rows without any
-  // column get 0.
-  void set_coefficients(const std::optional<at::Tensor>& grad, const at::Tensor& lse, std::vector<T>& coef,
-                        std::vector<T>& shift) {
-    coef.assign(round_up(lse.numel(), kTileAlign), T(0));
-    shift.assign(coef.size(), T(0));
-    if (grad) copy_rows(*grad, coef.data());
-    const at::Tensor flat = lse.contiguous();
-    for (int64_t i = 0; i < flat.numel(); ++i) {
-      const T value = flat.const_data_ptr<T>()[i];
-      if (value == -std::numeric_limits<T>::infinity()) {
-        coef[i] = T(0);
-      } else {
-        shift[i] = static_cast<T>(value * kLog2e);
-        lowest_ = std::min(lowest_, shift[i]);
-        highest_ = std::max(highest_, shift[i]);
+  // The softmax of each row (or column) as coef_i 2^(s - shift_i); rows without any column get coefficient 0.
+  // A log-sum-exp L is rounded to the shift, and what rounding leaves goes into the coefficient.
+  struct SoftmaxTerms {
+    std::vector<T> coef, shift;
+    std::vector<double> lse;  // L in base 2, -inf for an empty row
+
+    void set(const std::optional<at::Tensor>& grad, const at::Tensor& lse_in) {
+      lse.assign(round_up(lse_in.numel(), kTileAlign), -std::numeric_limits<double>::infinity());
+      coef.assign(lse.size(), T(0));
+      shift.assign(lse.size(), T(0));
+      if (grad) copy_rows(*grad, coef.data());
+      copy_rows(lse_in, lse.data());
+      for (double& value : lse) value *= kLog2e;
+    }
+
+    // coef_i 2^(s - to(i)) for the same softmax.
+    template <typename To>
+    void move(To to) {
+      for (size_t i = 0; i < lse.size(); ++i) {
+        const bool empty = lse[i] == -std::numeric_limits<double>::infinity();
+        shift[i] = empty ? T(0) : to(i);
+        coef[i] = empty || coef[i] == 0 ? T(0) : static_cast<T>(coef[i] * std::exp2(shift[i] - lse[i]));
       }
     }
-  }
+  };
 
   // One exponential can serve a row and a column where their log-sum-exps are close: then what is lost to
   // underflow relative to the largest of them is below 2^-60 of any row.
   void choose_softmax() {
-    softmax_ = Softmax::kRows;
-    if (symmetric_) {
-      col_coef_ = row_coef_;
-      col_shift_ = row_shift_;
-    } else if (!pairs_.both_axes) {
-      return;
-    }
-    softmax_ = Softmax::kBothSeparate;
+    if (symmetric_) cols_ = rows_;
+    double low = std::numeric_limits<double>::infinity(), high = -low;
+    for (const SoftmaxTerms* terms : {&rows_, &cols_})
+      for (double value : terms->lse) {
+        if (value == -std::numeric_limits<double>::infinity()) continue;
+        low = std::min(low, value);
+        high = std::max(high, value);
+      }
     constexpr double kClose = sizeof(T) == 8 ? 400 : 60;
-    if (bias_.defined() || !(lowest_ <= highest_ && highest_ - lowest_ <= kClose)) return;
-    softmax_ = Softmax::kBothCommon;
-    auto rescale = [&](std::vector<T>& coef, const std::vector<T>& shift) {
-      for (size_t i = 0; i < coef.size(); ++i)
-        if (coef[i] != 0) coef[i] *= std::exp2(highest_ - shift[i]);
-    };
-    rescale(row_coef_, row_shift_);
-    rescale(col_coef_, col_shift_);
+    const bool both = symmetric_ || pairs_.both_axes;
+    if (both && !bias_.defined() && low <= high && high - low <= kClose) {
+      softmax_ = Softmax::kBothCommon;
+      shift_ = static_cast<T>(high);
+      for (SoftmaxTerms* terms : {&rows_, &cols_}) terms->move([&](size_t) { return shift_; });
+    } else {
+      softmax_ = both ? Softmax::kBothSeparate : Softmax::kRows;
+      for (SoftmaxTerms* terms : {&rows_, &cols_})
+        terms->move([&](size_t i) { return static_cast<T>(terms->lse[i]); });
+    }
   }
 
   // The tile of G: of G + Gᵀ in the symmetric case.
   void gradient_tile(const Tile& t, T* s) {
     logits(t, s);
-    GradientTile<T, Id> g{s,
-                          ld(),
-                          t.rows,
-                          t.padded_cols(),
-                          softmax_,
-                          highest_,
-                          row_coef_.data() + t.row,
-                          row_shift_.data() + t.row,
-                          nullptr,
-                          nullptr,
-                          nullptr,
-                          nullptr,
-                          weight_.data() + t.row,
-                          nullptr};
+    GradientTile<T, Id> g{};
+    g.s = s;
+    g.ld = ld();
+    g.rows = t.rows;
+    g.cols = t.padded_cols();
+    g.softmax = softmax_;
+    g.shift = shift_;
+    g.row_coef = rows_.coef.data() + t.row;
+    g.row_shift = rows_.shift.data() + t.row;
     if (softmax_ != Softmax::kRows) {
-      g.col_coef = col_coef_.data() + t.col;
-      g.col_shift = col_shift_.data() + t.col;
+      g.col_coef = cols_.coef.data() + t.col;
+      g.col_shift = cols_.shift.data() + t.col;
     }
+    g.row_weight = weight_.data() + t.row;
     if (pairs_.label_positives) {
       g.row_ids = ids_->rows.data() + t.row;
       g.col_ids = ids_->cols.data() + t.col;
@@ -391,7 +409,7 @@ class Engine {
     tile_kernels<Mode>().row.gradient(g);
     if (mask_.defined()) add_mask(t, s);
     fill_excluded(t, s, T(0));
-    if (index_.defined()) add_index(t, s);
+    if (index_.defined()) for_index(t, [&](int64_t row, int64_t at) { s[at] += weight_[row]; });
   }
 
   void add_mask(const Tile& t, T* s) const {
@@ -403,19 +421,6 @@ class Engine {
         s[i * ld() + j] += weight_[t.row + i] * row[c];
         if (++c == period) c = 0;
       }
-    }
-  }
-
-  void add_index(const Tile& t, T* s) const {
-    const int64_t* index = index_.const_data_ptr<int64_t>();
-    for (int i = 0; i < t.rows; ++i) {
-      const int64_t j = index[t.row + i] - t.col;
-      if (index[t.row + i] >= 0 && j >= 0 && j < t.cols) s[i * ld() + j] += weight_[t.row + i];
-    }
-    if (!symmetric_) return;
-    for (int j = 0; j < t.cols; ++j) {
-      const int64_t i = index[t.col + j] - t.row;
-      if (index[t.col + j] >= 0 && i >= 0 && i < t.rows) s[i * ld() + j] += weight_[t.col + j];
     }
   }
 
@@ -479,10 +484,12 @@ class Engine {
   at::Tensor bias_, index_, mask_;
   bool symmetric_;
   int64_t row_block_, col_block_;
-  // Of the gradient: coefficients and log-sum-exps of rows and columns, and the weight of a row's positives.
-  std::vector<T> row_coef_, row_shift_, col_coef_, col_shift_, weight_;
-  T lowest_ = std::numeric_limits<T>::infinity(), highest_ = -lowest_;  // of the shifts
+  std::vector<T> index_logit_;  // of the forward: base-2 logits of positives by index
+  // Of the gradient.
+  SoftmaxTerms rows_, cols_;
+  std::vector<T> weight_;  // of a row's positives
   Softmax softmax_ = Softmax::kRows;
+  T shift_ = 0;
 };
 
 void check(const at::Tensor& q, const std::optional<at::Tensor>& k, const Pairs& pairs) {
@@ -511,8 +518,7 @@ void check(const at::Tensor& q, const std::optional<at::Tensor>& k, const Pairs&
                             pairs.positive_mask.has_value() + pairs.key_bias.has_value() <=
                         1,
                     "at most one of label_positives, positive_index, positive_mask and key_bias");
-  if (pairs.positive_index && n > 0)
-    TORCH_CHECK_INDEX(pairs.positive_index->max().item<int64_t>() < m, "positive_index must be below ", m);
+  if (pairs.positive_index) check_index("positive_index", *pairs.positive_index, m);
 }
 
 }  // namespace
@@ -523,7 +529,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_forward(
   cpu::check(q, k, pairs);
   return cpu::with_mode(q.scalar_type(), [&](auto mode) {
     cpu::Engine<decltype(mode)> engine(q, k, scale, pairs);
-    return std::tuple_cat(engine.log_sum_exp(), engine.positives());
+    auto sums = engine.log_sum_exp();
+    return std::tuple_cat(sums, engine.positives());
   });
 }
 

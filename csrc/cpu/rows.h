@@ -4,11 +4,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/scalar_tensor.h>
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "operand.h"
 
@@ -38,6 +38,15 @@ void for_rows(int64_t n, int64_t d, F f) {
                    [&](int64_t begin, int64_t end) {
                      for (int64_t i = begin; i < end; ++i) f(i);
                    });
+}
+
+// Columns in [-1, m), -1 for none.
+inline void check_index(const char* name, const at::Tensor& index, int64_t m) {
+  const at::Tensor flat = index.contiguous();
+  const int64_t* column = flat.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < flat.numel(); ++i)
+    TORCH_CHECK_INDEX(column[i] >= -1 && column[i] < m, name, " must lie in [-1, ", m, "), got ", column[i],
+                      " in row ", i);
 }
 
 // The matrix in the type of sums, row-major.
@@ -87,17 +96,25 @@ void copy_rows(const at::Tensor& x, T* out) {
 
 // Natural log of sum * 2^max.
 template <typename T>
-T log_of_sum(T max, T sum) {
-  return max == -std::numeric_limits<T>::infinity()
-             ? max
-             : static_cast<T>((std::log2(static_cast<double>(sum)) + static_cast<double>(max)) * kLn2);
+double log_of_sum(T max, T sum) {
+  return sum == 0 ? -std::numeric_limits<double>::infinity()
+                  : (std::log2(static_cast<double>(sum)) + static_cast<double>(max)) * kLn2;
 }
 
+// max ||x_i||; NaN if any row has one.
 template <typename Mode>
 double largest_norm(const Operand<Mode>& x) {
-  return at::linalg_vector_norm(x.tensor(), 2, at::IntArrayRef{1}, false, sum_type<Mode>())
-      .max()
-      .template item<double>();
+  using T = typename Mode::Sum;
+  const at::Tensor rows = sum_rows(x);
+  const int64_t n = x.n(), d = x.d();
+  std::vector<T> square(n);
+  for_rows(n, d, [&](int64_t i) {
+    const T* row = rows.const_data_ptr<T>() + i * d;
+    square[i] = dot(row, row, d);
+  });
+  T largest = 0;
+  for (T value : square) largest = value <= largest ? largest : value;
+  return std::sqrt(static_cast<double>(largest));
 }
 
 // sum_i x_i . grad_i, of x [n, d] and the first d columns of grad [n, >= d]; 0-dim.

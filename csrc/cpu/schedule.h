@@ -13,7 +13,7 @@ namespace cl_kernels::cpu {
 // task.
 template <typename Task>
 void run_tasks(int64_t count, int64_t flops, Task task) {
-  constexpr int64_t kWorthAThread = int64_t{1} << 19;
+  constexpr int64_t kWorthAThread = int64_t{1} << 21;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, flops));
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(i);
@@ -51,10 +51,13 @@ void visit_rectangle(int64_t row_blocks, int64_t col_blocks, int64_t flops, Visi
   }
 }
 
-// Rows (and columns) of a tile: large enough for the products to run at full speed, small enough for every
-// thread to have some. It depends on the sizes alone, never on the number of threads.
-inline int64_t block_size(int64_t n) {
-  return n <= 256 ? 32 : n <= 1024 ? 64 : 128;
+// Rows (or columns) of a tile: large enough for the products to run at full speed, small enough for some
+// sixteen tasks a round where n is large. It depends on the sizes alone, never on the number of threads.
+inline int64_t triangle_block(int64_t n) {
+  return n <= 256 ? 32 : n <= 1024 ? 64 : n <= 4096 ? 128 : 256;
+}
+inline int64_t rectangle_block(int64_t n) {
+  return triangle_block(2 * n);
 }
 
 }  // namespace cl_kernels::cpu

@@ -31,7 +31,7 @@ at::Tensor products(Operand<Mode>& q, Operand<Mode>& k, double factor, at::Scala
   k.make_col_panels();
   at::Tensor out = at::empty({q.n(), k.n()}, q.tensor().options().dtype(type));
   const auto& product = tile_kernels<Mode>().product;
-  const int64_t rows_at_a_time = block_size(q.n()), cols_at_a_time = block_size(k.n());
+  const int64_t rows_at_a_time = rectangle_block(q.n()), cols_at_a_time = rectangle_block(k.n());
   Scratch<T> scratch(rows_at_a_time * cols_at_a_time);
   run_tasks(ceil_div(q.n(), rows_at_a_time), 2 * rows_at_a_time * k.n() * q.d(), [&](int64_t a) {
     T* s = scratch.get();
@@ -66,7 +66,7 @@ at::Tensor times_features(const at::Tensor& g, bool transposed, Operand<Mode>& x
   x.make_row_panels();
   const int64_t n = g.size(transposed ? 1 : 0), depth = x.n(), ld = g.size(1);
   at::Tensor out = at::zeros({n, x.padded_d()}, g.options());
-  const int64_t rows_at_a_time = block_size(n);
+  const int64_t rows_at_a_time = rectangle_block(n);
   run_tasks(ceil_div(n, rows_at_a_time), 2 * rows_at_a_time * depth * x.d(), [&](int64_t a) {
     const int64_t row = a * rows_at_a_time;
     tile_kernels<Mode>().product.accumulate(

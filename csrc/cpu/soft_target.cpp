@@ -1,5 +1,6 @@
 #include "../soft_target.h"
 
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -27,14 +28,14 @@ class SoftTarget {
         input_type_(q.scalar_type()),
         q_(q),
         target_q_(target_q),
-        row_block_(block_size(q.size(0))) {
+        row_block_(rectangle_block(q.size(0))) {
     if (positive) positive_ = positive->contiguous();
     int64_t first = 0;
     for (size_t i = 0; i < k.size(); ++i) {
       segments_.emplace_back(k[i], target_k[i], first);
       first += k[i].size(0);
     }
-    col_block_ = block_size(first);
+    col_block_ = rectangle_block(first);
     for (size_t i = 0; i < segments_.size(); ++i)
       for (int64_t col = 0; col < segments_[i].k.n(); col += col_block_) tiles_.push_back({i, col});
   }
@@ -42,12 +43,11 @@ class SoftTarget {
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
       bool save_gradient) {
     const at::TensorOptions options = this->options();
-    at::Tensor lse = at::empty({n()}, options), target_lse = at::empty({n()}, options),
-               cross = at::empty({n()}, options);
-    at::Tensor positive_sum = at::zeros({positive_.defined() ? n() : 0}, options);
+    at::Tensor lse = at::empty({n()}, at::kDouble), target_lse = at::empty_like(lse),
+               cross = at::empty_like(lse);
+    at::Tensor positive_sum = at::zeros({positive_.defined() ? n() : 0}, at::kDouble);
     at::Tensor mean_key = at::zeros({save_gradient ? n() : 0, q_.padded_d()}, options);
     at::Tensor mean_target_key = at::zeros_like(mean_key);
-    if (positive_.defined()) positive_similarity(positive_sum);
     prepare_logits();
     if (save_gradient)
       for (Segment& segment : segments_) segment.k.make_row_panels();
@@ -68,6 +68,9 @@ class SoftTarget {
       for (const ColumnTile& b : tiles_) {
         const int cols = cols_of(b), padded = static_cast<int>(round_up(cols, kTileAlign));
         logits(row, rows, b, s, t);
+        for_positives(row, rows, b, [&](int i, int64_t j) {
+          positive_sum.mutable_data_ptr<double>()[row + i] = s[i * ld() + j] * kLn2;
+        });
         tile_kernels<Mode>().row.online_cross({s, t, ld(), rows, padded}, target_max, target_sum, weighted,
                                               decay);
         if (save_gradient) {
@@ -86,10 +89,10 @@ class SoftTarget {
         }
       }
       for (int i = 0; i < rows; ++i) {
-        lse.mutable_data_ptr<T>()[row + i] = log_of_sum(max[i], sum[i]);
-        target_lse.mutable_data_ptr<T>()[row + i] = log_of_sum(target_max[i], target_sum[i]);
-        cross.mutable_data_ptr<T>()[row + i] =
-            target_sum[i] > 0 ? static_cast<T>(weighted[i] * kLn2) / target_sum[i] : T(0);
+        lse.mutable_data_ptr<double>()[row + i] = log_of_sum(max[i], sum[i]);
+        target_lse.mutable_data_ptr<double>()[row + i] = log_of_sum(target_max[i], target_sum[i]);
+        cross.mutable_data_ptr<double>()[row + i] =
+            target_sum[i] > 0 ? weighted[i] * kLn2 / target_sum[i] : 0;
         decay[i] = sum[i] > 0 ? T(1) / sum[i] : T(0);
         sum[i] = target_sum[i] > 0 ? T(1) / target_sum[i] : T(0);
       }
@@ -107,8 +110,10 @@ class SoftTarget {
   backward(const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_target_lse,
            const std::optional<at::Tensor>& grad_cross, const std::optional<at::Tensor>& grad_positive_sum,
            const at::Tensor& lse, const at::Tensor& target_lse, const at::Tensor& cross,
-           const at::Tensor& mean_key, const at::Tensor& mean_target_key, std::array<bool, 4> needs) {
-    const Rows rows(*this, grad_lse, grad_target_lse, grad_cross, grad_positive_sum, lse, target_lse, cross);
+           const at::Tensor& positive_sum, const at::Tensor& mean_key, const at::Tensor& mean_target_key,
+           std::array<bool, 4> needs) {
+    const Rows rows(n(), grad_lse, grad_target_lse, grad_cross, grad_positive_sum, lse, target_lse, cross,
+                    positive_sum);
     const auto [need_q, need_k, need_target_q, need_target_k] = needs;
     const at::TensorOptions options = this->options();
     at::Tensor grad_q = at::zeros({n(), q_.padded_d()}, options);  // always, for the gradient of the scale
@@ -151,30 +156,34 @@ class SoftTarget {
     int64_t col;  // within the segment
   };
 
-  // What the gradient needs of each row: base-2 log-sum-exps and coefficients, 0 where a row has no columns.
+  // What the gradient needs of each row: statistics, the log-sum-exps in base 2, and the incoming gradients,
+  // 0 where there are no columns.
   struct Rows {
-    std::vector<T> lse, target_lse, cross, lse_coef, target_coef, cross_coef, positive_coef;
-    Rows(const SoftTarget& of, const std::optional<at::Tensor>& grad_lse,
+    std::vector<double> lse, target_lse, positive;
+    std::vector<T> cross, lse_coef, target_coef, cross_coef, positive_coef;
+
+    Rows(int64_t n, const std::optional<at::Tensor>& grad_lse,
          const std::optional<at::Tensor>& grad_target_lse, const std::optional<at::Tensor>& grad_cross,
          const std::optional<at::Tensor>& grad_positive_sum, const at::Tensor& lse_in,
-         const at::Tensor& target_lse_in, const at::Tensor& cross_in) {
-      auto copy = [&](const std::optional<at::Tensor>& x, std::vector<T>& out) {
-        out.assign(of.n(), T(0));
+         const at::Tensor& target_lse_in, const at::Tensor& cross_in, const at::Tensor& positive_in) {
+      auto copy = [&](const std::optional<at::Tensor>& x, auto& out) {
+        out.assign(n, 0);
         if (x) copy_rows(*x, out.data());
       };
       copy(lse_in, lse);
       copy(target_lse_in, target_lse);
       copy(cross_in, cross);
+      copy(positive_in, positive);
       copy(grad_lse, lse_coef);
       copy(grad_target_lse, target_coef);
       copy(grad_cross, cross_coef);
       copy(grad_positive_sum, positive_coef);
-      for (int64_t i = 0; i < of.n(); ++i) {
-        auto to_base_2 = [](T& value) {
-          const bool empty = value == -std::numeric_limits<T>::infinity();
-          value = empty ? T(0) : static_cast<T>(value * kLog2e);
-          return empty;
-        };
+      auto to_base_2 = [](double& value) {
+        const bool empty = value == -std::numeric_limits<double>::infinity();
+        value = empty ? 0 : value * kLog2e;
+        return empty;
+      };
+      for (int64_t i = 0; i < n; ++i) {
         if (to_base_2(lse[i])) lse_coef[i] = T(0);
         if (to_base_2(target_lse[i])) target_coef[i] = cross_coef[i] = T(0);
       }
@@ -261,14 +270,6 @@ class SoftTarget {
     });
   }
 
-  void positive_similarity(at::Tensor& out) {
-    const at::Tensor q = sum_rows(q_);
-    for_positive_keys([&](int64_t i, const T* key) {
-      out.mutable_data_ptr<T>()[i] =
-          static_cast<T>(scale_) * dot(q.const_data_ptr<T>() + i * q_.d(), key, q_.d());
-    });
-  }
-
   // G k, of row means that the forward kept; the positive's own share is added here, in full precision.
   void gradient_from_means(const Rows& r, const at::Tensor& mean_key, const at::Tensor& mean_target_key,
                            at::Tensor& grad_q) {
@@ -280,13 +281,10 @@ class SoftTarget {
         out[i * ld + c] = r.lse_coef[i] * o[i * d + c] + r.cross_coef[i] * u[i * d + c];
     });
     if (!positive_.defined()) return;
-    at::Tensor similarity = at::empty({n()}, options());
-    positive_similarity(similarity);
-    const T* s = similarity.const_data_ptr<T>();
     for_positive_keys([&](int64_t i, const T* key) {
-      T weight = r.positive_coef[i] + r.lse_coef[i] * std::exp2(static_cast<T>(s[i] * kLog2e) - r.lse[i]);
+      double weight = r.positive_coef[i] + r.lse_coef[i] * std::exp2(r.positive[i] * kLog2e - r.lse[i]);
       if (zero_) weight += r.cross_coef[i] * std::exp2(-r.target_lse[i]);
-      for (int64_t c = 0; c < d; ++c) out[i * ld + c] += weight * key[c];
+      for (int64_t c = 0; c < d; ++c) out[i * ld + c] += static_cast<T>(weight) * key[c];
     });
   }
 
@@ -301,6 +299,16 @@ class SoftTarget {
     }
     if (need_k) q_.make_row_panels();
     if (need_target_k) target_q_.make_row_panels();
+    // Log-sum-exps rounded to T; what rounding leaves goes into the coefficients.
+    std::vector<T> lse(n()), target_lse(n()), lse_coef(n()), target_coef(n()), cross_coef(n());
+    for (int64_t i = 0; i < n(); ++i) {
+      lse[i] = static_cast<T>(r.lse[i]);
+      target_lse[i] = static_cast<T>(r.target_lse[i]);
+      const double rest = std::exp2(target_lse[i] - r.target_lse[i]);
+      lse_coef[i] = static_cast<T>(r.lse_coef[i] * std::exp2(lse[i] - r.lse[i]));
+      target_coef[i] = static_cast<T>(r.target_coef[i] * rest);
+      cross_coef[i] = static_cast<T>(r.cross_coef[i] * rest);
+    }
     constexpr int kTiles = GradientProduct<Mode>::kTiles;
     Scratch<T> scratch(2 * kTiles * tile_elements());
     auto visit = [&](int64_t a, int64_t tile) {
@@ -311,9 +319,9 @@ class SoftTarget {
       T *s = scratch.get(), *t = s + kTiles * tile_elements();
       logits(row, rows, b, s, t);
       tile_kernels<Mode>().row.soft_target_gradient(
-          {s, t, ld(), rows, static_cast<int>(round_up(cols, kTileAlign))}, r.lse_coef.data() + row,
-          r.lse.data() + row, r.cross_coef.data() + row, r.target_lse.data() + row,
-          r.target_coef.data() + row, r.cross.data() + row);
+          {s, t, ld(), rows, static_cast<int>(round_up(cols, kTileAlign))}, lse_coef.data() + row,
+          lse.data() + row, cross_coef.data() + row, target_lse.data() + row, target_coef.data() + row,
+          r.cross.data() + row);
       fill_tail(s, rows, cols, T(0));
       for_positives(row, rows, b, [&](int i, int64_t j) {
         s[i * ld() + j] += r.positive_coef[row + i];
@@ -369,9 +377,7 @@ void check(const at::Tensor& q, at::TensorList k, const at::Tensor& target_q, at
   if (!positive) return;
   TORCH_CHECK_VALUE(positive->dim() == 1 && positive->size(0) == q.size(0), "positive must be [", q.size(0),
                     "], got ", positive->sizes());
-  if (q.size(0) > 0)
-    TORCH_CHECK_INDEX(positive->min().item<int64_t>() >= -1 && positive->max().item<int64_t>() < m,
-                      "positive must be in [-1, ", m, ")");
+  check_index("positive", *positive, m);
 }
 
 }  // namespace
@@ -398,14 +404,14 @@ soft_target_backward(const std::optional<at::Tensor>& grad_lse,
                      const at::Tensor& scale, const at::Tensor& target_scale,
                      const std::optional<at::Tensor>& positive, std::string_view positive_in_target,
                      const at::Tensor& lse, const at::Tensor& target_lse, const at::Tensor& cross,
-                     const at::Tensor& mean_key, const at::Tensor& mean_target_key,
-                     std::array<bool, 4> needs) {
+                     const at::Tensor& positive_sum, const at::Tensor& mean_key,
+                     const at::Tensor& mean_target_key, std::array<bool, 4> needs) {
   cpu::check(q, k, target_q, target_k, positive, positive_in_target);
   return cpu::with_mode(q.scalar_type(), [&](auto mode) {
     cpu::SoftTarget<decltype(mode)> work(q, k, target_q, target_k, scale, target_scale, positive,
                                          positive_in_target);
     return work.backward(grad_lse, grad_target_lse, grad_cross, grad_positive_sum, lse, target_lse, cross,
-                         mean_key, mean_target_key, needs);
+                         positive_sum, mean_key, mean_target_key, needs);
   });
 }
 
