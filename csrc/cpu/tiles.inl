@@ -47,7 +47,8 @@ constexpr int kPanelWidth = kMicroVectors * Simd<typename Mode::Sum>::kLanes;
 
 enum class Store { kScale, kAdd, kAddScale };
 
-// out (R x panel width) = factor * (a b), or out + a b, or factor * (out + a b).
+// out (R x panel width) = factor * (a b), or out + a b, or factor * (out + a b). The sums start from zero:
+// chains of additions stay short, and so do their errors.
 template <typename Mode, int R, bool Transposed>
 inline void micro(const typename Mode::Operand* a, ptrdiff_t ld, const typename Mode::Operand* b, int depth,
                   typename Mode::Sum factor, Store how, typename Mode::Sum* out, ptrdiff_t ld_out) {
@@ -57,8 +58,7 @@ inline void micro(const typename Mode::Operand* a, ptrdiff_t ld, const typename 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kMicroVectors; ++v)
-      sum[r][v] = how == Store::kScale ? typename S::Vec{} : S::load(out + r * ld_out + v * S::kLanes);
+    for (int v = 0; v < kMicroVectors; ++v) sum[r][v] = typename S::Vec{};
   for (int k = 0; k < depth; ++k, b += kPanelWidth<Mode>) {
     typename M::Operands bv[kMicroVectors];
 #pragma GCC unroll 4
@@ -73,8 +73,11 @@ inline void micro(const typename Mode::Operand* a, ptrdiff_t ld, const typename 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kMicroVectors; ++v)
-      S::store(out + r * ld_out + v * S::kLanes, how == Store::kAdd ? sum[r][v] : sum[r][v] * factor);
+    for (int v = 0; v < kMicroVectors; ++v) {
+      typename Mode::Sum* at = out + r * ld_out + v * S::kLanes;
+      const typename S::Vec total = how == Store::kScale ? sum[r][v] : S::load(at) + sum[r][v];
+      S::store(at, how == Store::kAdd ? total : total * factor);
+    }
 }
 
 template <typename Mode, bool Transposed, int R>
