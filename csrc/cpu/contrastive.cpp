@@ -35,19 +35,40 @@ struct LabelIds {
   std::vector<Id> rows, cols;
   int64_t classes = 0;
 
-  LabelIds(const at::Tensor& row_labels, const at::Tensor& col_labels) {
-    std::unordered_map<int64_t, Id> seen;
-    auto number = [&](const at::Tensor& labels, std::vector<Id>& ids) {
-      const at::Tensor flat = labels.contiguous();
-      const int64_t* label = flat.const_data_ptr<int64_t>();
-      ids.reserve(round_up(flat.numel(), kTileAlign));
-      for (int64_t i = 0; i < flat.numel(); ++i)
-        ids.push_back(seen.emplace(label[i], static_cast<Id>(seen.size())).first->second);
+  LabelIds(const at::Tensor& row_labels, const at::Tensor& col_labels, bool same) {
+    const at::Tensor row_flat = row_labels.contiguous(), col_flat = col_labels.contiguous();
+    const int64_t *row = row_flat.const_data_ptr<int64_t>(), *col = col_flat.const_data_ptr<int64_t>();
+    const int64_t n = row_flat.numel(), m = col_flat.numel();
+    rows.resize(n);
+    int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
+    for (const auto& [label, count] : {std::pair{row, n}, std::pair{col, m}})
+      for (int64_t i = 0; i < count; ++i) low = std::min(low, label[i]), high = std::max(high, label[i]);
+    // A table where the labels are dense, as class labels are; a hash map for the others.
+    const uint64_t range = static_cast<uint64_t>(high) - static_cast<uint64_t>(low);
+    if (range < static_cast<uint64_t>(4 * (n + m))) {
+      std::vector<Id> table(range + 1, Id{-1});
+      number(row, col, same, m, [&](int64_t label) -> Id& { return table[label - low]; });
+    } else {
+      std::unordered_map<int64_t, Id> table;
+      number(row, col, same, m,
+             [&](int64_t label) -> Id& { return table.try_emplace(label, Id{-1}).first->second; });
+    }
+  }
+
+ private:
+  template <typename Slot>
+  void number(const int64_t* row, const int64_t* col, bool same, int64_t m, Slot slot) {
+    auto id_of = [&](int64_t label) {
+      Id& id = slot(label);
+      if (id < 0) id = static_cast<Id>(classes++);
+      return id;
     };
-    number(row_labels, rows);
-    number(col_labels, cols);
-    cols.resize(round_up(cols.size(), kTileAlign), Id{-1});
-    classes = static_cast<int64_t>(seen.size());
+    for (size_t i = 0; i < rows.size(); ++i) rows[i] = id_of(row[i]);
+    cols.assign(round_up(m, kTileAlign), Id{-1});
+    if (same)
+      std::copy(rows.begin(), rows.end(), cols.begin());
+    else
+      for (int64_t j = 0; j < m; ++j) cols[j] = id_of(col[j]);
   }
 };
 
@@ -73,7 +94,6 @@ class Engine {
         among_(parse_among(pairs.among)),
         q_(q) {
     if (k) k_.emplace(*k);
-    if (pairs.row_labels) ids_.emplace(*pairs.row_labels, *pairs.col_labels);
     if (pairs.key_bias) {
       bias_ = pairs.key_bias->to(sum_type<Mode>()).mul(kLog2e).contiguous();
     }
@@ -81,6 +101,7 @@ class Engine {
     if (pairs.positive_mask) mask_ = pairs.positive_mask->to(sum_type<Mode>()).contiguous();
     const bool same_labels =
         !pairs.row_labels || pairs.col_labels->const_data_ptr() == pairs.row_labels->const_data_ptr();
+    if (pairs.row_labels) ids_.emplace(*pairs.row_labels, *pairs.col_labels, same_labels && n() == m());
     symmetric_ = !k && !pairs.both_axes && pairs.exclude.value_or(0) == 0 && same_labels &&
                  !bias_.defined() && !mask_.defined();
     row_block_ = symmetric_ ? triangle_block(n()) : rectangle_block(n());

@@ -62,9 +62,7 @@ class Operand {
         d_(x.size(1)),
         width_(tile_kernels<Mode>().product.panel_width),
         x_(x.to(element_type<Mode>())),
-        data_(x_.const_data_ptr()),
-        row_stride_(x_.stride(0)),
-        col_stride_(x_.stride(1)) {}
+        source_{x_.const_data_ptr(), n_, d_, x_.stride(0), x_.stride(1)} {}
 
   int64_t n() const { return n_; }
   int64_t d() const { return d_; }
@@ -89,15 +87,18 @@ class Operand {
     col_panels_ = at::empty({groups * width_ * depth() * kPack}, x_.options());
     Word* out = static_cast<Word*>(col_panels_.data_ptr());
     at::parallel_for(0, groups, grain(width_ * d_), [&](int64_t begin, int64_t end) {
+      const Source word = source_;
+      const int64_t width = width_, rows = depth();
       for (int64_t group = begin; group < end; ++group) {
-        Word* panel = out + group * width_ * depth();
-        const int64_t first = group * width_, used = std::min<int64_t>(width_, n_ - first);
-        if (used < width_) std::fill_n(panel, width_ * depth(), Word{});
-        for (int64_t block = 0; block < depth();
-             block += kBlock)  // both sides of the transposition stay in cache
+        Word* panel = out + group * width * rows;
+        const int64_t first = group * width, used = std::min<int64_t>(width, n_ - first);
+        if (used < width) std::fill_n(panel, width * rows, Word{});
+        for (int64_t block = 0; block < rows;
+             block += kBlock) {  // both sides of the transposition stay in cache
+          const int64_t last = std::min(rows, block + kBlock);
           for (int64_t c = 0; c < used; ++c)
-            for (int64_t k = block; k < std::min(depth(), block + kBlock); ++k)
-              panel[k * width_ + c] = word(first + c, k * kPack, 0, 1);
+            for (int64_t k = block; k < last; ++k) panel[k * width + c] = word(first + c, k * kPack, 0, 1);
+        }
       }
     });
   }
@@ -108,12 +109,14 @@ class Operand {
     Word* out = static_cast<Word*>(row_panels_.data_ptr());
     const int64_t lines = ceil_div(n_, kPack);
     at::parallel_for(0, lines, grain(d_), [&](int64_t begin, int64_t end) {
+      const Source word = source_;
+      const int64_t width = width_;
       for (int64_t group = 0; group < panels(); ++group) {
-        const int64_t first = group * width_, used = std::min<int64_t>(width_, d_ - first);
+        const int64_t first = group * width, used = std::min<int64_t>(width, d_ - first);
         for (int64_t j = begin; j < end; ++j) {
-          Word* line = out + group * row_panel_stride() + j * width_;
+          Word* line = out + group * row_panel_stride() + j * width;
           for (int64_t c = 0; c < used; ++c) line[c] = word(j * kPack, first + c, 1, 0);
-          std::fill(line + used, line + width_, Word{});
+          std::fill(line + used, line + width, Word{});
         }
       }
     });
@@ -137,22 +140,26 @@ class Operand {
     return std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, elements));
   }
 
-  // The element at (i, j) and, for packed operands, its neighbour at (i + di, j + dj): zero past the edge.
-  Word word(int64_t i, int64_t j, int64_t di, int64_t dj) const {
-    if constexpr (kPack == 1) {
-      return static_cast<const Word*>(data_)[i * row_stride_ + j * col_stride_];
-    } else {
-      const uint16_t* x = static_cast<const uint16_t*>(data_) + i * row_stride_ + j * col_stride_;
-      const bool edge = i + di >= n_ || j + dj >= d_;
-      return x[0] | static_cast<uint32_t>(edge ? 0 : x[di * row_stride_ + dj * col_stride_]) << 16;
+  // Reads the matrix. Loops take a copy, so that what they write is known not to change it.
+  struct Source {
+    const void* data;
+    int64_t n, d, row_stride, col_stride;
+    // The element at (i, j) and, for packed operands, its neighbour at (i + di, j + dj): zero past the edge.
+    Word operator()(int64_t i, int64_t j, int64_t di, int64_t dj) const {
+      if constexpr (kPack == 1) {
+        return static_cast<const Word*>(data)[i * row_stride + j * col_stride];
+      } else {
+        const uint16_t* x = static_cast<const uint16_t*>(data) + i * row_stride + j * col_stride;
+        const bool edge = i + di >= n || j + dj >= d;
+        return x[0] | static_cast<uint32_t>(edge ? 0 : x[di * row_stride + dj * col_stride]) << 16;
+      }
     }
-  }
+  };
 
   int64_t n_, d_;
   int width_;
   at::Tensor x_, rows_, col_panels_, row_panels_;
-  const void* data_;
-  int64_t row_stride_, col_stride_;
+  Source source_;
 };
 
 }  // namespace cl_kernels::cpu
