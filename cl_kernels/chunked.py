@@ -334,7 +334,9 @@ def soft_target_forward(
         lse[rows] = _log_sum_exp(logits, 1)
         target_lse[rows] = _log_sum_exp(target_logits, 1)
         target = _softmax_of(target_logits, target_lse[rows, None])
-        cross[rows] = (target * logits).sum(1, dtype=dtype)
+        pivot = logits.gather(1, target.argmax(1, keepdim=True))  # near the mean where the target is sharp
+        total = target.sum(1, dtype=dtype)
+        cross[rows] = (target * (logits - pivot)).sum(1, dtype=dtype) + total.sign() * pivot[:, 0].to(dtype)
         if own is not None:
             positive_sum[rows] = (own * logits).sum(1, dtype=dtype)
         if save_gradient:
@@ -412,9 +414,9 @@ def soft_target_backward(
                 _add_transposed(grad_k, grad, problem.q[rows])
             if not needs_target:
                 continue
-            grad = target * (
-                g_target_lse[rows, None] + g_cross[rows, None] * (logits - cross[rows, None].to(acc))
-            )
+            rounded = cross[rows, None].to(acc)
+            centred = (logits - rounded) - (cross[rows, None] - rounded).to(acc)
+            grad = target * (g_target_lse[rows, None] + g_cross[rows, None] * centred)
             if own is not None:
                 grad.masked_fill_(own, 0)
             grad_target_scale += (grad * target_dots).sum()

@@ -96,9 +96,8 @@ void copy_rows(const at::Tensor& x, T* out) {
 
 // Natural log of sum * 2^max.
 template <typename T>
-double log_of_sum(T max, T sum) {
-  return sum == 0 ? -std::numeric_limits<double>::infinity()
-                  : (std::log2(static_cast<double>(sum)) + static_cast<double>(max)) * kLn2;
+double log_of_sum(T max, double sum) {
+  return sum == 0 ? -std::numeric_limits<double>::infinity() : (std::log2(sum) + max) * kLn2;
 }
 
 // max ||x_i||; NaN if any row has one.

@@ -8,12 +8,14 @@ struct Bits<float> {
   using Int = int32_t;
   typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));  // one for each lane
   typedef int8_t BytesAt __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
+  typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));  // as many doubles
 };
 template <>
 struct Bits<double> {
   using Int = int64_t;
   typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 8)));
   typedef int8_t BytesAt __attribute__((vector_size(kVectorBytes / 8), aligned(1), may_alias));
+  typedef double Wide __attribute__((vector_size(kVectorBytes)));
 };
 
 template <typename T>
@@ -25,6 +27,14 @@ struct Simd {
   // The same vectors at any address.
   typedef T VecAt __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
   typedef Int IntVecAt __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+
+  using Wide = typename Bits<T>::Wide;
+  static inline Wide widen(Vec v) { return __builtin_convertvector(v, Wide); }
+  static inline double sum_wide(Wide v) {
+    double total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
+    return total;
+  }
 
   static inline Vec load(const T* p) { return *reinterpret_cast<const VecAt*>(p); }
   static inline void store(T* p, Vec v) { *reinterpret_cast<VecAt*>(p) = v; }

@@ -51,15 +51,15 @@ class SoftTarget {
     prepare_logits();
     if (save_gradient)
       for (Segment& segment : segments_) segment.k.make_row_panels();
-    Scratch<T> scratch(2 * GradientProduct<Mode>::kTiles * tile_elements() + 6 * row_block_);
+    Scratch<T> scratch(2 * GradientProduct<Mode>::kTiles * tile_elements() + 4 * row_block_);
     run_tasks(row_blocks(), flops(save_gradient ? 4 : 2) * tiles_.size(), [&](int64_t a) {
       const int64_t row = a * row_block_;
       const int rows = rows_of(a);
       T* s = scratch.get();
       T* t = s + GradientProduct<Mode>::kTiles * tile_elements();
       T *max = t + GradientProduct<Mode>::kTiles * tile_elements(), *sum = max + row_block_,
-        *target_max = sum + row_block_, *target_sum = target_max + row_block_,
-        *weighted = target_sum + row_block_, *decay = weighted + row_block_;
+        *target_max = sum + row_block_, *decay = target_max + row_block_;
+      std::vector<double> target_sum(row_block_), weighted(row_block_);
       std::fill(max, decay + row_block_, T(0));
       std::fill(max, max + row_block_, -std::numeric_limits<T>::infinity());
       std::fill(target_max, target_max + row_block_, -std::numeric_limits<T>::infinity());
@@ -71,8 +71,8 @@ class SoftTarget {
         for_positives(row, rows, b, [&](int i, int64_t j) {
           positive_sum.mutable_data_ptr<double>()[row + i] = s[i * ld() + j] * kLn2;
         });
-        tile_kernels<Mode>().row.online_cross({s, t, ld(), rows, padded}, target_max, target_sum, weighted,
-                                              decay);
+        tile_kernels<Mode>().row.online_cross({s, t, ld(), rows, padded}, target_max, target_sum.data(),
+                                              weighted.data(), decay);
         if (save_gradient) {
           fill_positive(row, rows, b, t, T(0));
           decay_rows(u, decay, rows);
@@ -94,7 +94,7 @@ class SoftTarget {
         cross.mutable_data_ptr<double>()[row + i] =
             target_sum[i] > 0 ? weighted[i] * kLn2 / target_sum[i] : 0;
         decay[i] = sum[i] > 0 ? T(1) / sum[i] : T(0);
-        sum[i] = target_sum[i] > 0 ? T(1) / target_sum[i] : T(0);
+        sum[i] = target_sum[i] > 0 ? static_cast<T>(1 / target_sum[i]) : T(0);
       }
       if (save_gradient) {
         decay_rows(o, decay, rows);
@@ -159,8 +159,8 @@ class SoftTarget {
   // What the gradient needs of each row: statistics, the log-sum-exps in base 2, and the incoming gradients,
   // 0 where there are no columns.
   struct Rows {
-    std::vector<double> lse, target_lse, positive;
-    std::vector<T> cross, lse_coef, target_coef, cross_coef, positive_coef;
+    std::vector<double> lse, target_lse, cross, positive;
+    std::vector<T> lse_coef, target_coef, cross_coef, positive_coef;
 
     Rows(int64_t n, const std::optional<at::Tensor>& grad_lse,
          const std::optional<at::Tensor>& grad_target_lse, const std::optional<at::Tensor>& grad_cross,
@@ -300,7 +300,8 @@ class SoftTarget {
     if (need_k) q_.make_row_panels();
     if (need_target_k) target_q_.make_row_panels();
     // Log-sum-exps rounded to T; what rounding leaves goes into the coefficients.
-    std::vector<T> lse(n()), target_lse(n()), lse_coef(n()), target_coef(n()), cross_coef(n());
+    std::vector<T> lse(n()), target_lse(n()), lse_coef(n()), target_coef(n()), cross_coef(n()), cross(n()),
+        cross_rest(n());
     for (int64_t i = 0; i < n(); ++i) {
       lse[i] = static_cast<T>(r.lse[i]);
       target_lse[i] = static_cast<T>(r.target_lse[i]);
@@ -308,6 +309,8 @@ class SoftTarget {
       lse_coef[i] = static_cast<T>(r.lse_coef[i] * std::exp2(lse[i] - r.lse[i]));
       target_coef[i] = static_cast<T>(r.target_coef[i] * rest);
       cross_coef[i] = static_cast<T>(r.cross_coef[i] * rest);
+      cross[i] = static_cast<T>(r.cross[i] * kLog2e);
+      cross_rest[i] = static_cast<T>(r.cross[i] * kLog2e - cross[i]);
     }
     constexpr int kTiles = GradientProduct<Mode>::kTiles;
     Scratch<T> scratch(2 * kTiles * tile_elements());
@@ -319,9 +322,9 @@ class SoftTarget {
       T *s = scratch.get(), *t = s + kTiles * tile_elements();
       logits(row, rows, b, s, t);
       tile_kernels<Mode>().row.soft_target_gradient(
-          {s, t, ld(), rows, static_cast<int>(round_up(cols, kTileAlign))}, lse_coef.data() + row,
-          lse.data() + row, cross_coef.data() + row, target_lse.data() + row, target_coef.data() + row,
-          r.cross.data() + row);
+          {s, t, ld(), rows, static_cast<int>(round_up(cols, kTileAlign))},
+          {lse_coef.data() + row, lse.data() + row, cross_coef.data() + row, target_lse.data() + row,
+           target_coef.data() + row, cross.data() + row, cross_rest.data() + row});
       fill_tail(s, rows, cols, T(0));
       for_positives(row, rows, b, [&](int i, int64_t j) {
         s[i * ld() + j] += r.positive_coef[row + i];

@@ -80,6 +80,13 @@ struct SoftTargetTile {
   int rows, cols;
 };
 
+// Of each of its rows: base-2 log-sum-exps, the coefficients of a gradient, and the teacher's mean of s in
+// two parts.
+template <typename T>
+struct SoftTargetRows {
+  const T *lse_coef, *lse, *cross_coef, *target_lse, *target_coef, *cross, *cross_rest;
+};
+
 template <typename Mode>
 struct RowKernels {
   using T = typename Mode::Sum;
@@ -96,13 +103,11 @@ struct RowKernels {
 
   // The teacher's running maximum and sum as in `online`, t becoming 2^(t - max'), and
   // cross_i = cross_i decay_i + sum_j 2^(t_ij - max'_i) s_ij.
-  void (*online_cross)(const SoftTargetTile<T>& tile, T* max, T* sum, T* cross, T* decay);
+  void (*online_cross)(const SoftTargetTile<T>& tile, T* max, double* sum, double* cross, T* decay);
 
-  // s becomes G = lse_coef_i 2^(s - lse_i) + cross_coef_i p, t becomes H = p (target_coef_i + cross_coef_i (s
-  // ln2 - cross_i)), with p = 2^(t - target_lse_i).
-  void (*soft_target_gradient)(const SoftTargetTile<T>& tile, const T* lse_coef, const T* lse,
-                               const T* cross_coef, const T* target_lse, const T* target_coef,
-                               const T* cross);
+  // s becomes G = lse_coef_i 2^(s - lse_i) + cross_coef_i p, t becomes
+  // H = p (target_coef_i + cross_coef_i ln2 (s - cross_i - cross_rest_i)), with p = 2^(t - target_lse_i).
+  void (*soft_target_gradient)(const SoftTargetTile<T>& tile, const SoftTargetRows<T>& rows);
 
   // out_j = x_j - LSE over the columns whose mask is nonzero (null: all); -inf at the others and in an empty
   // row.

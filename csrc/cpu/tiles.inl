@@ -242,30 +242,29 @@ void gradient(const GradientTile<T, Id>& tile) {
 }
 
 template <typename T>
-void online_cross(const SoftTargetTile<T>& tile, T* max, T* sum, T* cross, T* decay) {
+void online_cross(const SoftTargetTile<T>& tile, T* max, double* sum, double* cross, T* decay) {
   using S = Simd<T>;
   for (int i = 0; i < tile.rows; ++i) {
     const T* s = tile.s + i * tile.ld;
     T* t = tile.t + i * tile.ld;
     const T top = row_max(t, tile.cols, max[i]);
     const T shift = top == kMinusInfinity<T> ? T(0) : top;
-    typename S::Vec total{}, weighted{};
+    typename S::Wide total{}, weighted{};
     for (int j = 0; j < tile.cols; j += S::kLanes) {
       const typename S::Vec e = exp2_vec<T>(S::load(t + j) - shift);
       S::store(t + j, e);
-      total += e;
-      weighted += e * S::load(s + j);
+      total += S::widen(e);
+      weighted += S::widen(e) * S::widen(S::load(s + j));
     }
     decay[i] = decay_of(max[i], top);
     max[i] = top;
-    sum[i] = sum[i] * decay[i] + S::sum(total);
-    cross[i] = cross[i] * decay[i] + S::sum(weighted);
+    sum[i] = sum[i] * decay[i] + S::sum_wide(total);
+    cross[i] = cross[i] * decay[i] + S::sum_wide(weighted);
   }
 }
 
 template <typename T>
-void soft_target_gradient(const SoftTargetTile<T>& tile, const T* lse_coef, const T* lse, const T* cross_coef,
-                          const T* target_lse, const T* target_coef, const T* cross) {
+void soft_target_gradient(const SoftTargetTile<T>& tile, const SoftTargetRows<T>& rows) {
   using S = Simd<T>;
   const T ln2 = T(0.693147180559945309417);
   for (int i = 0; i < tile.rows; ++i) {
@@ -273,9 +272,10 @@ void soft_target_gradient(const SoftTargetTile<T>& tile, const T* lse_coef, cons
     T* t = tile.t + i * tile.ld;
     for (int j = 0; j < tile.cols; j += S::kLanes) {
       const typename S::Vec x = S::load(s + j);
-      const typename S::Vec p = exp2_vec<T>(S::load(t + j) - target_lse[i]);
-      S::store(s + j, lse_coef[i] * exp2_vec<T>(x - lse[i]) + cross_coef[i] * p);
-      S::store(t + j, p * (target_coef[i] + cross_coef[i] * (x * ln2 - cross[i])));
+      const typename S::Vec p = exp2_vec<T>(S::load(t + j) - rows.target_lse[i]);
+      const typename S::Vec centred = (x - rows.cross[i]) - rows.cross_rest[i];
+      S::store(s + j, rows.lse_coef[i] * exp2_vec<T>(x - rows.lse[i]) + rows.cross_coef[i] * p);
+      S::store(t + j, p * (rows.target_coef[i] + rows.cross_coef[i] * ln2 * centred));
     }
   }
 }
