@@ -243,29 +243,9 @@ def contrastive_lse(
     Source: the denominator of van den Oord et al., "Representation Learning with Contrastive Predictive
     Coding", 2018, equation 4.
     """
-    validation.features("q", q)
-    n = m = q.shape[0]
-    if k is not None:
-        validation.features("k", k, shape="[M, D]")
-        validation.same_width(q=q, k=k)
-        m = k.shape[0]
-    validation.same_device(q=q, k=k, row_labels=row_labels, col_labels=col_labels, key_bias=key_bias)
-    validation.option("among", among, ("all", "same", "different"))
-    validation.flag("both_axes", both_axes)
-    scale = validation.scale("scale", scale, q)
-    offset = validation.exclude("exclude", exclude)
-    if k is None and col_labels is None:
-        col_labels = row_labels
-    validation.both_or_none("row_labels", row_labels, "col_labels", col_labels)
-    if row_labels is not None and col_labels is not None:
-        row_labels = validation.labels("row_labels", row_labels, n)
-        col_labels = validation.labels("col_labels", col_labels, m)
-    elif among != "all":
-        raise ValueError(f"row_labels must be given with among={among!r}, got None")
-    if key_bias is not None:
-        validation.key_bias("key_bias", key_bias, m)
-    if k is not None:
-        q, k = validation.promote(q, k)
+    q, k, scale, offset, row_labels, col_labels = validation.lse_inputs(
+        q, k, scale, exclude, row_labels, col_labels, among, key_bias, both_axes
+    )
     pairs = Pairs(exclude=offset, row_labels=row_labels, col_labels=col_labels, among=among)
     stats = autograd.contrastive(q, k, scale, pairs, key_bias=key_bias, both_axes=both_axes)
     dtype = validation.accumulate_dtype(q.dtype)

@@ -305,29 +305,9 @@ def contrastive_lse(
     both_axes: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LSE_{j in Den(i)} (scale q_i·k_j + key_bias_j) [N], with `both_axes` also over i [M]; -inf if empty."""
-    check.features("q", q)
-    n = m = q.shape[0]
-    if k is not None:
-        check.features("k", k, shape="[M, D]")
-        check.same_width(q=q, k=k)
-        m = k.shape[0]
-    check.same_device(q=q, k=k, row_labels=row_labels, col_labels=col_labels, key_bias=key_bias)
-    check.option("among", among, ("all", "same", "different"))
-    check.flag("both_axes", both_axes)
-    scale = check.scale("scale", scale, q)
-    offset = check.exclude("exclude", exclude)
-    if k is None and col_labels is None:
-        col_labels = row_labels
-    check.both_or_none("row_labels", row_labels, "col_labels", col_labels)
-    if row_labels is not None and col_labels is not None:
-        row_labels = check.labels("row_labels", row_labels, n)
-        col_labels = check.labels("col_labels", col_labels, m)
-    elif among != "all":
-        raise ValueError(f"row_labels must be given with among={among!r}, got None")
-    if key_bias is not None:
-        check.key_bias("key_bias", key_bias, m)
-    if k is not None:
-        q, k = check.promote(q, k)
+    q, k, scale, offset, row_labels, col_labels = check.lse_inputs(
+        q, k, scale, exclude, row_labels, col_labels, among, key_bias, both_axes
+    )
     lse, lse_cols, _, _ = contrastive_stats(
         q, k, scale, offset, row_labels, col_labels, among, key_bias=key_bias, both_axes=both_axes
     )

@@ -352,6 +352,43 @@ def pair_and_queue(q: Any, k: Any, queue: Any) -> tuple[Tensor, Tensor, Tensor |
     return q, k, queue
 
 
+def lse_inputs(
+    q: Any,
+    k: Any,
+    factor: Any,
+    left_out: Any,
+    row_labels: Any,
+    col_labels: Any,
+    among: Any,
+    bias: Any,
+    both_axes: Any,
+) -> tuple[Tensor, Tensor | None, float | Tensor, int | None, Tensor | None, Tensor | None]:
+    """The arguments of `contrastive_lse`, checked: q, k, scale, offset, row_labels, col_labels."""
+    features("q", q)
+    n = m = q.shape[0]
+    if k is not None:
+        features("k", k, shape="[M, D]")
+        same_width(q=q, k=k)
+        m = k.shape[0]
+    same_device(q=q, k=k, row_labels=row_labels, col_labels=col_labels, key_bias=bias)
+    option("among", among, ("all", "same", "different"))
+    flag("both_axes", both_axes)
+    factor = scale("scale", factor, q)
+    offset = exclude("exclude", left_out)
+    if k is None and col_labels is None:
+        col_labels = row_labels
+    both_or_none("row_labels", row_labels, "col_labels", col_labels)
+    if row_labels is not None and col_labels is not None:
+        row_labels, col_labels = labels("row_labels", row_labels, n), labels("col_labels", col_labels, m)
+    elif among != "all":
+        raise ValueError(f"row_labels must be given with among={among!r}, got None")
+    if bias is not None:
+        key_bias("key_bias", bias, m)
+    if k is not None:
+        q, k = promote(q, k)
+    return q, k, factor, offset, row_labels, col_labels
+
+
 def sce_inputs(
     q: Any, k: Any, k_global: Any, queue: Any, rank: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

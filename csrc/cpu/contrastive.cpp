@@ -72,6 +72,11 @@ struct LabelIds {
   }
 };
 
+// Whether two vectors are the same memory.
+bool is_same(const at::Tensor& a, const at::Tensor& b) {
+  return a.const_data_ptr() == b.const_data_ptr() && a.sizes() == b.sizes() && a.strides() == b.strides();
+}
+
 // A tile: rows [row, row + rows), columns [col, col + cols) of the similarity matrix.
 struct Tile {
   int64_t row, col;
@@ -99,9 +104,8 @@ class Engine {
     }
     if (pairs.positive_index) index_ = pairs.positive_index->contiguous();
     if (pairs.positive_mask) mask_ = pairs.positive_mask->to(sum_type<Mode>()).contiguous();
-    const bool same_labels =
-        !pairs.row_labels || pairs.col_labels->const_data_ptr() == pairs.row_labels->const_data_ptr();
-    if (pairs.row_labels) ids_.emplace(*pairs.row_labels, *pairs.col_labels, same_labels && n() == m());
+    const bool same_labels = !pairs.row_labels || is_same(*pairs.row_labels, *pairs.col_labels);
+    if (pairs.row_labels) ids_.emplace(*pairs.row_labels, *pairs.col_labels, same_labels);
     symmetric_ = !k && !pairs.both_axes && pairs.exclude.value_or(0) == 0 && same_labels &&
                  !bias_.defined() && !mask_.defined();
     row_block_ = symmetric_ ? triangle_block(n()) : rectangle_block(n());
