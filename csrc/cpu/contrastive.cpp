@@ -198,12 +198,13 @@ class Engine {
   }
 
   // Base-2 logits of a tile; what is left out becomes -inf. The forward notes those of positives by index.
-  void logits(const Tile& t, T* s) {
+  void logits(const Tile& t, T* s, bool mirror) {
     tile_kernels<Mode>().product.dot(
         q_.row(t.row), q_.depth(), t.rows, key().col_panels(t.col), q_.depth(),
         static_cast<int>(ceil_div(t.cols, tile_kernels<Mode>().product.panel_width)),
         static_cast<T>(scale_ * kLog2e), s, ld());
-    if (!index_logit_.empty()) for_index(t, [&](int64_t row, int64_t at) { index_logit_[row] = s[at]; });
+    if (!index_logit_.empty())
+      for_index(t, mirror, [&](int64_t row, int64_t at) { index_logit_[row] = s[at]; });
     const T out = -std::numeric_limits<T>::infinity();
     for (int i = 0; i < t.rows; ++i) std::fill(s + i * ld() + t.cols, s + i * ld() + t.padded_cols(), out);
     if (bias_.defined()) {
@@ -272,7 +273,7 @@ class Engine {
 
   void sum_tile(const Tile& t, T shift, T* s, T* row_sum, T* col_sum) {
     T* part = s + tile_elements();
-    logits(t, s);
+    logits(t, s, symmetric_);
     std::fill(part, part + ld(), T(0));
     tile_kernels<Mode>().row.sum_exp(s, ld(), t.rows, t.padded_cols(), shift, row_sum + t.row,
                                      col_sum ? part : nullptr);
@@ -291,7 +292,7 @@ class Engine {
       std::fill(sum, sum + row_block_, T(0));
       for (int64_t b = 0; b < col_blocks(); ++b) {
         const Tile t = tile(a, b);
-        logits(t, s);
+        logits(t, s, false);
         tile_kernels<Mode>().row.online(s, ld(), t.rows, t.padded_cols(), false, max, sum, nullptr);
       }
       const Tile t = tile(a, 0);
@@ -308,15 +309,16 @@ class Engine {
     }
   }
 
-  // f(i, place in the tile) for every row i whose positive by index lies in the tile, or in its mirror image.
+  // f(i, place in the tile) for every row i whose positive by index lies in the tile, or in its mirror image
+  // where the tile stands for that too.
   template <typename F>
-  void for_index(const Tile& t, F f) const {
+  void for_index(const Tile& t, bool mirror, F f) const {
     const int64_t* index = index_.const_data_ptr<int64_t>();
     for (int i = 0; i < t.rows; ++i) {
       const int64_t j = index[t.row + i] - t.col;
       if (index[t.row + i] >= 0 && j >= 0 && j < t.cols) f(t.row + i, i * ld() + j);
     }
-    if (!symmetric_) return;
+    if (!mirror) return;
     for (int j = 0; j < t.cols; ++j) {
       const int64_t i = index[t.col + j] - t.row;
       if (index[t.col + j] >= 0 && i >= 0 && i < t.rows) f(t.col + j, i * ld() + j);
@@ -411,7 +413,7 @@ class Engine {
 
   // The tile of G: of G + Gᵀ in the symmetric case.
   void gradient_tile(const Tile& t, T* s) {
-    logits(t, s);
+    logits(t, s, symmetric_);
     GradientTile<T, Id> g{};
     g.s = s;
     g.ld = ld();
@@ -434,7 +436,7 @@ class Engine {
     tile_kernels<Mode>().row.gradient(g);
     if (mask_.defined()) add_mask(t, s);
     fill_excluded(t, s, T(0));
-    if (index_.defined()) for_index(t, [&](int64_t row, int64_t at) { s[at] += weight_[row]; });
+    if (index_.defined()) for_index(t, symmetric_, [&](int64_t row, int64_t at) { s[at] += weight_[row]; });
   }
 
   void add_mask(const Tile& t, T* s) const {
