@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -122,6 +122,11 @@ class _Contrast:
         return weights if self.exclude is None else weights.masked_fill(self._excluded(rows), 0)
 
 
+def _contrast(q: Tensor, k: Tensor | None, *options: Any) -> _Contrast:
+    rows = q.to(accumulate_dtype(q.dtype))
+    return _Contrast(rows, rows if k is None else k.to(rows.dtype), *options)
+
+
 @_op
 def contrastive_forward(
     q: Tensor,
@@ -137,11 +142,9 @@ def contrastive_forward(
     key_bias: Tensor | None,
     both_axes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = accumulate_dtype(q.dtype)
-    rows_q = q.to(acc)
-    pairs = _Contrast(
-        rows_q, rows_q if k is None else k.to(acc), scale, exclude, row_labels, col_labels, among,
-        label_positives, positive_index, positive_mask, key_bias,
+    pairs = _contrast(
+        q, k, scale, exclude, row_labels, col_labels, among, label_positives, positive_index,
+        positive_mask, key_bias,
     )  # fmt: skip
     n, m = q.shape[0], pairs.k.shape[0]
     dtype = statistics_dtype(q)
@@ -184,10 +187,9 @@ def contrastive_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = accumulate_dtype(q.dtype)
-    rows_q = q.to(acc)
-    pairs = _Contrast(
-        rows_q, rows_q if k is None else k.to(acc), scale, exclude, row_labels, col_labels, among,
-        label_positives, positive_index, positive_mask, key_bias,
+    pairs = _contrast(
+        q, k, scale, exclude, row_labels, col_labels, among, label_positives, positive_index,
+        positive_mask, key_bias,
     )  # fmt: skip
     needs_q, needs_k, needs_bias = needs
     into_columns = needs_k or (needs_q and k is None)

@@ -158,28 +158,13 @@ def soft_target_cross_entropy(
     Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
     2023.
     """
-    keys, target_keys = validation.segments("k", k), validation.segments("target_k", target_k)
-    validation.features("q", q)
-    validation.features("target_q", target_q, shape="[N, E]")
-    validation.same_device(q=q, k=keys, target_q=target_q, target_k=target_keys, positive=positive)
-    validation.same_width(q=q, k=keys)
-    validation.same_width(target_q=target_q, target_k=target_keys)
-    validation.same_length(q=q, target_q=target_q)
-    validation.same_segments("k", keys, "target_k", target_keys)
-    validation.option("positive_in_target", positive_in_target, ("exclude", "zero"))
+    q, keys, target_q, target_keys, scale, target_scale, positive, coeff = validation.soft_target_inputs(
+        q, k, target_q, target_k, scale, target_scale, positive, coeff
+    )
+    validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     validation.option("reduction", reduction, validation.REDUCTIONS)
-    scale = validation.scale("scale", scale, q)
-    target_scale = validation.scale("target_scale", target_scale, q)
-    coeff = validation.coefficient("coeff", coeff, q)
-    if positive is not None:
-        positive = validation.index("positive", positive, q.shape[0], sum(part.shape[0] for part in keys))
-    elif isinstance(coeff, Tensor) or coeff != 0:
-        raise ValueError(f"positive must be given with a coeff other than 0, got None with coeff {coeff}")
-
-    parts = validation.promote(q, target_q, *keys, *target_keys)
-    q, target_q, segments = parts[0], parts[1], parts[2:]
     stats = autograd.soft_target(
-        q, segments[: len(keys)], target_q, segments[len(keys) :], scale, target_scale,
+        q, keys, target_q, target_keys, scale, target_scale,
         positive=positive, positive_in_target=positive_in_target,
     )  # fmt: skip
     has_target = stats.target_lse > -math.inf

@@ -249,27 +249,12 @@ def soft_target_cross_entropy(
 
     S = scale q kᵀ, T = target_scale target_q target_kᵀ. A row whose target is empty has W = onehot.
     """
-    keys, target_keys = check.segments("k", k), check.segments("target_k", target_k)
-    check.features("q", q)
-    check.features("target_q", target_q, shape="[N, E]")
-    check.same_device(q=q, k=keys, target_q=target_q, target_k=target_keys, positive=positive)
-    check.same_width(q=q, k=keys)
-    check.same_width(target_q=target_q, target_k=target_keys)
-    check.same_length(q=q, target_q=target_q)
-    check.same_segments("k", keys, "target_k", target_keys)
-    check.option("positive_in_target", positive_in_target, ("exclude", "zero"))
+    q, keys, target_q, target_keys, scale, target_scale, positive, coeff = check.soft_target_inputs(
+        q, k, target_q, target_k, scale, target_scale, positive, coeff
+    )
+    check.option("positive_in_target", positive_in_target, check.TARGET_POSITIVES)
     check.option("reduction", reduction, check.REDUCTIONS)
-    scale = check.scale("scale", scale, q)
-    target_scale = check.scale("target_scale", target_scale, q)
-    coeff = check.coefficient("coeff", coeff, q)
-    if positive is not None:
-        positive = check.index("positive", positive, q.shape[0], sum(x.shape[0] for x in keys))
-    elif isinstance(coeff, Tensor) or coeff != 0:
-        raise ValueError(f"positive must be given with a coeff other than 0, got None with coeff {coeff}")
 
-    parts = check.promote(q, target_q, *keys, *target_keys)
-    q, target_q, rest = parts[0], parts[1], list(parts[2:])
-    keys, target_keys = rest[: len(keys)], rest[len(keys) :]
     q = _accumulate(q)
     student = _scalar(scale, q) * (q @ _accumulate(torch.cat(keys)).T)
     teacher, included = _teacher(target_q, target_keys, target_scale, positive, positive_in_target)
@@ -530,7 +515,7 @@ def sce_loss(
     temperature = check.temperature("temperature", temperature, q)
     target_temperature = check.temperature("target_temperature", target_temperature, q)
     coeff = check.coefficient("coeff", coeff, q)
-    check.option("positive_in_target", positive_in_target, ("exclude", "zero"))
+    check.option("positive_in_target", positive_in_target, check.TARGET_POSITIVES)
     check.option("reduction", reduction, check.REDUCTIONS)
 
     q, k = _accumulate(q), _accumulate(k)

@@ -20,6 +20,7 @@ R = TypeVar("R")
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+TARGET_POSITIVES = ("exclude", "zero")
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -350,6 +351,31 @@ def pair_and_queue(q: Any, k: Any, queue: Any) -> tuple[Tensor, Tensor, Tensor |
     same_width(q=q, queue=queue)
     q, k, queue = promote(q, k, queue)
     return q, k, queue
+
+
+def soft_target_inputs(
+    q: Any, k: Any, target_q: Any, target_k: Any, factor: Any, target_factor: Any, positive: Any, coeff: Any
+) -> tuple[
+    Tensor, list[Tensor], Tensor, list[Tensor], float | Tensor, float | Tensor, Tensor | None, float | Tensor
+]:
+    """The arguments of `soft_target_cross_entropy`, checked: features of one dtype, keys as segments."""
+    keys, target_keys = segments("k", k), segments("target_k", target_k)
+    features("q", q)
+    features("target_q", target_q, shape="[N, E]")
+    same_device(q=q, k=keys, target_q=target_q, target_k=target_keys, positive=positive)
+    same_width(q=q, k=keys)
+    same_width(target_q=target_q, target_k=target_keys)
+    same_length(q=q, target_q=target_q)
+    same_segments("k", keys, "target_k", target_keys)
+    factor = scale("scale", factor, q)
+    target_factor = scale("target_scale", target_factor, q)
+    coeff = coefficient("coeff", coeff, q)
+    if positive is not None:
+        positive = index("positive", positive, q.shape[0], sum(part.shape[0] for part in keys))
+    elif isinstance(coeff, Tensor) or coeff != 0:
+        raise ValueError(f"positive must be given with a coeff other than 0, got None with coeff {coeff}")
+    q, target_q, *parts = promote(q, target_q, *keys, *target_keys)
+    return q, parts[: len(keys)], target_q, parts[len(keys) :], factor, target_factor, positive, coeff
 
 
 def lse_inputs(

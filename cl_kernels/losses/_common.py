@@ -21,9 +21,9 @@ def inverse(temperature: float | Tensor, like: Tensor) -> float | Tensor:
 
 def unit_rows(x: Tensor) -> Tensor:
     """Rows over their L2 norm, computed in at least float32; a zero row stays zero and gets no gradient."""
-    wide = x.to(validation.accumulate_dtype(x.dtype))
-    norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-    return (wide / norm.masked_fill(norm == 0, torch.inf)).to(x.dtype)
+    rows = x.to(validation.accumulate_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return (rows / norm.masked_fill(norm == 0, torch.inf)).to(x.dtype)
 
 
 def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:

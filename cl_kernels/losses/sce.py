@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from cl_kernels import autograd, validation
 from cl_kernels.losses._common import inverse, own_similarity, reduced, shown
 
-TARGET_POSITIVES = ("exclude", "zero")
-
 
 @validation.full_precision
 def sce_loss(
@@ -75,7 +73,7 @@ def sce_loss(
     tau = validation.temperature("temperature", temperature, q)
     target_tau = validation.temperature("target_temperature", target_temperature, q)
     weight = validation.coefficient("coeff", coeff, q)
-    validation.option("positive_in_target", positive_in_target, TARGET_POSITIVES)
+    validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
     if k_global is None and queue is not None:
@@ -159,7 +157,7 @@ class SCELoss(nn.Module):
         self.target_temperature = target_temperature
         self.coeff = coeff
         self.positive_in_target = validation.option(
-            "positive_in_target", positive_in_target, TARGET_POSITIVES
+            "positive_in_target", positive_in_target, validation.TARGET_POSITIVES
         )
         self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 

@@ -90,7 +90,6 @@ class Engine {
  public:
   using T = typename Mode::Sum;
   using Id = typename Mode::Id;
-  using Word = typename Mode::Operand;
 
   Engine(const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs)
       : pairs_(pairs),

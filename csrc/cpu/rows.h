@@ -112,7 +112,7 @@ double largest_norm(const Operand<Mode>& x) {
     square[i] = dot(row, row, d);
   });
   T largest = 0;
-  for (T value : square) largest = value <= largest ? largest : value;
+  for (T value : square) largest = value > largest || value != value ? value : largest;
   return std::sqrt(static_cast<double>(largest));
 }
 
