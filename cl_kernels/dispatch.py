@@ -19,6 +19,7 @@ Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = typing.get_args(Backend)
 
 _NOT_BUILT = "not part of this build of cl_kernels yet"
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class BackendError(RuntimeError):
@@ -41,7 +42,8 @@ class use_backend:
         with cl_kernels.use_backend("cpu"): ...        # inside, then back to what it was
 
     "auto" takes the fastest backend that can serve; "reference" is plain PyTorch in row chunks; "cpu" is the
-    compiled extension; "triton" and "cuda" are reserved. A backend asked for by name that cannot serve a call
+    compiled extension; "triton" runs on GPUs (and under Triton's interpreter, with TRITON_INTERPRET=1, on the
+    CPU, for tests); "cuda" is reserved. A backend asked for by name that cannot serve a call
     raises `BackendError` there. The choice is the whole process's, and a backward keeps the backend of its
     forward. The environment variable CL_KERNELS_BACKEND sets the initial choice. Raises `ValueError` for an
     unknown name.
@@ -65,10 +67,19 @@ def requested() -> str:
     return _backend
 
 
-def obstacle(backend: str, device_type: str, op_name: str | None = None) -> str | None:
-    """Why `backend` cannot serve tensors of this device type (and this op), or None."""
-    if backend in ("triton", "cuda"):
+def obstacle(
+    backend: str, device_type: str, op_name: str | None = None, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why `backend` cannot serve tensors of this device type (and this op and dtype), or None."""
+    if backend == "cuda":
         return _NOT_BUILT
+    if backend == "triton":
+        if not ops.has_triton():
+            return "the package triton is not installed"
+        if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
+            return f"takes GPU tensors, not {device_type} tensors"
+        if dtype is not None and dtype not in _TRITON_DTYPES:
+            return f"takes float16, bfloat16 and float32, not {dtype}"
     if backend == "cpu":
         if not extension.is_loaded():
             return extension.missing_because
@@ -79,12 +90,17 @@ def obstacle(backend: str, device_type: str, op_name: str | None = None) -> str 
     return None
 
 
+def interpreted() -> bool:
+    """Whether Triton kernels run under its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
 def select(op_name: str, tensor: Tensor) -> str:
     """The backend for an op on tensors like this one: the one asked for, or `BackendError`."""
-    reason = obstacle(_backend, tensor.device.type, op_name)
+    reason = obstacle(_backend, tensor.device.type, op_name, tensor.dtype)
     if reason is not None:
         raise BackendError(f"backend {_backend!r} cannot serve {op_name} here: {reason}")
-    return _backend
+    return "interpreter" if _backend == "triton" and tensor.device.type == "cpu" else _backend
 
 
 @full_precision
@@ -92,6 +108,8 @@ def call(op_name: str, backend: str, *args: Any) -> Any:
     """Run an op on a selected backend. The backward passes on the backend that its forward selected."""
     if backend == "reference":
         return getattr(chunked, op_name)(*args)
+    if backend == "interpreter":
+        return ops.triton_op(op_name)(*args)
     return getattr(torch.ops.cl_kernels, op_name)(*args)
 
 

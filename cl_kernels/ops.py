@@ -1,7 +1,8 @@
 """The registered ops `torch.ops.cl_kernels.*`: schemas, formulas and fake kernels.
 
 The default implementation of every op is the function of the same name in `chunked.py`; the compiled
-extension registers faster CPU kernels for the same schemas. Gradients are attached in `autograd.py`: the ops
+extension registers faster CPU kernels for the same schemas, and for GPUs this module those of `triton/ops.py`.
+Gradients are attached in `autograd.py`: the ops
 themselves are not differentiable.
 
 Common to all: N rows, M columns, D features; features are [N, D] and [M, D] of one dtype, and `k` None means
@@ -48,6 +49,9 @@ masked_log_softmax: logits - LSE over the included of each row; excluded: -inf, 
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,10 +114,34 @@ SCHEMAS = {
     "masked_log_softmax_backward": "(Tensor grad, Tensor output, Tensor? mask) -> Tensor",
 }
 
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_op(name: str) -> Callable[..., Any]:
+    """The Triton implementation of an op, imported with Triton when first called."""
+    return getattr(importlib.import_module("cl_kernels.triton.ops"), name)
+
+
+def _on_gpu(name: str) -> Callable[..., Any]:
+    """An op by Triton's kernels, by the chunked reference for what they do not take."""
+
+    def op(*args: Any) -> Any:
+        features = next(x for x in args if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2)
+        implementation = getattr(chunked, name) if features.dtype == torch.float64 else triton_op(name)
+        return implementation(*args)
+
+    return op
+
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(chunked, _name), "CompositeExplicitAutograd")
+    if has_triton():
+        _library.impl(_name, _on_gpu(_name), "CUDA")
 
 
 def _fake(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU
+
 import cl_kernels as clk
-from cl_kernels import extension
+from cl_kernels import extension, ops
 
 settings.register_profile(
     "tests",

@@ -1,0 +1,39 @@
+"""What the launchers share: arguments as kernels take them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cl_kernels import configs
+
+
+def precision(x: Tensor) -> str:
+    """How products of tiles like `x` are computed, as `tiles.dot` takes it.
+
+    float32 follows `torch.get_float32_matmul_precision()`: "highest" is float32's accuracy, by three tf32
+    products on NVIDIA and natively on AMD, "high" tf32, "medium" bfloat16. Half tiles always multiply as they
+    are, with float32 sums.
+    """
+    if x.dtype != torch.float32:
+        return "ieee"
+    asked = torch.get_float32_matmul_precision()
+    exact = "tf32x3" if configs.device_of(x).architecture.startswith("sm_") else "ieee"
+    return {"highest": exact, "high": "tf32", "medium": "bf16"}[asked]
+
+
+def scalar(x: Tensor) -> float | Tensor:
+    """A 0-dim tensor as a kernel argument: its value from the CPU, else itself; never a synchronisation."""
+    return x.item() if x.device.type == "cpu" else x
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def splits(parallel: int, serial: int, x: Tensor, waves: int = 4) -> int:
+    """Into how many parts to cut a loop of `serial` steps, of which `parallel` run side by side, so that they
+    fill the device about `waves` times."""
+    wanted = cdiv(waves * configs.device_of(x).processors, parallel)
+    per_part = cdiv(serial, min(wanted, serial))
+    return cdiv(serial, per_part)

@@ -1,0 +1,56 @@
+"""Device functions that the kernels share: loads, products, and running log-sum-exps of tiles.
+
+Names: i_* are indices of rows, columns or features (int32 blocks, int64 where they meet a stride), m_* masks,
+b_* blocks in registers. Logits are in base 2: times log2(e), so that each exponential is one exp2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Stands for the maximum of nothing: finite, so that no difference of two of them is NaN.
+NOTHING = tl.constexpr(-1e30)
+
+
+@triton.jit
+def scalar(x, IS_TENSOR: tl.constexpr):
+    """A scalar argument, from memory where it is a tensor."""
+    if IS_TENSOR:
+        x = tl.load(x)
+    return x
+
+
+@triton.jit
+def load_rows(x, i_row, m_row, i_col, m_col, stride_row, stride_col, EVEN: tl.constexpr):
+    """x[i_row, i_col], 0 outside; `EVEN`: no column is outside."""
+    at = x + i_row.to(tl.int64)[:, None] * stride_row + i_col.to(tl.int64)[None, :] * stride_col
+    if EVEN:
+        return tl.load(at, mask=m_row[:, None], other=0.0)
+    return tl.load(at, mask=m_row[:, None] & m_col[None, :], other=0.0)
+
+
+@triton.jit
+def dot(x, y, acc, PRECISION: tl.constexpr):
+    """acc + x y, float32 sums. `PRECISION` (launch.precision) is for float32 tiles."""
+    if PRECISION == "bf16":
+        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), acc)
+    return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def product(
+    x, y, i_x, m_x, i_y, m_y, d, stride_xn, stride_xd, stride_yn, stride_yd,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x[i_x] y[i_y]^T, [BLOCK_M, BLOCK_N], walking the d features in chunks."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, d, BLOCK_D):
+        i_d = first + tl.arange(0, BLOCK_D)
+        b_x = load_rows(x, i_x, m_x, i_d, i_d < d, stride_xn, stride_xd, EVEN_D)
+        b_y = load_rows(y, i_y, m_y, i_d, i_d < d, stride_yn, stride_yd, EVEN_D)
+        acc = dot(b_x, tl.trans(b_y), acc, PRECISION)
+    return acc
