@@ -4,8 +4,8 @@ A row is found for the architecture of a tensor's device, the kind of its dtype 
 rounded up to a power of two; where the table has no row for that width, the next wider one serves, and the
 widest row serves everything beyond, because such kernels walk the features in chunks of `block_d`.
 
-Rows for sm_80 keep to the 99 KiB of shared memory that sm_86, sm_89 and sm_120 have too. Every row is compiled
-ahead of time, and held to limits, by `make compile-gate`.
+Rows for sm_80 keep to the 99 KiB of shared memory that sm_86, sm_89 and sm_120 have too. Every row is
+compiled ahead of time, and held to limits, by `make compile-gate`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The registered ops `torch.ops.cl_kernels.*`: schemas, formulas and fake kernels.
 
 The default implementation of every op is the function of the same name in `chunked.py`; the compiled
-extension registers faster CPU kernels for the same schemas, and for GPUs this module those of `triton/ops.py`.
-Gradients are attached in `autograd.py`: the ops
-themselves are not differentiable.
+extension registers faster CPU kernels for the same schemas, and this module those of `triton/ops.py` for
+GPUs. Gradients are attached in `autograd.py`: the ops themselves are not differentiable.
 
 Common to all: N rows, M columns, D features; features are [N, D] and [M, D] of one dtype, and `k` None means
 `q` with itself. "acc" is float64 for float64 features and float32 otherwise. Scales are 0-dim acc tensors, on

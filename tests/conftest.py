@@ -11,9 +11,12 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU
+    import interpreter
+
+    interpreter.repair()
 
 import cl_kernels as clk
-from cl_kernels import extension, ops
+from cl_kernels import extension
 
 settings.register_profile(
     "tests",

@@ -1,7 +1,7 @@
 """Triton's interpreter, which runs kernels on the CPU with numpy, made right where it is not.
 
-It rounds float32 to bfloat16 by truncation, and multiplies bfloat16 tiles as the integers that hold them. GPUs
-do neither. Set TRITON_INTERPRET=1 before triton is imported, then call `repair()`.
+It rounds float32 to bfloat16 by truncation, and multiplies bfloat16 tiles as the integers that hold them.
+GPUs do neither. Set TRITON_INTERPRET=1 before triton is imported, then call `repair()`.
 """
 
 from __future__ import annotations
