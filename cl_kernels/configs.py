@@ -27,6 +27,7 @@ class Shape(NamedTuple):
     block_d: int  # features at a time
     warps: int
     stages: int  # of the software pipeline
+    registers: int | None = None  # a thread's, at most (NVIDIA)
 
 
 class Device(NamedTuple):

@@ -37,3 +37,9 @@ def splits(parallel: int, serial: int, x: Tensor, waves: int = 4) -> int:
     wanted = cdiv(waves * configs.device_of(x).processors, parallel)
     per_part = cdiv(serial, min(wanted, serial))
     return cdiv(serial, per_part)
+
+
+def options(tile: configs.Shape) -> dict[str, int]:
+    """How a kernel is compiled for a launch shape."""
+    chosen = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return chosen if tile.registers is None else {**chosen, "maxnreg": tile.registers}
