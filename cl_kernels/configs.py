@@ -67,6 +67,12 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def widest(kernel: str, x: torch.Tensor) -> int:
+    """The widest features that a kernel which keeps all of them on chip takes."""
+    architecture = device_of(x).architecture
+    return 256 if architecture == INTERPRETER else max(TABLE[kernel, architecture, dtype_kind(x.dtype)])
+
+
 def shape(kernel: str, x: torch.Tensor, width: int) -> Shape:
     """The launch shape of a kernel for features like `x`, `width` of them."""
     architecture = device_of(x).architecture

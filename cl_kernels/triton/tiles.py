@@ -54,3 +54,10 @@ def product(
         b_y = load_rows(y, i_y, m_y, i_d, i_d < d, stride_yn, stride_yd, EVEN_D)
         acc = dot(b_x, tl.trans(b_y), acc, PRECISION)
     return acc
+
+
+@triton.jit
+def half_unit(bound):
+    """A power of two that brings terms up to `bound` (its address) to 2^10, so that the products made of them
+    and rounded to float16 neither overflow nor, down to 2^-24 of the largest, lose digits."""
+    return tl.exp2(10.0 - tl.ceil(tl.log2(tl.maximum(tl.load(bound), 1e-30))))
