@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,13 +38,18 @@ def _combine_kernel(
 
 
 def combine(
-    parts: Tensor, x: Tensor, scale: Tensor, write: bool, bound: Tensor | None = None
+    parts: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    write: bool,
+    bound: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """scale times the sum of the parts [P, n, D] in the dtype of x ([0] float32 unless `write`), and
+    """scale times the sum of the parts [P, n, D] in `dtype` (that of x; [0] float32 unless `write`), and
     sum(x . parts), []. `bound`: the parts are in its unit."""
     n, d = x.shape
     programs = launch.cdiv(n, _ROWS)
-    grad = x.new_empty(x.shape) if write else parts.new_empty(0)
+    grad = x.new_empty(x.shape, dtype=dtype or x.dtype) if write else parts.new_empty(0)
     along = parts.new_empty(programs)
     factor = launch.scalar(scale)
     _combine_kernel[(programs,)](

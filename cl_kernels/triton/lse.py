@@ -337,3 +337,17 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lse, positive_sum, positive_count = combine(rows, n, positives)
     lse_cols = combine(cols, m, "none")[0] if columns else q.new_empty(0, dtype=torch.float64)
     return lse, lse_cols, positive_sum, positive_count
+
+
+def combine_rows(rows: Tensor, index: Tensor | None, index_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """lse, positive_sum and positive_count of the parts [slots, 2, n] of rows; positives by index or none."""
+    n = rows.shape[2]
+    lse = rows.new_empty(n, dtype=torch.float64)
+    positive_sum = rows.new_empty(0 if index is None else n, dtype=torch.float64)
+    positive_count = torch.empty_like(positive_sum)
+    _combine_kernel[(launch.cdiv(n, 32),)](
+        rows, rows, index, index_logit, lse, positive_sum, positive_count, n, rows.shape[0], 1,
+        MIRRORED=False, POSITIVES="none" if index is None else "index", SUMS=False, BLOCK_SLOTS=32,
+        BLOCK_M=32, num_warps=4,
+    )  # fmt: skip
+    return lse, positive_sum, positive_count
