@@ -12,8 +12,8 @@ from cl_kernels.triton import launch, tiles
 
 
 # A program owns a few columns of one view, axis 1 of the grid, and walks its rows three times: for the mean,
-# for the norm about it, and for the output. The mean is taken about the first row, which makes it exact for a
-# constant column.
+# for the norm about it, and for the output. Everything is relative to the first row: a mean much larger than
+# the spread takes no digits, and a constant column is exactly one.
 @triton.jit
 def _standardise_kernel(
     z0, z1, x, mean, rnorm, n, d, noise, stride_0n, stride_0d, stride_1n, stride_1d,
@@ -31,24 +31,25 @@ def _standardise_kernel(
         i_n = first + tl.arange(0, BLOCK_M)
         b_z = tiles.load_rows(z, i_n, i_n < n, i_d, m_d, stride_n, stride_d, EVEN_D).to(tl.float32)
         b_sum += tl.where((i_n < n)[:, None], b_z - b_first[None, :], 0.0)
-    b_mean = b_first + tl.sum(b_sum, 0) / n
+    b_offset = tl.sum(b_sum, 0) / n
+    b_mean = b_first + b_offset
 
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, n, BLOCK_M):
         i_n = first + tl.arange(0, BLOCK_M)
         b_z = tiles.load_rows(z, i_n, i_n < n, i_d, m_d, stride_n, stride_d, EVEN_D).to(tl.float32)
-        b_z = tl.where((i_n < n)[:, None], b_z - b_mean[None, :], 0.0)
+        b_z = tl.where((i_n < n)[:, None], (b_z - b_first[None, :]) - b_offset[None, :], 0.0)
         b_sum += b_z * b_z
     b_norm = tl.sqrt_rn(tl.sum(b_sum, 0))
     constant = b_norm <= noise * tl.abs(b_mean)
-    b_rnorm = tl.where(constant, 0.0, tl.div_rn(tl.full((BLOCK_D,), 1.0, tl.float32), b_norm))
+    b_rnorm = tl.where(constant, 0.0, tl.div_rn(1.0, tl.where(constant, 1.0, b_norm)))
     tl.store(mean + view * d + i_d, b_mean, mask=m_d)
     tl.store(rnorm + view * d + i_d, b_rnorm, mask=m_d)
 
     for first in range(0, n, BLOCK_M):
         i_n = first + tl.arange(0, BLOCK_M)
         b_z = tiles.load_rows(z, i_n, i_n < n, i_d, m_d, stride_n, stride_d, EVEN_D).to(tl.float32)
-        b_x = (b_z - b_mean[None, :]) * b_rnorm[None, :]
+        b_x = ((b_z - b_first[None, :]) - b_offset[None, :]) * b_rnorm[None, :]
         at = x + i_n.to(tl.int64)[:, None] * (2 * d) + view * d + i_d[None, :]
         tl.store(at, b_x.to(x.dtype.element_ty), mask=(i_n < n)[:, None] & m_d[None, :])
 

@@ -26,7 +26,7 @@ def _reciprocal_norm_kernel(
         b_x = tiles.load_rows(x, i_n, m_n, i_d, i_d < d, stride_xn, stride_xd, EVEN_D).to(tl.float32)
         b_sum += b_x * b_x
     b_norm = tl.sqrt_rn(tl.sum(b_sum, 1))
-    b_rnorm = tl.where(b_norm == 0, 0.0, tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), b_norm))
+    b_rnorm = tl.where(b_norm == 0, 0.0, tl.div_rn(1.0, tl.where(b_norm == 0, 1.0, b_norm)))
     tl.store(rnorm + i_n, b_rnorm, mask=m_n)
 
 
@@ -86,7 +86,8 @@ def similarity_forward(
     out = q.new_empty(n, m)
     factor = launch.scalar(scale)
     _similarity_kernel[(launch.cdiv(n, shape.block_m) * launch.cdiv(m, shape.block_n),)](
-        q, keys, q_rnorm, q_rnorm if k is None else k_rnorm, factor, out, n, m, d, *q.stride(), *keys.stride(),
+        q, keys, q_rnorm, q_rnorm if k is None else k_rnorm, factor, out, n, m, d,
+        *q.stride(), *keys.stride(),
         NORMALIZE=normalize, SCALE_IS_TENSOR=isinstance(factor, Tensor), GROUP=GROUP,
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_D=d % shape.block_d == 0, PRECISION=launch.precision(q),

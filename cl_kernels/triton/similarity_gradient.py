@@ -13,10 +13,10 @@ from cl_kernels import configs
 from cl_kernels.triton import launch, tiles
 
 
-# acc_i = sum_j G_ij y_j for a block of rows and of features, over one part of the columns: the parts lie side
-# by side, to be added by the kernel below. The rows y are brought to unit length in float32 in the tile, where
-# every float16 row fits, while G times a reciprocal norm might not. BOTH adds sum_j G_ji y_j. G is read at
-# its strides, so that grad.T gives the columns' side.
+# acc_i = sum_j G_ij y_j for a block of rows and of features, over one part of the columns; the kernel below
+# adds the parts up. The rows y are brought to unit length in float32 in the tile: so they fit float16, while
+# G times a reciprocal norm might not. BOTH adds sum_j G_ji y_j. The strides of G are free: the columns' side
+# passes its transpose.
 @triton.jit
 def _product_kernel(
     grad, y, y_rnorm, acc, n, m, d, part, stride_gn, stride_gm, stride_ym, stride_yd,
@@ -38,10 +38,12 @@ def _product_kernel(
             b_rnorm = tl.load(y_rnorm + i_m, mask=m_m, other=0.0)
             b_y = (b_y.to(tl.float32) * b_rnorm[:, None]).to(y.dtype.element_ty)
         b_g = tiles.load_rows(grad, i_n, m_n, i_m, m_m, stride_gn, stride_gm, EVEN_M)
+        if BOTH:  # half of the sum, so that it fits float16
+            b_t = tl.trans(tiles.load_rows(grad, i_m, m_m, i_n, m_n, stride_gn, stride_gm, False))
+            b_g = ((b_g.to(tl.float32) + b_t.to(tl.float32)) * 0.5).to(y.dtype.element_ty)
         b_acc = tiles.dot(b_g, b_y, b_acc, PRECISION)
-        if BOTH:
-            b_g = tiles.load_rows(grad, i_m, m_m, i_n, m_n, stride_gn, stride_gm, False)
-            b_acc = tiles.dot(tl.trans(b_g), b_y, b_acc, PRECISION)
+    if BOTH:
+        b_acc *= 2
     at = acc + (tl.program_id(1).to(tl.int64) * n + i_n)[:, None] * d + i_d[None, :]
     tl.store(at, b_acc, mask=m_n[:, None] & m_d[None, :])
 
@@ -110,7 +112,8 @@ def _products(grad: Tensor, y: Tensor, y_rnorm: Tensor, normalize: bool, both: b
     parts = launch.splits(programs, steps, y, waves=2)
     acc = y.new_empty(parts, n, d, dtype=torch.float32)
     _product_kernel[(programs, parts)](
-        grad, y, y_rnorm, acc, n, m, d, launch.cdiv(steps, parts) * shape.block_n, *grad.stride(), *y.stride(),
+        grad, y, y_rnorm, acc, n, m, d, launch.cdiv(steps, parts) * shape.block_n,
+        *grad.stride(), *y.stride(),
         BOTH=both, NORMALIZE=normalize,
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_M=m % shape.block_n == 0, EVEN_D=d % shape.block_d == 0, PRECISION=launch.precision(y),
