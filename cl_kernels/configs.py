@@ -51,7 +51,7 @@ TABLE["similarity", "sm_100", "float32"] = {128: Shape(128, 128, 32, 8, 3)}
 TABLE["similarity", "gfx942", "float32"] = {128: Shape(128, 128, 32, 8, 2)}
 
 TABLE["similarity_gradient", "sm_80", "half"] = {
-    64: Shape(128, 64, 64, 8, 2),
+    64: Shape(128, 32, 64, 8, 3),
     128: Shape(128, 64, 128, 8, 2),
 }
 TABLE["similarity_gradient", "sm_90", "half"] = {
@@ -88,8 +88,8 @@ for _architecture in ARCHITECTURES:
             512: Shape(4, 0, 512, 4, 1),
         }
         TABLE["similarity_rows", _architecture, _kind] = {
-            128: Shape(16 if _kind == "half" else 8, 0, 128, 4, 1),
-            512: Shape(4, 0, 512, 4, 1),
+            128: Shape(16, 0, 128, 4, 1),
+            512: Shape(2, 0, 512, 2, 1),
         }
         TABLE["log_softmax", _architecture, _kind] = {
             256: Shape(8, 256, 0, 4, 1),

@@ -12,6 +12,8 @@ from torch import Tensor
 from cl_kernels import configs
 from cl_kernels.triton import launch, tiles
 
+MAX_PARTS = 32  # of the columns: each is a float32 copy of the gradient
+
 
 # acc_i = sum_j G_ij y_j for a block of rows and of features, over one part of the columns; the kernel below
 # adds the parts up. The rows y are brought to unit length in float32 in the tile: so they fit float16, while
@@ -64,24 +66,28 @@ def _load_sum_and_row(
 
 
 # out_i = scale acc_i; with NORMALIZE scale rnorm_i (acc_i - x_i (x_i . acc_i)), x at unit length. SUMMED: the
-# sum over the program's rows of x_i . acc_i, for the gradient of scale.
+# sum over the program's rows of x_i . acc_i, for the gradient of scale. Rows that fit one block (WHOLE) are
+# read once.
 @triton.jit
 def _rows_kernel(
     acc, x, x_rnorm, scale, out, sums, share, n, d, parts, stride_xn, stride_xd,
     NORMALIZE: tl.constexpr, NEEDED: tl.constexpr, SUMMED: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_d = tl.arange(0, BLOCK_D)
     m_n = i_n < n
     b_rnorm = tl.full((BLOCK_M,), 1.0, tl.float32)
     if NORMALIZE:
         b_rnorm = tl.load(x_rnorm + i_n, mask=m_n, other=0.0)
-    b_dot = tl.zeros((BLOCK_M,), tl.float32)
-    if NORMALIZE or SUMMED:
-        for first in range(0, d, BLOCK_D):
-            i_d = first + tl.arange(0, BLOCK_D)
+    b_acc, b_x = _load_sum_and_row(
+        acc, x, b_rnorm, i_n, m_n, i_d, n, d, parts, stride_xn, stride_xd, NORMALIZE, BLOCK_M, BLOCK_D, EVEN_D
+    )
+    b_dot = tl.sum(b_acc * b_x, 1)
+    if not WHOLE:
+        for first in range(BLOCK_D, d, BLOCK_D):
             b_acc, b_x = _load_sum_and_row(
-                acc, x, b_rnorm, i_n, m_n, i_d, n, d, parts, stride_xn, stride_xd,
+                acc, x, b_rnorm, i_n, m_n, first + i_d, n, d, parts, stride_xn, stride_xd,
                 NORMALIZE, BLOCK_M, BLOCK_D, EVEN_D,
             )  # fmt: skip
             b_dot += tl.sum(b_acc * b_x, 1)
@@ -90,16 +96,15 @@ def _rows_kernel(
     if NEEDED:
         b_factor = b_rnorm * tiles.scalar(scale, SCALE_IS_TENSOR)
         for first in range(0, d, BLOCK_D):
-            i_d = first + tl.arange(0, BLOCK_D)
-            b_acc, b_x = _load_sum_and_row(
-                acc, x, b_rnorm, i_n, m_n, i_d, n, d, parts, stride_xn, stride_xd,
-                NORMALIZE, BLOCK_M, BLOCK_D, EVEN_D,
-            )  # fmt: skip
-            if NORMALIZE:
-                b_acc -= b_x * b_dot[:, None]
-            at = out + i_n.to(tl.int64)[:, None] * d + i_d[None, :]
-            b_out = (b_acc * b_factor[:, None]).to(out.dtype.element_ty)
-            tl.store(at, b_out, mask=m_n[:, None] & (i_d < d)[None, :])
+            if not WHOLE:
+                b_acc, b_x = _load_sum_and_row(
+                    acc, x, b_rnorm, i_n, m_n, first + i_d, n, d, parts, stride_xn, stride_xd,
+                    NORMALIZE, BLOCK_M, BLOCK_D, EVEN_D,
+                )  # fmt: skip
+            b_out = b_acc - b_x * b_dot[:, None] if NORMALIZE else b_acc
+            at = out + i_n.to(tl.int64)[:, None] * d + (first + i_d)[None, :]
+            m_out = m_n[:, None] & (first + i_d < d)[None, :]
+            tl.store(at, (b_out * b_factor[:, None]).to(out.dtype.element_ty), mask=m_out)
 
 
 def _products(grad: Tensor, y: Tensor, y_rnorm: Tensor, normalize: bool, both: bool) -> Tensor:
@@ -109,11 +114,12 @@ def _products(grad: Tensor, y: Tensor, y_rnorm: Tensor, normalize: bool, both: b
     shape = configs.shape("similarity_gradient", y, d)
     programs = launch.cdiv(n, shape.block_m) * launch.cdiv(d, shape.block_d)
     steps = launch.cdiv(m, shape.block_n)
-    parts = launch.splits(programs, steps, y, waves=2)
+    wanted = 2 * configs.device_of(y).processors // programs  # rounded down: two waves, not a little more
+    steps_each = launch.cdiv(steps, max(1, min(wanted, MAX_PARTS)))
+    parts = launch.cdiv(steps, steps_each)
     acc = y.new_empty(parts, n, d, dtype=torch.float32)
     _product_kernel[(programs, parts)](
-        grad, y, y_rnorm, acc, n, m, d, launch.cdiv(steps, parts) * shape.block_n,
-        *grad.stride(), *y.stride(),
+        grad, y, y_rnorm, acc, n, m, d, steps_each * shape.block_n, *grad.stride(), *y.stride(),
         BOTH=both, NORMALIZE=normalize,
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_M=m % shape.block_n == 0, EVEN_D=d % shape.block_d == 0, PRECISION=launch.precision(y),
@@ -141,7 +147,7 @@ def _rows(
     _rows_kernel[(blocks,)](
         acc, x, x_rnorm, factor, out, sums, share or 0.0, n, d, parts, *x.stride(),
         NORMALIZE=normalize, NEEDED=needed, SUMMED=share is not None,
-        SCALE_IS_TENSOR=isinstance(factor, Tensor),
+        SCALE_IS_TENSOR=isinstance(factor, Tensor), WHOLE=d <= shape.block_d,
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
