@@ -38,7 +38,7 @@ class Device(NamedTuple):
 
 
 # Small tiles, so that small tests see several of them, tails and splits.
-_INTERPRETED = Shape(16, 16, 16, 1, 1)
+_INTERPRETED = Shape(32, 16, 32, 1, 1)
 
 TABLE: dict[tuple[str, str, str], dict[int, Shape]] = {}
 

@@ -1,10 +1,16 @@
 """The ops by Triton's kernels, with the signatures of `ops.SCHEMAS`."""
 
+from cl_kernels.triton.contrastive import contrastive_backward, contrastive_forward
+from cl_kernels.triton.dimcl import dimcl_backward, dimcl_forward
 from cl_kernels.triton.log_softmax import masked_log_softmax_backward, masked_log_softmax_forward
 from cl_kernels.triton.similarity import similarity_forward
 from cl_kernels.triton.similarity_gradient import similarity_backward
 
 __all__ = [
+    "contrastive_backward",
+    "contrastive_forward",
+    "dimcl_backward",
+    "dimcl_forward",
     "masked_log_softmax_backward",
     "masked_log_softmax_forward",
     "similarity_backward",
