@@ -139,6 +139,8 @@ def shape(kernel: str, x: torch.Tensor, width: int) -> Shape:
     """The launch shape of a kernel for features like `x`, `width` of them."""
     architecture = device_of(x).architecture
     if architecture == INTERPRETER:
-        return _INTERPRETED
+        # The engine's forward and backward add up the features in the same steps, as on GPUs.
+        whole = kernel == "lse" and width <= widest("gradient_rows", x)
+        return _INTERPRETED._replace(block_d=padded(width)) if whole else _INTERPRETED
     rows = TABLE[kernel, architecture, dtype_kind(x.dtype)]
     return rows[min((known for known in rows if known >= width), default=max(rows))]
