@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cl_kernels import configs
-from cl_kernels.triton.soft_target_problem import Problem
+from cl_kernels.triton.soft_target_problem import Problem, Slots
 from cl_kernels.triton.tiles import LN2, NOTHING
 
 SLOTS_AT_A_TIME = 16
 
 
-# One program a row. Statistics in float64, of all slots at once, with the positive's logit that no slot counts;
-# then the float32 sums of keys, a few slots at a time.
+# One program a row: statistics in float64, of all slots at once, with the positive's logit that no slot counts;
+# then the float32 sums of keys, SOME slots at a time.
 @triton.jit
 def _kernel(
     statistics, means, positive, positive_logit,
@@ -31,7 +31,8 @@ def _kernel(
     b_sum = tl.load(statistics + plane + row + i_s, mask=m_s, other=0.0).to(tl.float64)
     b_target_peak = tl.load(statistics + 2 * plane + row + i_s, mask=m_s, other=NOTHING).to(tl.float64)
     b_target_sum = tl.load(statistics + 3 * plane + row + i_s, mask=m_s, other=0.0).to(tl.float64)
-    b_cross = tl.load(statistics + 4 * plane + row + i_s, mask=m_s, other=0.0).to(tl.float64)
+    b_pivot = tl.load(statistics + 4 * plane + row + i_s, mask=m_s, other=0.0).to(tl.float64)
+    b_cross = tl.load(statistics + 5 * plane + row + i_s, mask=m_s, other=0.0).to(tl.float64)
 
     top = tl.max(b_peak, 0)
     target_top = tl.max(b_target_peak, 0)
@@ -48,7 +49,7 @@ def _kernel(
     b_weight = tl.exp2(b_target_peak - target_top)
     row_sum = tl.sum(b_sum * tl.exp2(b_peak - top), 0)
     target_sum = tl.sum(b_target_sum * b_weight, 0)
-    beside = tl.sum((b_cross + b_target_sum * (b_peak - top)) * b_weight, 0)
+    beside = tl.sum((b_cross + b_target_sum * (b_pivot - top)) * b_weight, 0)
     if positive is not None:
         row_sum += tl.where(has_own, tl.exp2(logit - top), 0.0)
         if ZERO:
@@ -86,14 +87,10 @@ def _kernel(
         tl.store(mean_target_key + i_row * d + i_d, b_target_mean, mask=m_d)
 
 
-def combine(
-    problem: Problem, statistics: Tensor, means: Tensor | None, positive_logit: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, target_lse, cross, positive_sum [N] and, with `means`, mean_key, mean_target_key [N, D].
-
-    `statistics` [5, N, slots]: student's peak and sum, target's peak and sum, cross; `means` [2, N, slots, D].
-    """
-    q, n, slots = problem.q, problem.n, statistics.shape[2]
+def combine(problem: Problem, slots: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse, target_lse, cross, positive_sum [N] and, where the slots hold means, mean_key, mean_target_key [N, D]."""
+    q, n = problem.q, problem.n
+    statistics, means, positive_logit, _ = slots
     lse, target_lse, cross = (q.new_empty(n, dtype=torch.float64) for _ in range(3))
     positive_sum = q.new_empty(0 if problem.positive is None else n, dtype=torch.float64)
     shape = (0,) if means is None else q.shape
@@ -101,8 +98,8 @@ def combine(
     _kernel[(n,)](
         statistics, means, problem.positive, positive_logit,
         lse, target_lse, cross, positive_sum, mean_key, mean_target_key,
-        n, problem.columns, slots, q.shape[1],
-        SLOTS=configs.padded(slots), SOME=SLOTS_AT_A_TIME, WIDTH=configs.padded(q.shape[1]),
+        n, problem.columns, statistics.shape[2], q.shape[1],
+        SLOTS=configs.padded(statistics.shape[2]), SOME=SLOTS_AT_A_TIME, WIDTH=configs.padded(q.shape[1]),
         ZERO=problem.positive_in_target == "zero", num_warps=4,
     )  # fmt: skip
     return lse, target_lse, cross, positive_sum, mean_key, mean_target_key

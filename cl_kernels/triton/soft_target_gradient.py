@@ -16,13 +16,12 @@ from cl_kernels.triton.soft_target_softmax import Wanted, Weights, blocks, optio
 from cl_kernels.triton.tiles import load_rows, scalar
 
 
-# With keys and target frozen, for the rows whose positive lies in this segment (`FIRST_SEGMENT`: and those that
-# have none),
+# With keys and target frozen, for the rows whose positive lies in this segment (FIRST_SEGMENT: or in none),
 #
 #     grad = g_lse mean_key + g_cross mean_target_key + weight k[positive]
 #     weight = g_lse exp(positive_sum - lse) + g_positive [+ g_cross exp(-target_lse): "zero"]
 #
-# where the weight's terms cancel in a converged row: float64. The segments' launches share the rows of the output.
+# where the weight, whose terms cancel in a converged row, is float64. Each segment's launch writes its rows.
 @triton.jit
 def _kernel(
     q, k, scale, positive, lse, target_lse, positive_sum, mean_key, mean_target_key,
@@ -88,7 +87,7 @@ def soft_target_backward(
     mean_target_key: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor, Tensor]:
-    problem = Problem(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
+    problem = Problem.of(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
     weights = Weights(
         *(
             None if g is None else g.contiguous()

@@ -47,11 +47,11 @@ def _coefficient(b_grad, b_lse, b_shift):
 #     G = g_lse softmax(S) + g_cross softmax(T) + g_positive [j = positive]
 #     H = softmax(T) (g_target_lse + g_cross (S - cross)), 0 at the positive
 #
-# times `factor` and `target_factor`, powers of two that keep float16 from underflow. With REST_ONLY G is 0 at the
-# positive, too. The sums of G o (q k^T) and H o (t u^T) go to a place of the program's own.
+# times `factor` and `target_factor`, powers of two that keep float16 from underflow. With REST_ONLY G is 0 at
+# the positive, too. The sums of G o (q k^T) and H o (t u^T) go to a place of the program's own.
 #
-# Logits are in base 2. A log-sum-exp is split into a float32 shift and a float64 rest; the difference of logit and
-# shift is then as exact as the logit, and the rest goes into the row's coefficient.
+# Logits are in base 2. A log-sum-exp is split into a float32 shift and a float64 rest: the difference of logit
+# and shift is then as exact as the logit, and the rest goes into the row's coefficient.
 @triton.jit
 def _kernel(
     q, k, target_q, target_k, scale, target_scale, positive, lse, target_lse, cross,
