@@ -15,17 +15,21 @@ from cl_kernels.triton.soft_target_problem import LEFT_OUT, Problem, Slots
 from cl_kernels.triton.soft_target_softmax import mean_keys
 from cl_kernels.triton.tiles import LOG2E, NOTHING, dot, load_rows, product, scalar
 
+# Tiles hold the whole width of up to so many features; anything wider has the widest row of the table.
+WIDEST = 256
+IN_CHUNKS = 1024
 
-# A program owns BLOCK_M rows and one split of a segment's keys, and leaves in a slot of its own what
-# `soft_target_problem.Slots` lists; soft_target_combine.py puts the slots together. For each tile of keys
+
+# A program owns BLOCK_M rows and one split of a segment's keys, and leaves its findings in a slot of its own;
+# soft_target_combine.py puts the slots together. For each tile of keys
 #
 #     S = scale q k^T,  T = target_scale t u^T     in base 2
 #     peak, sum     of S, and of T: the running maximum, and the sum of 2^(S - peak)
-#     cross         sum of 2^(T - target_peak) (S - pivot): what of the teacher's mean of S lies beside the
+#     cross         sum of 2^(T - target_peak) (S - pivot): the teacher's mean of S, seen from the pivot, the
 #                   student's first peak
 #
-# A row's positive is left out of all of them: its logit is noted, and the combination adds it in float64, so that
-# no digit of the others is lost beside it.
+# A row's positive is left out of all of them: its logit is noted, and the combination adds it in float64, so
+# that no digit of the others is lost beside it.
 @triton.jit
 def _kernel(
     q, k, target_q, target_k, scale, target_scale, positive, statistics, positive_logit,
@@ -132,9 +136,16 @@ def soft_target_forward(
     return lse, target_lse, cross, positive_sum, mean_key, mean_target_key
 
 
-def _walk(problem: Problem) -> Slots:
+def _width(problem: Problem) -> int:
+    """The width that the table of launch shapes knows a problem by: what whole tiles of keys would hold."""
+    if max(problem.widths) > WIDEST:
+        return IN_CHUNKS
     same_keys = all(map(problem.same_keys, range(len(problem.k))))
-    shape = configs.shape("soft_target", problem.q, max(problem.widths) if same_keys else sum(problem.widths))
+    return max(problem.widths) if same_keys else sum(problem.widths)
+
+
+def _walk(problem: Problem) -> Slots:
+    shape = configs.shape("soft_target", problem.q, _width(problem))
     slots = Slots.of(problem, shape.block_m, shape.block_n, waves=4, means=False)
     q, target_q = problem.q, problem.target_q
     d, e = problem.widths

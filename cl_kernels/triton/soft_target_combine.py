@@ -14,8 +14,8 @@ from cl_kernels.triton.tiles import LN2, NOTHING
 SLOTS_AT_A_TIME = 16
 
 
-# One program a row: statistics in float64, of all slots at once, with the positive's logit that no slot counts;
-# then the float32 sums of keys, SOME slots at a time.
+# One program a row: statistics in float64, of all slots at once, and with the positive's logit, which no slot
+# counts; then the float32 sums of keys, SOME slots at a time.
 @triton.jit
 def _kernel(
     statistics, means, positive, positive_logit,
@@ -88,7 +88,7 @@ def _kernel(
 
 
 def combine(problem: Problem, slots: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, target_lse, cross, positive_sum [N] and, where the slots hold means, mean_key, mean_target_key [N, D]."""
+    """lse, target_lse, cross, positive_sum [N]; mean_key, mean_target_key [N, D] if the slots hold means."""
     q, n = problem.q, problem.n
     statistics, means, positive_logit, _ = slots
     lse, target_lse, cross = (q.new_empty(n, dtype=torch.float64) for _ in range(3))

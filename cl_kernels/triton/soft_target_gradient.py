@@ -12,7 +12,7 @@ from torch import Tensor
 from cl_kernels import configs
 from cl_kernels.triton import launch
 from cl_kernels.triton.soft_target_problem import Problem
-from cl_kernels.triton.soft_target_softmax import Wanted, Weights, blocks, optional
+from cl_kernels.triton.soft_target_softmax import Factors, Wanted, Weights, blocks, optional
 from cl_kernels.triton.tiles import load_rows, scalar
 
 
@@ -88,12 +88,8 @@ def soft_target_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor, Tensor]:
     problem = Problem.of(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
-    weights = Weights(
-        *(
-            None if g is None else g.contiguous()
-            for g in (grad_lse, grad_target_lse, grad_cross, grad_positive_sum)
-        )
-    )
+    grads = (grad_lse, grad_target_lse, grad_cross, grad_positive_sum)
+    weights = Weights(*[None if g is None else g.contiguous() for g in grads])
     needs_q, *needs_rest = needs
     if mean_key.numel() > 0 and not any(needs_rest):
         grad_q, grad_scale = _from_means(
@@ -148,17 +144,19 @@ def _from_matrices(
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor, Tensor]:
     needs_q, needs_k, needs_target_q, needs_target_k = needs
     needs_target = needs_target_q or needs_target_k
-    if problem.q.dtype == torch.float16:
-        weights = _lifted(weights, *statistics)
+    factors = (
+        _factors(weights, statistics[0], statistics[2]) if problem.q.dtype == torch.float16 else Factors()
+    )
     of_rows, of_target_rows = (
         x.new_zeros(x.shape, dtype=torch.float32) if needed else None
         for x, needed in ((problem.q, needs_q), (problem.target_q, needs_target_q))
     )
     of_keys: list[Tensor | None] = [None for _ in problem.k]
     of_target_keys: list[Tensor | None] = [None for _ in problem.k]
-    sums, target_sums = [], []
+    sums: list[Tensor] = []
+    target_sums: list[Tensor] = []
     wanted = Wanted(g=needs_q or needs_k, h=needs_target, sums=True)
-    for i, rows, g, h, block_sums, block_target_sums in blocks(problem, statistics, weights, wanted):
+    for i, rows, g, h, block_sums, block_target_sums in blocks(problem, statistics, weights, factors, wanted):
         sums.append(block_sums)
         target_sums.append(block_target_sums)
         if of_rows is not None:
@@ -179,7 +177,7 @@ def _from_matrices(
             return like.new_zeros(like.shape)
         return total.mul_(scale).div_(factor).to(like.dtype)
 
-    student, target = (problem.scale, weights.factor), (problem.target_scale, weights.target_factor)
+    student, target = (problem.scale, factors.g), (problem.target_scale, factors.h)
     return (
         gradient(of_rows, needs_q, problem.q, *student),
         [gradient(x, needs_k, part, *student) for x, part in zip(of_keys, problem.k, strict=True)],
@@ -189,24 +187,22 @@ def _from_matrices(
             for x, part in zip(of_target_keys, problem.target_k, strict=True)
         ],
         torch.cat(sums).sum(),
-        torch.cat(target_sums).sum() if needs_target else problem.q.new_zeros((), dtype=torch.float32),
+        torch.cat(target_sums).sum(),
     )
 
 
-def _lifted(weights: Weights, lse: Tensor, target_lse: Tensor, cross: Tensor) -> Weights:
-    """The weights with powers of two that bring the largest possible element of G and of H near 2^14.
+def _factors(weights: Weights, lse: Tensor, cross: Tensor) -> Factors:
+    """Powers of two that bring the largest possible element of G and of H near 2^14, the range of float16.
 
     The teacher's mean of S - cross is 0 and S is at most lse, so that no softmax(T)_j |S_j - cross| exceeds
     lse - cross.
     """
-    size = [torch.zeros_like(lse) if g is None else g.abs() for g in weights[:4]]
-    of_lse, of_target_lse, of_cross, of_positive = size
+    of_lse, of_target_lse, of_cross, of_positive = (
+        torch.zeros_like(lse) if g is None else g.abs() for g in weights
+    )
 
     def factor(bound: Tensor) -> Tensor:
         exponent = torch.frexp(bound.amax()).exponent.clamp(min=-100)
         return torch.ldexp(bound.new_ones((), dtype=torch.float32), 14 - exponent)
 
-    return weights._replace(
-        factor=factor(of_lse + of_cross + of_positive),
-        target_factor=factor(of_target_lse + of_cross * (lse - cross)),
-    )
+    return Factors(factor(of_lse + of_cross + of_positive), factor(of_target_lse + of_cross * (lse - cross)))

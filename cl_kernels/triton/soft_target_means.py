@@ -1,4 +1,4 @@
-"""The forward's attention-like pass: statistics of the rows together with both softmaxes' means of the keys."""
+"""The forward's attention-like pass: the statistics together with both softmaxes' means of the keys."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from cl_kernels.triton import launch
 from cl_kernels.triton.soft_target_problem import LEFT_OUT, Problem, Slots
 from cl_kernels.triton.tiles import LOG2E, NOTHING, dot, load_rows, scalar
 
-# So many features of a mean key fit into registers.
-WIDEST = 256
+# So many features of a mean key fit into registers beside what a product needs.
+WIDEST = {"half": 256, "float32": 64}
 
 
 @triton.jit
 def _target_half(x, BLOCK_M: tl.constexpr):
     """The second half of x [2 BLOCK_M]."""
-    student, target = tl.split(tl.trans(tl.reshape(x, (2, BLOCK_M)), (1, 0)))
-    return target
+    halves = tl.split(tl.trans(tl.reshape(x, (2, BLOCK_M)), (1, 0)))
+    return halves[1]
 
 
 # As in soft_target.py, for a student and a teacher that share their keys: BLOCK_M rows of q stand on the same
@@ -28,12 +28,12 @@ def _target_half(x, BLOCK_M: tl.constexpr):
 #
 #     mean     2^(S - peak) k, and 2^(T - target_peak) k
 #
-# while each row's reductions, and its exponentials on their way into that product, stay within a warp. Only the
-# cross term, S times the teacher's weights, brings the halves together. The positive is left out of the means,
-# too: rounded to half it would drown the others.
+# while each row's reductions, and its exponentials on their way into that product, stay within a warp. Only
+# the cross term, S times the teacher's weights, brings the halves together. The positive is left out of the
+# means, too: rounded to half it would drown the others.
 #
-# A peak lies HEADROOM below the maximum: in float16 the 2^(S - peak) then keep their digits down to 2^-29 of the
-# largest.
+# A peak lies HEADROOM below the maximum: in float16 the 2^(S - peak) then keep their digits down to 2^-29 of
+# the largest.
 @triton.jit
 def _kernel(
     q, target_q, k, scale, target_scale, positive, statistics, means, positive_logit,
@@ -49,8 +49,11 @@ def _kernel(
     m_m = i_m < n
     i_d = tl.arange(0, WIDTH)
     m_d = i_d < d
-    b_x = load_rows(q, i_m, m_m & m_student, i_d, m_d, stride_qn, stride_qd, EVEN_D)
-    b_x += load_rows(target_q, i_m, m_m & (i_x >= BLOCK_M), i_d, m_d, stride_tn, stride_td, EVEN_D)
+    i_row = i_m.to(tl.int64)
+    at_q = tl.where(m_student, i_row * stride_qn, 0)[:, None] + i_d.to(tl.int64)[None, :] * stride_qd
+    at_t = tl.where(m_student, 0, i_row * stride_tn)[:, None] + i_d.to(tl.int64)[None, :] * stride_td
+    m_x = m_m[:, None] if EVEN_D else m_m[:, None] & m_d[None, :]
+    b_x = tl.load(tl.where(m_student[:, None], q + at_q, target_q + at_t), mask=m_x, other=0.0)
     b_scale2 = LOG2E * tl.where(
         m_student, scalar(scale, SCALE_IS_TENSOR), scalar(target_scale, TARGET_SCALE_IS_TENSOR)
     )
@@ -110,7 +113,8 @@ def _kernel(
 
 def serves(problem: Problem) -> bool:
     """Whether keys are shared and narrow enough."""
-    return problem.widths[0] <= WIDEST and all(map(problem.same_keys, range(len(problem.k))))
+    widest = WIDEST[configs.dtype_kind(problem.q.dtype)]
+    return problem.widths[0] <= widest and all(map(problem.same_keys, range(len(problem.k))))
 
 
 def walk(problem: Problem) -> Slots:

@@ -48,7 +48,7 @@ def _coefficient(b_grad, b_lse, b_shift):
 #     H = softmax(T) (g_target_lse + g_cross (S - cross)), 0 at the positive
 #
 # times `factor` and `target_factor`, powers of two that keep float16 from underflow. With REST_ONLY G is 0 at
-# the positive, too. The sums of G o (q k^T) and H o (t u^T) go to a place of the program's own.
+# the positive, too. Each row of a tile has a place for its sum of G o (q k^T), and of H o (t u^T).
 #
 # Logits are in base 2. A log-sum-exp is split into a float32 shift and a float64 rest: the difference of logit
 # and shift is then as exact as the logit, and the rest goes into the row's coefficient.
@@ -87,7 +87,7 @@ def _kernel(
     b_shift, b_target_shift = _rounded(b_lse), _rounded(b_target_lse)
     b_target = tl.exp2(b_target - b_target_shift[:, None])
     b_cross = _coefficient(optional(grad_cross, i_m, m_m), b_target_lse, b_target_shift)
-    i_program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    at_row = tl.program_id(0).to(tl.int64) * (end - begin) + i_m - begin
     at = (i_m - begin).to(tl.int64)[:, None] * pitch + i_n[None, :]
     m_g = m_m[:, None] & m_n[None, :]
 
@@ -104,7 +104,7 @@ def _kernel(
             b_at_own = (optional(grad_positive, i_m, m_m) * times).to(tl.float32)
             b_g += tl.where(m_own, b_at_own[:, None], 0.0)
     if sums is not None:
-        tl.store(sums + i_program, tl.sum(tl.sum(b_g * b_dots, 1), 0) / times)
+        tl.store(sums + at_row, tl.sum(b_g * b_dots, 1) / times, mask=m_m)
     if g is not None:
         tl.store(g + at, b_g.to(g.dtype.element_ty), mask=m_g)
 
@@ -120,18 +120,23 @@ def _kernel(
             b_h = tl.where(m_own, 0.0, b_h)
         tl.store(h + at, b_h.to(h.dtype.element_ty), mask=m_g)
         if target_sums is not None:
-            tl.store(target_sums + i_program, tl.sum(tl.sum(b_h * b_target_dots, 1), 0) / times)
+            tl.store(target_sums + at_row, tl.sum(b_h * b_target_dots, 1) / times, mask=m_m)
 
 
 class Weights(NamedTuple):
-    """What multiplies the softmaxes, [N] in float64, None for zeros; and the powers of two on top."""
+    """What multiplies the softmaxes, [N] in float64, None for zeros."""
 
     lse: Tensor | None
     target_lse: Tensor | None
     cross: Tensor | None
     positive: Tensor | None
-    factor: float | Tensor = 1.0
-    target_factor: float | Tensor = 1.0
+
+
+class Factors(NamedTuple):
+    """Powers of two on top, for G and for H."""
+
+    g: float | Tensor = 1.0
+    h: float | Tensor = 1.0
 
 
 class Wanted(NamedTuple):
@@ -144,18 +149,22 @@ class Wanted(NamedTuple):
 
 
 class Block(NamedTuple):
-    """G and H of `rows` and segment `i`, as far as wanted, and their partial sums."""
+    """G and H of `rows` and segment `i`, and their partial sums; empty where not wanted."""
 
     i: int
     rows: slice
-    g: Tensor | None  # [rows, M_i]
-    h: Tensor | None
-    sums: Tensor | None  # [programs]
-    target_sums: Tensor | None
+    g: Tensor  # [rows, M_i]
+    h: Tensor
+    sums: Tensor  # [tiles of columns, rows], flat
+    target_sums: Tensor
 
 
 def blocks(
-    problem: Problem, statistics: tuple[Tensor, Tensor, Tensor], weights: Weights, wanted: Wanted
+    problem: Problem,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    weights: Weights,
+    factors: Factors,
+    wanted: Wanted,
 ) -> Iterator[Block]:
     """Walk the rows, and for each some of them the segments. `statistics`: lse, target_lse, cross."""
     shape = configs.shape("soft_target_softmax", problem.q, max(problem.widths))
@@ -166,7 +175,7 @@ def blocks(
         rows = slice(begin, min(begin + step, problem.n))
         for i, part in enumerate(problem.k):
             if part.shape[0] > 0:
-                yield _block(problem, i, rows, shape, statistics, weights, wanted)
+                yield _block(problem, i, rows, shape, statistics, weights, factors, wanted)
 
 
 def _block(
@@ -176,6 +185,7 @@ def _block(
     shape: configs.Shape,
     statistics: tuple[Tensor, Tensor, Tensor],
     weights: Weights,
+    factors: Factors,
     wanted: Wanted,
 ) -> Block:
     q, k, target_q, target_k = problem.q, problem.k[i], problem.target_q, problem.target_k[i]
@@ -188,34 +198,36 @@ def _block(
         return q.new_empty(n, pitch) if needed else None
 
     def partial(needed: bool) -> Tensor | None:
-        return q.new_empty(grid[0] * grid[1], dtype=torch.float32) if needed else None
+        return q.new_empty(grid[0] * n, dtype=torch.float32) if needed else None
 
     g, h = matrix(wanted.g), matrix(wanted.h)
     sums, target_sums = partial(wanted.sums), partial(wanted.sums and wanted.h)
     scale, target_scale = launch.scalar(problem.scale), launch.scalar(problem.target_scale)
     _kernel[grid](
-        q, k, target_q, target_k, scale, target_scale, problem.positive, *statistics, *weights,
+        q, k, target_q, target_k, scale, target_scale, problem.positive, *statistics, *weights, *factors,
         g, h, sums, target_sums, rows.start, rows.stop, m, d, e, problem.first(i), pitch,
         *q.stride(), *k.stride(), *target_q.stride(), *target_k.stride(),
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_D=d % shape.block_d == 0, EVEN_E=e % shape.block_d == 0, PRECISION=launch.precision(q),
         ZERO=problem.positive_in_target == "zero", REST_ONLY=wanted.rest_only,
         SCALE_IS_TENSOR=isinstance(scale, Tensor), TARGET_SCALE_IS_TENSOR=isinstance(target_scale, Tensor),
-        FACTOR_IS_TENSOR=isinstance(weights.factor, Tensor),
+        FACTOR_IS_TENSOR=isinstance(factors.g, Tensor),
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
-    return Block(i, rows, None if g is None else g[:, :m], None if h is None else h[:, :m], sums, target_sums)
+    nothing = q.new_empty(0, dtype=torch.float32)
+    g, h = (nothing if x is None else x[:, :m] for x in (g, h))
+    sums, target_sums = (nothing if x is None else x for x in (sums, target_sums))
+    return Block(i, rows, g, h, sums, target_sums)
 
 
 def mean_keys(problem: Problem, lse: Tensor, target_lse: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
     """mean_key and mean_target_key [N, D]: both softmaxes, without the positive, times the keys."""
     factor = 2.0**15 if problem.q.dtype == torch.float16 else 1.0  # a softmax is at most 1
     ones = torch.ones_like(lse)
-    weights = Weights(ones, ones, None, None, factor, factor)
+    weights, factors = Weights(ones, ones, None, None), Factors(factor, factor)
     wanted = Wanted(g=True, h=True, sums=False, rest_only=True)
     means, target_means = (problem.q.new_zeros(problem.q.shape, dtype=torch.float32) for _ in range(2))
-    for block in blocks(problem, (lse, target_lse, cross), weights, wanted):
+    for block in blocks(problem, (lse, target_lse, cross), weights, factors, wanted):
         for out, matrix in ((means, block.g), (target_means, block.h)):
-            if matrix is not None:
-                out[block.rows] += launch.mm_float32(matrix, problem.k[block.i])
+            out[block.rows] += launch.mm_float32(matrix, problem.k[block.i])
     return means.div_(factor), target_means.div_(factor)

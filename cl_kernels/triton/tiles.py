@@ -36,8 +36,10 @@ def load_rows(x, i_row, m_row, i_col, m_col, stride_row, stride_col, EVEN: tl.co
 def dot(x, y, acc, PRECISION: tl.constexpr):
     """acc + x y, float32 sums. `PRECISION` (launch.precision) is for float32 tiles."""
     if PRECISION == "bf16":
-        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), acc)
-    return tl.dot(x, y, acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), acc)
+    else:
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
