@@ -31,8 +31,8 @@ class Case(NamedTuple):
 
     d: int
     e: int | None = None
-    n: int = 37
-    lengths: Sequence[int] = (53,)
+    n: int = 20
+    lengths: Sequence[int] = (37,)
     positive: str | None = "exclude"
     transposed: bool = False
 
@@ -52,15 +52,15 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(1),
-    Case(3, lengths=(20, 0, 33), positive="zero", transposed=True),
+    Case(1, n=37, lengths=(53,)),
+    Case(3, lengths=(20, 0, 23), positive="zero", transposed=True),
     Case(16, lengths=(48,), n=16),
     Case(19, n=1, lengths=(1,)),
-    Case(19, positive=None, lengths=(53, 17), transposed=True),
+    Case(19, positive=None, lengths=(33, 17), transposed=True),
     Case(19, 5, positive="zero", lengths=(17, 20)),
-    Case(64, 19, lengths=(70,), n=20, transposed=True),
-    Case(64, lengths=(17, 33), n=20, positive="zero"),
-    Case(130, n=20, lengths=(37,)),
+    Case(64, 19, lengths=(35,), n=17, transposed=True),
+    Case(64, lengths=(17, 18), positive="zero"),
+    Case(130, n=17, lengths=(20,)),
     Case(260, n=17, lengths=(20, 13), positive="zero"),
 ]
 
@@ -102,6 +102,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 def check(case: Case, dtype: torch.dtype, **scales: float) -> None:
     """Forward and both ways of the backward."""
+    logits = max(map(abs, scales.values()), default=14.0)
     arguments = case.arguments(dtype, **scales)
     ours, theirs = (f(*arguments, True) for f in (ops.soft_target_forward, chunked.soft_target_forward))
     truth = chunked.soft_target_forward(*wide(arguments), True)
@@ -114,7 +115,7 @@ def check(case: Case, dtype: torch.dtype, **scales: float) -> None:
             ops.soft_target_backward(*grads, *arguments, *ours, needs),
             chunked.soft_target_backward(*grads, *arguments, *theirs, needs),
             chunked.soft_target_backward(*grads, *wide(arguments), *truth, needs),
-            max(4e-6, 4 * rounding(dtype)),
+            max(4e-6, 4 * rounding(dtype), 2 * rounding(torch.float32) * logits),
         )
 
 
@@ -124,14 +125,12 @@ def test_float32(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[5]], ids=str)
 def test_half(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
-@pytest.mark.parametrize(
-    "case", [Case(33, n=20), Case(19, 40, n=20, positive="zero", transposed=True)], ids=str
-)
+@pytest.mark.parametrize("case", [Case(33), Case(19, 40, positive="zero", transposed=True)], ids=str)
 def test_tiles_of_the_whole_width(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "_INTERPRETED", configs.Shape(16, 16, 64, 1, 1))
     check(case, torch.float32)
@@ -145,26 +144,27 @@ def test_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_means_by_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for keys too wide for the pass to keep their means."""
     monkeypatch.setattr(soft_target_means, "WIDEST", {"half": 0, "float32": 0})
-    check(Case(19, lengths=(17, 33), n=20), torch.float16)
+    check(Case(19, lengths=(17, 33)), torch.float16)
 
 
 def test_negative_and_zero_scales() -> None:
-    check(Case(19, n=20), torch.float32, scale=-30.0, target_scale=0.0)
-    check(Case(19, n=20), torch.float32, scale=0.0, target_scale=-5.0)
+    check(Case(19), torch.float32, scale=-30.0, target_scale=0.0)
+    check(Case(19), torch.float32, scale=0.0, target_scale=-5.0)
 
 
 def test_large_logits() -> None:
-    check(Case(19, n=20, positive="zero"), torch.float32, scale=1000.0, target_scale=-3000.0)
+    check(Case(19, positive="zero"), torch.float32, scale=1000.0, target_scale=-3000.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_small_gradients_do_not_underflow(dtype: torch.dtype) -> None:
-    arguments = Case(19, n=20).arguments(dtype)
+    arguments = Case(19).arguments(dtype)
     saved = ops.soft_target_forward(*arguments, False)
     ones = torch.ones_like(saved[0])
     plain = ops.soft_target_backward(ones, ones, -ones, ones, *arguments, *saved, EVERYTHING)
     small = [1e-9 * g for g in (ones, ones, -ones, ones)]
-    for x, y in zip(flat(ops.soft_target_backward(*small, *arguments, *saved, EVERYTHING)), flat(plain)):
+    tiny = ops.soft_target_backward(*small, *arguments, *saved, EVERYTHING)
+    for x, y in zip(flat(tiny), flat(plain), strict=True):
         if x.dtype == torch.float32:
             torch.testing.assert_close(1e9 * x, y, rtol=1e-4, atol=1e-6)
 
@@ -213,7 +213,7 @@ def test_expanded_gradients_and_strided_indices() -> None:
 
 
 def test_the_same_result_each_time() -> None:
-    arguments = Case(19, n=20, lengths=(33, 20)).arguments(torch.bfloat16)
+    arguments = Case(19, lengths=(33, 20)).arguments(torch.bfloat16)
 
     def run() -> list[Tensor]:
         saved = ops.soft_target_forward(*arguments, True)

@@ -59,8 +59,9 @@ def _kernel(
         tl.store(positive_sum + i_row, tl.where(has_own, logit, 0.0) * LN2)
     has_target = target_sum > 0
     lse2 = top + tl.log2(row_sum)
-    target_lse2 = tl.where(has_target, target_top, 0.0) + tl.log2(target_sum)
-    mean_logit2 = tl.where(has_target, top + beside / tl.where(has_target, target_sum, 1.0), 0.0)
+    divisor = tl.where(has_target, target_sum, 1.0)
+    target_lse2 = tl.where(has_target, target_top + tl.log2(divisor), -float("inf"))
+    mean_logit2 = tl.where(has_target, top + beside / divisor, 0.0)
     tl.store(lse + i_row, lse2 * LN2)
     tl.store(target_lse + i_row, target_lse2 * LN2)
     tl.store(cross + i_row, mean_logit2 * LN2)

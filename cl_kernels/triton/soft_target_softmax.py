@@ -50,8 +50,8 @@ def _coefficient(b_grad, b_lse, b_shift):
 # times `factor` and `target_factor`, powers of two that keep float16 from underflow. With REST_ONLY G is 0 at
 # the positive, too. Each row of a tile has a place for its sum of G o (q k^T), and of H o (t u^T).
 #
-# Logits are in base 2. A log-sum-exp is split into a float32 shift and a float64 rest: the difference of logit
-# and shift is then as exact as the logit, and the rest goes into the row's coefficient.
+# Logits are in base 2. A log-sum-exp is split into a float32 shift and a float64 rest: the difference of a
+# logit and the shift is as exact as the logit, and the rest goes into the row's coefficient.
 @triton.jit
 def _kernel(
     q, k, target_q, target_k, scale, target_scale, positive, lse, target_lse, cross,
