@@ -68,7 +68,7 @@ TABLE["soft_target", "gfx942", "half"] = {
 }
 TABLE["soft_target", "sm_80", "float32"] = {1024: Shape(64, 32, 32, 8, 2)}
 TABLE["soft_target", "sm_90", "float32"] = {1024: Shape(64, 64, 32, 8, 2)}
-TABLE["soft_target", "sm_100", "float32"] = {1024: Shape(64, 64, 32, 8, 2)}
+TABLE["soft_target", "sm_100", "float32"] = {1024: Shape(128, 64, 32, 8, 2)}
 TABLE["soft_target", "gfx942", "float32"] = {1024: Shape(64, 64, 32, 4, 1)}
 
 # soft_target_means.py, whose tiles hold 2 block_m rows of the whole width.
