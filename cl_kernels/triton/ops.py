@@ -5,6 +5,8 @@ from cl_kernels.triton.dimcl import dimcl_backward, dimcl_forward
 from cl_kernels.triton.log_softmax import masked_log_softmax_backward, masked_log_softmax_forward
 from cl_kernels.triton.similarity import similarity_forward
 from cl_kernels.triton.similarity_gradient import similarity_backward
+from cl_kernels.triton.soft_target import soft_target_forward
+from cl_kernels.triton.soft_target_gradient import soft_target_backward
 
 __all__ = [
     "contrastive_backward",
@@ -15,4 +17,6 @@ __all__ = [
     "masked_log_softmax_forward",
     "similarity_backward",
     "similarity_forward",
+    "soft_target_backward",
+    "soft_target_forward",
 ]
