@@ -41,6 +41,10 @@ _INTERPRETED = Shape(16, 16, 16, 1, 1)
 
 TABLE: dict[tuple[str, str, str], dict[int, Shape]] = {}
 
+# (kernel, architecture) whose half tiles are too small for the architecture's widest matrix instruction, wgmma
+# on sm_90 and tcgen05 on sm_100; in all others it has to be found.
+SMALL_PRODUCTS: frozenset[tuple[str, str]] = frozenset()
+
 
 @functools.cache
 def _cuda_device(index: int) -> Device:
