@@ -11,6 +11,7 @@ compiled ahead of time, and held to limits, by `make compile-gate`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -41,8 +42,8 @@ _INTERPRETED = Shape(16, 16, 16, 1, 1)
 
 TABLE: dict[tuple[str, str, str], dict[int, Shape]] = {}
 
-# (kernel, architecture) whose half tiles are too small for the architecture's widest matrix instruction, wgmma
-# on sm_90 and tcgen05 on sm_100; in all others it has to be found.
+# (kernel, architecture) whose half tiles are too small for the widest matrix instruction of the architecture,
+# wgmma on sm_90 and tcgen05 on sm_100; in all others it has to be found.
 SMALL_PRODUCTS: frozenset[tuple[str, str]] = frozenset()
 
 
@@ -70,10 +71,15 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def serving(rows: Collection[int], width: int) -> int:
+    """The width of the row that serves: the next wider one, or the widest."""
+    return min((known for known in rows if known >= width), default=max(rows))
+
+
 def shape(kernel: str, x: torch.Tensor, width: int) -> Shape:
     """The launch shape of a kernel for features like `x`, `width` of them."""
     architecture = device_of(x).architecture
     if architecture == INTERPRETER:
         return _INTERPRETED
     rows = TABLE[kernel, architecture, dtype_kind(x.dtype)]
-    return rows[min((known for known in rows if known >= width), default=max(rows))]
+    return rows[serving(rows, width)]

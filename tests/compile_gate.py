@@ -68,7 +68,6 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 148, 227 << 10, 255),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 512),
 }
-WIDTHS = (16, 32, 64, 128, 256, 512, 2048)
 OPTIONS_AT = 128  # the width at which every variant is compiled
 ROWS, KEYS = 512, 1024
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -152,10 +151,9 @@ class Recorder:
     def shape(self, kernel: str, x: torch.Tensor, width: int) -> configs.Shape:
         kind = configs.dtype_kind(x.dtype)
         rows = configs.TABLE[kernel, self.architecture, kind]
-        serving = min((known for known in rows if known >= width), default=max(rows))
-        self.row = (kernel, kind, serving)
+        self.row = (kernel, kind, configs.serving(rows, width))
         self.used.add(self.row)
-        return rows[serving]
+        return rows[self.row[2]]
 
 
 @functools.cache
@@ -208,8 +206,8 @@ def problems(architecture: str) -> Iterator[tuple[op_cases.Sizes, torch.dtype, s
     known = {
         width for (_, where, _), rows in configs.TABLE.items() if where == architecture for width in rows
     }
-    for width in sorted(known | set(WIDTHS)):
-        sizes = op_cases.Sizes(ROWS, KEYS, width) if width <= max(WIDTHS) else op_cases.Sizes(64, 128, width)
+    for width in sorted(known | {OPTIONS_AT}):
+        sizes = op_cases.Sizes(ROWS, KEYS, width) if width <= 2048 else op_cases.Sizes(64, 128, width)
         for dtype in (HALF, SINGLE):
             yield sizes, dtype, "highest", ""
     even = op_cases.Sizes(ROWS, KEYS, OPTIONS_AT)
