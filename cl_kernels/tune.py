@@ -1,8 +1,8 @@
 """`python -m cl_kernels tune`: times launch shapes around those of configs.TABLE on this machine's GPU.
 
 A workload runs a public loss forward and backward once, to see which rows of the table it uses. Each of them
-is then replaced by its neighbours, one row at a time, and the whole step is timed; what does not compile, does
-not fit, or gives another answer is passed over. The best shapes are printed as rows of the table.
+is then replaced by its neighbours, one row at a time, and the whole step is timed; what does not compile,
+does not fit, or gives another answer is passed over. The best shapes are printed as rows of the table.
 """
 
 from __future__ import annotations
