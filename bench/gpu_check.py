@@ -5,8 +5,9 @@ gpu_check_output/); one that fails or runs out of time does not stop the rest, a
 
     environment   nvidia-smi, nvcc, versions, which backend serves which op
     build         the C++ extension in place, where it is not built
+    cases         tests/sanitizer_cases.py: every op in every variant
     parity        the Triton tests with real kernels (CL_KERNELS_TEST_DEVICE=cuda)
-    memcheck, racecheck, initcheck      compute-sanitizer over tests/sanitizer_cases.py
+    memcheck, racecheck, initcheck      compute-sanitizer over the cases
     timings       bench/gpu_timings.py
 
 The results are bench/results/<device>-<date>.json and a table in Markdown, printed last. With --rehearse the
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -51,31 +53,45 @@ class Outcome:
 
 
 def steps(out: Path, rehearse: bool) -> list[Step]:
-    on_device = {"CL_KERNELS_TEST_DEVICE": "cpu" if rehearse else "cuda"}
-    # Each tensor its own allocation, so that the checkers know its end.
-    plain_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton_*.py"))
-    rehearsed = ["-k", "log_softmax"] if rehearse else []
-    found = [Step("environment", [PYTHON, "bench/gpu_check.py", "--environment"], 60)]
+    """The limits together stay under ten minutes."""
+    jobs = max(1, (os.cpu_count() or 1) // 2)
+    found = [Step("environment", [PYTHON, "bench/gpu_check.py", "--environment"], 25)]
     if not any((ROOT / "cl_kernels").glob("_C*.so")):
         build = {"MAX_JOBS": str(os.cpu_count() or 1)}
-        found.append(Step("build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 120, build))
+        found.append(Step("build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 90, build))
+
+    cases = [PYTHON, "tests/sanitizer_cases.py", "--jobs", str(jobs)]
+    few = ["--dtypes", "float32", "--match", "softmax"] if rehearse else []
+    # Without a checker first: it fills Triton's cache, so that the checkers do not watch compilers.
+    found.append(Step("cases", [*cases, *few], 75))
+    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton_*.py"))
     if tests:
-        command = [PYTHON, "-m", "pytest", "-q", "--maxfail=20", *tests, *rehearsed]
-        found.append(Step("parity", command, 150, on_device))
-    cases = [PYTHON, "tests/sanitizer_cases.py"]
-    if rehearse:
-        found.append(Step("sanitizer cases", [*cases, "--dtypes", "float32", "--match", "softmax"], 200))
-    else:
-        for tool, limit, options in (
-            ("memcheck", 75, []),
-            ("racecheck", 45, ["--dtypes", "bfloat16"]),
-            ("initcheck", 30, ["--dtypes", "float16"]),
+        command = [PYTHON, "-m", "pytest", "-q", "--maxfail=20", *tests]
+        command += ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
+        command += ["-k", "log_softmax"] if rehearse else []
+        found.append(Step("parity", command, 110, {"CL_KERNELS_TEST_DEVICE": "cpu" if rehearse else "cuda"}))
+    if not rehearse:
+        # Each tensor its own allocation, so that the checkers know its end.
+        plain_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        for tool, limit, dtypes in (
+            ("memcheck", 60, []),
+            ("racecheck", 30, ["--dtypes", "bfloat16"]),
+            ("initcheck", 25, ["--dtypes", "float16"]),
         ):
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *cases, *options]
-            found.append(Step(tool, command, limit, plain_memory, needs="compute-sanitizer"))
-    timings = [PYTHON, "bench/gpu_timings.py", "--out", str(out), "--budget", "140"]
-    found.append(Step("timings", timings + ["--rehearse"] * rehearse, 200))
+            checker = [
+                "compute-sanitizer",
+                "--tool",
+                tool,
+                "--target-processes",
+                "all",
+                "--error-exitcode",
+                "9",
+            ]
+            found.append(
+                Step(tool, [*checker, *cases, *dtypes], limit, plain_memory, needs="compute-sanitizer")
+            )
+    timings = [PYTHON, "bench/gpu_timings.py", "--out", str(out), "--budget", "150"]
+    found.append(Step("timings", timings + ["--rehearse"] * rehearse, 180))
     return found
 
 

@@ -83,7 +83,7 @@ def unit(rows: int, width: int, dtype: torch.dtype) -> Tensor:
 
 def size(n: int, least: int = 16) -> int:
     """A size, made tiny in a rehearsal."""
-    return max(least, n // 512) if REHEARSAL else n
+    return min(64, max(least, n // 512)) if REHEARSAL else n
 
 
 def supcon(id: str, rows: int, dtype: torch.dtype, compiled: bool = False) -> Work:

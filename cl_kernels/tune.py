@@ -95,8 +95,8 @@ def candidates(row: Shape) -> list[Shape]:
     for by_m, by_n in sides:
         for warps in sorted({row.warps, 4, 8}):
             for stages in range(max(1, row.stages - 1), row.stages + 2):
-                m, n = int(row.block_m * by_m), int(row.block_n * by_n)
-                found.append(Shape(m, n, row.block_d, warps, stages))
+                tile = {"block_m": int(row.block_m * by_m), "block_n": int(row.block_n * by_n)}
+                found.append(row._replace(**tile, warps=warps, stages=stages))
     found += [row._replace(block_d=row.block_d * 2), row._replace(block_d=row.block_d // 2)]
     distinct = dict.fromkeys(found)
     return [shape for shape in distinct if _sizes_make_sense(shape, row)]

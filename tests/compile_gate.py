@@ -1,11 +1,11 @@
 """Compiles every kernel in every row of configs.TABLE ahead of time, without a GPU, and holds it to limits.
 
-    python tests/compile_gate.py [sm_80 sm_90 sm_100 gfx942] [--match TEXT]       (`make compile-gate`)
+    python tests/compile_gate.py [sm_80 sm_90 sm_100 gfx942] [--match TEXT] [--full]     (`make compile-gate`)
 
 The ops run on small CPU tensors as if on a device of each architecture, with Triton's launch replaced by a
 recorder: it takes signature, constants and specialisation from Triton's own binder, so what is compiled is
-what a GPU would compile for such tensors. The base variants of tests/op_cases.py are recorded at every width
-of the table, the others at one.
+what a GPU would compile for such tensors. The main case of each op in tests/op_cases.py is recorded in every
+row of the table, the others in half precision at one width, or with --full everywhere.
 
 One line a kernel:
 
@@ -68,8 +68,9 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 148, 227 << 10, 255),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 512),
 }
-OPTIONS_AT = 128  # the width at which every variant is compiled
-ROWS, KEYS = 512, 1024
+OPTIONS_AT = 128  # the width at which options are varied
+ROWS, KEYS = 256, 512
+ATOMICS = "atomics"
 ODD_WIDTH = "odd width"  # rows that no wide load is aligned to: must compile, and may spill
 HALF, SINGLE = torch.bfloat16, torch.float32
 
@@ -89,11 +90,16 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """What the compiled code depends on."""
-        return repr(
-            (self.architecture, self.kernel.fn.__qualname__, self.kernel.fn.__module__, self.signature,
-             self.constants, self.attributes, self.options)
-        )  # fmt: skip
+        """What the compiled code depends on, but for numbers that are neither strides nor constants in
+        capitals: whether a count of rows or groups is a multiple of 16 makes no other kernel."""
+        names = self.kernel.arg_names
+        types = {}
+        for i, name in enumerate(names):
+            kind, constant = self.signature[name], self.constants.get((i,), "variable")
+            if name.isupper() or name.startswith("stride") or kind[0] == "*" or constant is None:
+                types[name] = (kind, constant, str(self.attributes.get((i,))))
+        code = (self.kernel.fn.__module__, self.kernel.fn.__qualname__)
+        return repr((self.architecture, code, types, self.options))
 
     def named_constants(self) -> dict[str, Any]:
         names = self.kernel.arg_names
@@ -203,33 +209,44 @@ def _run(case: op_cases.Case, implementation: ModuleType) -> None:
         case.run(call)
 
 
-def problems(architecture: str) -> Iterator[tuple[op_cases.Sizes, torch.dtype, str, str]]:
-    """Sizes, dtype, float32's precision, and a word on what is special."""
+@dataclass(frozen=True)
+class Problem:
+    sizes: op_cases.Sizes
+    dtype: torch.dtype
+    rank: int  # up to which cases are compiled
+    special: str = ""
+    precision: str = "highest"  # of float32
+
+
+def problems(architecture: str, full: bool) -> Iterator[Problem]:
     known = {
         width for (_, where, _), rows in configs.TABLE.items() if where == architecture for width in rows
     }
     for width in sorted(known | {OPTIONS_AT}):
-        sizes = op_cases.Sizes(ROWS, KEYS, width) if width <= 2048 else op_cases.Sizes(64, 128, width)
-        for dtype in (HALF, SINGLE):
-            yield sizes, dtype, "highest", ""
+        sizes = op_cases.Sizes(ROWS, KEYS, width) if width <= 512 else op_cases.Sizes(64, 128, width)
+        yield Problem(sizes, HALF, 2 if full or width == OPTIONS_AT else 0)
+        yield Problem(sizes, SINGLE, 2 if full else 0)
+        yield Problem(sizes, HALF, 0, ATOMICS)
+        yield Problem(sizes, SINGLE, 0, ATOMICS)
     even = op_cases.Sizes(ROWS, KEYS, OPTIONS_AT)
-    for dtype in (HALF, SINGLE):
-        yield op_cases.Sizes(ROWS - 3, KEYS - 5, OPTIONS_AT), dtype, "highest", "odd rows"
-        yield op_cases.Sizes(ROWS - 3, KEYS - 5, OPTIONS_AT - 1), dtype, "highest", ODD_WIDTH
-    yield even, torch.float16, "highest", "float16"
-    yield even, SINGLE, "high", "tf32"
-    yield even, SINGLE, "medium", "bfloat16 products"
+    rank = 1 if full else 0
+    for dtype in (HALF, SINGLE) if full else (HALF,):
+        yield Problem(op_cases.Sizes(ROWS - 3, KEYS - 5, OPTIONS_AT), dtype, rank, "odd rows")
+        yield Problem(op_cases.Sizes(ROWS - 3, KEYS - 5, OPTIONS_AT - 1), dtype, rank, ODD_WIDTH)
+    yield Problem(even, torch.float16, rank, "float16")
+    yield Problem(even, SINGLE, rank, "tf32", "high")
+    yield Problem(even, SINGLE, rank, "bfloat16 products", "medium")
 
 
-def record(architecture: str, implementation: ModuleType, match: str = "") -> Recorder:
+def record(architecture: str, implementation: ModuleType, match: str = "", full: bool = False) -> Recorder:
     """All launches of all ops on an architecture, in every row of the table."""
     with recording(architecture) as recorder:
-        for sizes, dtype, precision, special in problems(architecture):
-            every = sizes.d == OPTIONS_AT and dtype == HALF
-            with matmul_precision(precision):
-                for case in op_cases.cases(sizes, dtype):
-                    if match in case.op and (case.base or every):
-                        recorder.case = f"{case.op} {case.variant} {special}".strip()
+        for problem in problems(architecture, full):
+            atomics = {"CL_KERNELS_ATOMICS": "1" if problem.special == ATOMICS else "0"}
+            with matmul_precision(problem.precision), mock.patch.dict(os.environ, atomics):
+                for case in op_cases.cases(problem.sizes, problem.dtype):
+                    if match in case.op and case.rank <= problem.rank:
+                        recorder.case = f"{case.op} {case.variant} {problem.special}".strip()
                         _run(case, implementation)
     return recorder
 
@@ -366,9 +383,11 @@ def compile_all(launches: list[Launch], jobs: int) -> int:
     return failed
 
 
-def check(architectures: list[str], implementation: ModuleType, match: str = "", jobs: int = 2) -> int:
+def check(
+    architectures: list[str], implementation: ModuleType, match: str = "", jobs: int = 2, full: bool = False
+) -> int:
     """Records, compiles and prints; returns the number of faults."""
-    recorders = {name: record(name, implementation, match) for name in architectures}
+    recorders = {name: record(name, implementation, match, full) for name in architectures}
     launches = [found for recorder in recorders.values() for found in recorder.launches.values()]
     print(f"{len(launches)} kernels to compile", flush=True)
     failed = compile_all(launches, jobs)
@@ -390,6 +409,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel ahead of time, and hold it to limits.")
     parser.add_argument("architectures", nargs="*", metavar="architecture", help=", ".join(CHIPS))
     parser.add_argument("--match", default="", help="only ops with this in their name")
+    parser.add_argument("--full", action="store_true", help="options at every width, in both kinds of dtype")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     unknown = set(args.architectures) - set(CHIPS)

@@ -25,7 +25,7 @@ class Case:
     op: str
     variant: str
     run: Callable[[Call], list[Tensor]]
-    base: bool = False  # what the losses use most; the others vary an option
+    rank: int  # 0: the op as it is mostly used; 1: other common uses; 2: the options
     device_scale: bool = False  # the scale is a tensor on the device rather than on the CPU
 
 
@@ -257,12 +257,8 @@ class _Maker:
         base: Sequence[str],
     ) -> list[Case]:
         def case(variant: str, options: dict[str, Any]) -> Case:
-            return Case(
-                op,
-                variant,
-                lambda call: run(call, **options),
-                variant in base,
-                options.get("device_scale", False),
-            )
+            rank = 2 if variant not in base else 0 if variant == base[0] else 1
+            on_device = options.get("device_scale", False)
+            return Case(op, variant, lambda call: run(call, **options), rank, on_device)
 
         return [case(variant, options) for variant, options in variants.items()]

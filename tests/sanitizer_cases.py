@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,26 +53,38 @@ def is_off(result: Tensor, truth: Tensor, tolerance: float) -> str | None:
     return f"off by {error:.2g} of {size:.2g}" if error > tolerance * max(size, 0.1) else None
 
 
+def selected(match: str, dtypes: list[str]) -> Iterator[tuple[str, op_cases.Case, float]]:
+    """Name, case and tolerance: all variants at the first size, what the losses use at the others."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype in (getattr(torch, name) for name in dtypes):
+        for sizes in SIZES:
+            for case in op_cases.cases(sizes, dtype, device):
+                if match in case.op and (case.rank < 2 or sizes == SIZES[0]):
+                    name = f"{case.op} ({case.variant}) {sizes.n} x {sizes.m} x {sizes.d} {dtype}"
+                    yield name, case, TOLERANCE[dtype]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Every op in every variant once, small and odd.")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--match", default="", help="only ops with this in their name")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; compiling takes most of the time")
+    parser.add_argument("--share", type=int, help="the cases of one of the processes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.jobs > 1 and args.share is None:
+        command = [sys.executable, *sys.argv, "--share"]
+        started = [subprocess.Popen([*command, str(share)]) for share in range(args.jobs)]
+        return max(process.wait() for process in started)
     count, faults = 0, 0
-    for dtype in (getattr(torch, name) for name in args.dtypes):
-        for sizes in SIZES:
-            for number, case in enumerate(op_cases.cases(sizes, dtype, device)):
-                if args.match not in case.op or not (case.base or sizes == SIZES[0]):
-                    continue
-                count += 1
-                name = f"{case.op} ({case.variant}) {sizes.n} x {sizes.m} x {sizes.d} {dtype}"
-                problem = compare(case, number, TOLERANCE[dtype])
-                if problem:
-                    faults += 1
-                    print(f"{name}: {problem}", flush=True)
-    print(f"{count} cases, {faults} faults")
+    for number, (name, case, tolerance) in enumerate(selected(args.match, args.dtypes)):
+        if args.share is None or number % args.jobs == args.share:
+            count += 1
+            problem = compare(case, number, tolerance)
+            if problem:
+                faults += 1
+                print(f"{name}: {problem}", flush=True)
+    print(f"{count} cases, {faults} faults", flush=True)
     return 1 if faults else 0
 
 
