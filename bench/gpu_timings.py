@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -268,9 +269,11 @@ def graph_seconds(loss: Loss, inputs: list[Tensor]) -> float:
 
 
 def largest_error(result: Result, truth: Result) -> float:
+    """Of the loss and the gradients, relative; infinite where there is a NaN."""
     loss, gradients = result
     pairs = zip((loss, *gradients), (truth[0], *truth[1]), strict=True)
-    return max(relative_error(x, y) for x, y in pairs)
+    errors = [relative_error(x, y) for x, y in pairs]
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def measure(
