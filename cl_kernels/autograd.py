@@ -80,9 +80,12 @@ def contrastive(
     tensors = _distinct(
         q, k, as_scale(scale, q), bias, pairs.row_labels, pairs.col_labels, pairs.positive_index, mask
     )
-    return ContrastiveStats(
-        *Contrastive.apply(*tensors, pairs.exclude, pairs.among, pairs.label_positives, both_axes, backend)
-    )
+    # With frozen keys the gradient of q is one vector a row, and comes with the forward.
+    summed = pairs.label_positives or mask is not None
+    frozen = k is not None and not (both_axes or summed or _needs_gradient(k, bias))
+    save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, tensors[2])
+    options = (pairs.exclude, pairs.among, pairs.label_positives, both_axes, save_gradient, backend)
+    return ContrastiveStats(*Contrastive.apply(*tensors, *options))
 
 
 def soft_target(
@@ -98,8 +101,8 @@ def soft_target(
 ) -> SoftTargetStats:
     """LSEs of the student's and the target's logits, the target's mean of the student's, the positives'."""
     s, target_s = as_scale(scale, q), as_scale(target_scale, q)
-    frozen = not any(x.requires_grad for x in (*k, target_q, *target_k, target_s))
-    save_gradient = frozen and torch.is_grad_enabled() and (q.requires_grad or s.requires_grad)
+    frozen = not _needs_gradient(*k, target_q, *target_k, target_s)
+    save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, s)
     backend = dispatch.select("soft_target_forward", q)
     tensors = _distinct(q, target_q, s, target_s, positive, *k, *target_k)
     options = (positive_in_target, save_gradient, backend)
@@ -123,6 +126,10 @@ def similarity(q: Tensor, k: Tensor | None, scale: float | Tensor, normalize: bo
 def masked_log_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
     """Log-softmax of [N, M] over what the bool mask [N, M] includes; -inf elsewhere."""
     return MaskedLogSoftmax.apply(logits, mask, dispatch.select("masked_log_softmax_forward", logits))
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -182,17 +189,19 @@ class Contrastive(torch.autograd.Function):
         among: str,
         label_positives: bool,
         both_axes: bool,
+        save_gradient: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        lse, lse_cols, positive_sum, positive_count = dispatch.call(
+        lse, lse_cols, positive_sum, positive_count, residual = dispatch.call(
             "contrastive_forward", backend, q, k, scale, exclude, row_labels, col_labels, among,
-            label_positives, positive_index, positive_mask, key_bias, both_axes,
+            label_positives, positive_index, positive_mask, key_bias, both_axes, save_gradient,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(positive_count)
         ctx.save_for_backward(
-            q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask, lse, lse_cols
-        )
+            q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask,
+            lse, lse_cols, residual,
+        )  # fmt: skip
         ctx.options = (exclude, among, label_positives, both_axes, backend)
         return lse, lse_cols, positive_sum, positive_count
 
@@ -212,7 +221,7 @@ class Contrastive(torch.autograd.Function):
                 return reference.contrastive_stats(q, k, scale, *pairs, key_bias, both_axes)
 
             inputs = _differentiate(formula, (q, k, scale, key_bias), ctx.needs_input_grad[:4], grads[:3])
-            return *inputs, *([None] * 9)
+            return *inputs, *([None] * 10)
         has_positives = label_positives or positive_index is not None or positive_mask is not None
         grad_lse, grad_cols, grad_positive = grads[:3]
         grad_q, grad_k, grad_scale, grad_bias = dispatch.call(
@@ -222,7 +231,7 @@ class Contrastive(torch.autograd.Function):
         )  # fmt: skip
         return (
             _if(needs_q, grad_q), _if(needs_k, grad_k), grad_scale.to(scale.device) if needs_scale else None,
-            _if(needs_bias, grad_bias), *([None] * 9),
+            _if(needs_bias, grad_bias), *([None] * 10),
         )  # fmt: skip
 
 

@@ -141,7 +141,8 @@ def contrastive_forward(
     positive_mask: Tensor | None,
     key_bias: Tensor | None,
     both_axes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    save_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     pairs = _contrast(
         q, k, scale, exclude, row_labels, col_labels, among, label_positives, positive_index,
         positive_mask, key_bias,
@@ -152,6 +153,7 @@ def contrastive_forward(
     lse_cols = q.new_full((m if both_axes else 0,), -math.inf, dtype=dtype)
     positive_sum = q.new_empty(n if pairs.has_positives else 0, dtype=dtype)
     positive_count = torch.empty_like(positive_sum)
+    residual = pairs.q.new_empty(q.shape if save_gradient else (0,))
     for rows in pairs.chunks():
         similarities = pairs.dots(rows) * scale
         if pairs.has_positives:
@@ -162,7 +164,10 @@ def contrastive_forward(
         lse[rows] = _log_sum_exp(logits, 1)
         if both_axes:
             lse_cols = torch.logaddexp(lse_cols, _log_sum_exp(logits, 0))
-    return lse, lse_cols, positive_sum, positive_count
+        if save_gradient:
+            softmax = _softmax_of(logits, lse[rows, None])
+            residual[rows] = (softmax - weights.to(softmax) if pairs.has_positives else softmax) @ pairs.k
+    return lse, lse_cols, positive_sum, positive_count, residual
 
 
 @_op
@@ -184,6 +189,7 @@ def contrastive_backward(
     both_axes: bool,
     lse: Tensor,
     lse_cols: Tensor,
+    residual: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = accumulate_dtype(q.dtype)
@@ -201,6 +207,14 @@ def contrastive_backward(
         grad_lse = _where_finite(grad_lse, lse, acc)
     if grad_lse_cols is not None:
         grad_lse_cols = _where_finite(grad_lse_cols, lse_cols, acc)
+
+    if residual.numel() > 0 and not (needs_k or needs_bias):
+        grad = _or_zeros(grad_lse, lse).to(acc)[:, None] * residual
+        if positive_index is not None:
+            weight = _or_zeros(grad_lse, lse) + _or_zeros(grad_positive_sum, lse)
+            grad += weight[:, None].to(acc) * _at([pairs.k], positive_index, acc)
+        grad_scale = (pairs.q * grad).sum()
+        return _gradient(grad, scale, q, needs_q), grad_k, grad_scale, grad_bias
 
     for rows in pairs.chunks():
         dots = pairs.dots(rows)
@@ -473,8 +487,8 @@ def dimcl_forward(
     mean1, rnorm1 = _column_statistics(z1)
     x = torch.cat([_standardised(z0, mean0, rnorm0), _standardised(z1, mean1, rnorm1)])
     index, mask = _dimcl_positives(z0, positive_mask)
-    lse, _, positive_sum, positive_count = contrastive_forward(
-        x, None, scale, 0, None, None, "all", False, index, mask, None, False
+    lse, _, positive_sum, positive_count, _ = contrastive_forward(
+        x, None, scale, 0, None, None, "all", False, index, mask, None, False, False
     )
     return lse, positive_sum, positive_count, torch.stack([mean0, mean1]), torch.stack([rnorm0, rnorm1])
 
@@ -495,7 +509,7 @@ def dimcl_backward(
     index, mask = _dimcl_positives(z0, positive_mask)
     grad, _, grad_scale, _ = contrastive_backward(
         grad_lse, None, grad_positive_sum, x, None, scale, 0, None, None, "all", False, index, mask, None,
-        False, lse, lse.new_empty(0), (True, False, False),
+        False, lse, lse.new_empty(0), x.new_empty(0), (True, False, False),
     )  # fmt: skip
     grad = grad - x * (x * grad).sum(1, keepdim=True)
     grad = grad - grad.mean(

@@ -28,6 +28,7 @@ class Shape(NamedTuple):
     block_d: int  # features at a time
     warps: int
     stages: int  # of the software pipeline
+    registers: int | None = None  # a thread's, at most (NVIDIA)
 
 
 class Device(NamedTuple):
@@ -41,6 +42,68 @@ class Device(NamedTuple):
 _INTERPRETED = Shape(16, 16, 16, 1, 1)
 
 TABLE: dict[tuple[str, str, str], dict[int, Shape]] = {}
+
+TABLE["similarity", "sm_80", "half"] = {128: Shape(128, 128, 32, 8, 4)}
+TABLE["similarity", "sm_90", "half"] = {128: Shape(128, 256, 64, 8, 3)}
+TABLE["similarity", "sm_100", "half"] = {128: Shape(128, 256, 64, 8, 3)}
+TABLE["similarity", "gfx942", "half"] = {128: Shape(128, 128, 64, 8, 2)}
+TABLE["similarity", "sm_80", "float32"] = {128: Shape(128, 64, 32, 8, 3)}
+TABLE["similarity", "sm_90", "float32"] = {128: Shape(128, 128, 32, 8, 3)}
+TABLE["similarity", "sm_100", "float32"] = {128: Shape(128, 128, 32, 8, 3)}
+TABLE["similarity", "gfx942", "float32"] = {128: Shape(128, 128, 32, 8, 2)}
+
+TABLE["similarity_gradient", "sm_80", "half"] = {
+    64: Shape(128, 32, 64, 8, 3),
+    128: Shape(128, 64, 128, 8, 2),
+}
+TABLE["similarity_gradient", "sm_90", "half"] = {
+    64: Shape(128, 64, 64, 8, 3),
+    128: Shape(128, 64, 128, 8, 3),
+}
+TABLE["similarity_gradient", "sm_100", "half"] = {
+    64: Shape(128, 64, 64, 4, 3),
+    128: Shape(128, 64, 128, 8, 3),
+}
+TABLE["similarity_gradient", "gfx942", "half"] = {
+    64: Shape(128, 64, 64, 8, 2),
+    128: Shape(128, 32, 128, 8, 2),
+}
+TABLE["similarity_gradient", "sm_80", "float32"] = {64: Shape(64, 32, 64, 8, 3)}
+TABLE["similarity_gradient", "sm_90", "float32"] = {
+    64: Shape(64, 32, 64, 8, 3),
+    128: Shape(64, 32, 128, 8, 3),
+}
+TABLE["similarity_gradient", "sm_100", "float32"] = {
+    64: Shape(64, 32, 64, 8, 3),
+    128: Shape(64, 32, 128, 8, 3),
+}
+TABLE["similarity_gradient", "gfx942", "float32"] = {
+    64: Shape(64, 32, 64, 8, 2),
+    128: Shape(64, 32, 128, 8, 2),
+}
+
+# Kernels that stream rows or columns through registers: as much in each thread everywhere.
+for _architecture in ARCHITECTURES:
+    for _kind in ("half", "float32"):
+        TABLE["reciprocal_norm", _architecture, _kind] = {
+            128: Shape(16, 0, 128, 4, 1),
+            512: Shape(4, 0, 512, 4, 1),
+        }
+        TABLE["similarity_rows", _architecture, _kind] = {
+            128: Shape(16, 0, 128, 4, 1),
+            512: Shape(2, 0, 512, 2, 1),
+        }
+        TABLE["log_softmax", _architecture, _kind] = {
+            256: Shape(8, 256, 0, 4, 1),
+            1024: Shape(2, 1024, 0, 4, 1),
+            4096: Shape(1, 4096, 0, 4, 1),
+            8192: Shape(1, 8192, 0, 8, 1),
+            16384: Shape(1, 16384, 0, 16, 1),
+        }
+        TABLE["columns", _architecture, _kind] = {
+            2048: Shape(512, 0, 16, 8, 1),
+            8192: Shape(256, 0, 32, 8, 1),
+        }
 
 # (kernel, architecture) whose half tiles are too small for the widest matrix instruction of the architecture,
 # wgmma on sm_90 and tcgen05 on sm_100; in all others it has to be found.
@@ -74,6 +137,12 @@ def padded(width: int) -> int:
 def serving(rows: Collection[int], width: int) -> int:
     """The width of the row that serves: the next wider one, or the widest."""
     return min((known for known in rows if known >= width), default=max(rows))
+
+
+def widest(kernel: str, x: torch.Tensor) -> int:
+    """The widest features that a kernel which keeps all of them on chip takes."""
+    architecture = device_of(x).architecture
+    return 256 if architecture == INTERPRETER else max(TABLE[kernel, architecture, dtype_kind(x.dtype)])
 
 
 def shape(kernel: str, x: torch.Tensor, width: int) -> Shape:

@@ -17,11 +17,13 @@ contrastive: S_ij = scale q_i.k_j + key_bias_j
                positive_index_i (-1: none), or w_ij = positive_mask[i % R, j % C]; 0 at the excluded column,
                except for positive_index
     forward    lse_i = LSE_{j in Den(i)} S_ij (-inf if empty); lse_cols_j = LSE_{i: j in Den(i)} S_ij;
-               positive_sum_i = sum_j w_ij scale q_i.k_j; positive_count_i = sum_j w_ij
+               positive_sum_i = sum_j w_ij scale q_i.k_j; positive_count_i = sum_j w_ij; with save_gradient
+               (one axis, keys of their own, positives by index or none): residual = (P - W) k, [N, D] acc,
+               P the softmax over Den
     backward   G_ij = g_lse_i exp(S_ij - lse_i) + g_cols_j exp(S_ij - lse_cols_j) [over Den] + g_pos_i w_ij;
                grad_q = scale G k (k None: + scale G^T q); grad_k = scale G^T q;
                grad_scale = sum G o (q k^T); grad_key_bias = column sums of the first two terms;
-               needs = (q, k, key_bias)
+               needs = (q, k, key_bias); from the residual, where only q and the scale need a gradient
 
 soft_target: S_ij = scale q_i.k_j, T_ij = target_scale t_i.u_j over the concatenated segments of k, target_k
     positive   int64 [N], a column (-1: none): left out of T ("exclude"), or a logit of 0 there ("zero")
@@ -73,12 +75,13 @@ _TARGETS = (
 
 SCHEMAS = {
     "contrastive_forward": (
-        f"(Tensor q, Tensor? k, Tensor scale, {_PAIRS})"
-        " -> (Tensor lse, Tensor lse_cols, Tensor positive_sum, Tensor positive_count)"
+        f"(Tensor q, Tensor? k, Tensor scale, {_PAIRS}, bool save_gradient)"
+        " -> (Tensor lse, Tensor lse_cols, Tensor positive_sum, Tensor positive_count, Tensor residual)"
     ),
     "contrastive_backward": (
         "(Tensor? grad_lse, Tensor? grad_lse_cols, Tensor? grad_positive_sum, "
-        f"Tensor q, Tensor? k, Tensor scale, {_PAIRS}, Tensor lse, Tensor lse_cols, bool[3] needs)"
+        f"Tensor q, Tensor? k, Tensor scale, {_PAIRS}, Tensor lse, Tensor lse_cols, Tensor residual, "
+        "bool[3] needs)"
         " -> (Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_key_bias)"
     ),
     "soft_target_forward": (
@@ -176,6 +179,7 @@ def _contrastive_forward(
     positive_mask: Tensor | None,
     key_bias: Tensor | None,
     both_axes: bool,
+    save_gradient: bool,
 ) -> tuple[Tensor, ...]:
     n, m = q.shape[0], (q if k is None else k).shape[0]
     positives = label_positives or positive_index is not None or positive_mask is not None
@@ -184,6 +188,7 @@ def _contrastive_forward(
         _rows(q, m, both_axes),
         _rows(q, n, positives),
         _rows(q, n, positives),
+        _empty(q, *q.shape, needed=save_gradient),
     )
 
 

@@ -16,14 +16,15 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(
     const Tensor& q, const optional<Tensor>& k, const Tensor& scale, optional<int64_t> exclude,
     const optional<Tensor>& row_labels, const optional<Tensor>& col_labels, std::string_view among,
     bool label_positives, const optional<Tensor>& positive_index, const optional<Tensor>& positive_mask,
-    const optional<Tensor>& key_bias, bool both_axes) {
+    const optional<Tensor>& key_bias, bool both_axes, bool save_gradient) {
   return cl_kernels::contrastive_forward(q, k, scale,
                                          {exclude, row_labels, col_labels, among, label_positives,
-                                          positive_index, positive_mask, key_bias, both_axes});
+                                          positive_index, positive_mask, key_bias, both_axes},
+                                         save_gradient);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_backward(
@@ -33,11 +34,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_backward(
     const optional<Tensor>& col_labels, std::string_view among, bool label_positives,
     const optional<Tensor>& positive_index, const optional<Tensor>& positive_mask,
     const optional<Tensor>& key_bias, bool both_axes, const Tensor& lse, const Tensor& lse_cols,
-    std::array<bool, 3> needs) {
+    const Tensor& residual, std::array<bool, 3> needs) {
   return cl_kernels::contrastive_backward(grad_lse, grad_lse_cols, grad_positive_sum, q, k, scale,
                                           {exclude, row_labels, col_labels, among, label_positives,
                                            positive_index, positive_mask, key_bias, both_axes},
-                                          lse, lse_cols, needs);
+                                          lse, lse_cols, residual, needs);
 }
 
 }  // namespace

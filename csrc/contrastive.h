@@ -25,11 +25,12 @@ struct Pairs {
   bool both_axes;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_forward(
     const at::Tensor& q,                 // [N, D]
     const std::optional<at::Tensor>& k,  // [M, D], or none: q
     const at::Tensor& scale,             // 0-dim
-    const Pairs& pairs);  // -> lse [N], lse_cols [M] | [0], positive_sum [N] | [0], positive_count [N] | [0]
+    const Pairs& pairs, bool save_gradient);
+// -> lse [N], lse_cols [M] | [0], positive_sum [N] | [0], positive_count [N] | [0], residual [N, D] | [0]
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     const std::optional<at::Tensor>& grad_lse,           // [N]
@@ -38,6 +39,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs,
     const at::Tensor& lse,       // [N]
     const at::Tensor& lse_cols,  // [M] | [0]
+    const at::Tensor& residual,  // [N, D] | [0]
     std::array<bool, 3>
         needs);  // q, k, key_bias -> grad_q [N, D], grad_k [M, D], grad_scale [], grad_key_bias [M]
 

@@ -140,6 +140,7 @@ class Recorder:
     architecture: str
     launches: dict[str, Launch] = field(default_factory=dict)
     used: set[tuple[str, str, int]] = field(default_factory=set)
+    missing: set[tuple[str, str, str]] = field(default_factory=set)  # keys that the table lacks
     row: tuple[str, str, int] = ("", "", 0)
     case: str = ""
 
@@ -247,7 +248,10 @@ def record(architecture: str, implementation: ModuleType, match: str = "", full:
                 for case in op_cases.cases(problem.sizes, problem.dtype):
                     if match in case.op and case.rank <= problem.rank:
                         recorder.case = f"{case.op} {case.variant} {problem.special}".strip()
-                        _run(case, implementation)
+                        try:
+                            _run(case, implementation)
+                        except KeyError as error:
+                            recorder.missing.add(error.args[0])
     return recorder
 
 
@@ -395,6 +399,9 @@ def check(
         if match in name and not hasattr(implementation, name):
             failed += 1
             print(f"{name}   <-- FAIL: has no Triton implementation")
+    for key in sorted({key for recorder in recorders.values() for key in recorder.missing}):
+        failed += 1
+        print(f"{' '.join(key)}   <-- FAIL: the table has no such row")
     if not match:
         for (kernel, architecture, kind), rows in configs.TABLE.items():
             for width in rows if architecture in recorders else ():

@@ -84,7 +84,13 @@ class _Maker:
             "self, no positives": rows,
             "self, device scale": {**rows, **index, "device_scale": True},
             "self, transposed": {**rows, **index, "transposed": True},
-            "keys, frozen": {**keys_index, "needs": (True, False, False)},
+            "keys, frozen": {**keys_index, "frozen": True},
+            "keys, frozen, transposed": {**keys_index, "frozen": True, "transposed": True},
+            "keys, frozen, offset, among different": {
+                **keys_index, "frozen": True, "exclude": 1, "among": "different", "device_scale": True,
+            },
+            "keys, frozen, bias": {"keys": True, "bias": True, "frozen": True},
+            "keys, of queries only": {**keys_index, "needs": (True, False, False)},
             "keys, of keys only": {**keys_index, "needs": (False, True, False)},
             "keys, bias": {"keys": True, "bias": True},
             "keys, transposed": {**keys_index, "transposed": True},
@@ -95,7 +101,7 @@ class _Maker:
                 "device_scale": True,
             },
         }  # fmt: skip
-        base = ("self", "keys", "both axes")
+        base = ("self", "keys", "keys, frozen", "both axes")
 
         def run(
             call: Call,
@@ -106,6 +112,7 @@ class _Maker:
             bias: bool = False,
             both_axes: bool = False,
             needs: Sequence[bool] | None = None,
+            frozen: bool = False,
             transposed: bool = False,
             device_scale: bool = False,
         ) -> list[Tensor]:
@@ -125,12 +132,13 @@ class _Maker:
                 self.indices(n, columns) if positives == "index" else None, positive_mask,
                 torch.randn(columns, device=self.device) if bias else None, both_axes,
             )  # fmt: skip
-            lse, lse_cols, *sums = call("contrastive_forward", *problem)
+            lse, lse_cols, *sums, residual = call("contrastive_forward", *problem, frozen)
+            needs = (True, False, False) if frozen else needs or (True, keys, bias)
             grads = call(
                 "contrastive_backward", self.per_row(n), self.per_row(columns) if both_axes else None,
-                self.per_row(n) if positives else None, *problem, lse, lse_cols, needs or (True, keys, bias),
+                self.per_row(n) if positives else None, *problem, lse, lse_cols, residual, needs,
             )  # fmt: skip
-            return _flat(lse, lse_cols, *sums, grads)
+            return _flat(lse, lse_cols, *sums, residual, grads)
 
         return self._of("contrastive", run, variants, base)
 

@@ -105,6 +105,11 @@ class Problem:
             None if key_bias is None else key_bias.to(acc), self.both_axes,
         )  # fmt: skip
 
+    @property
+    def may_save_gradient(self) -> bool:
+        own_keys, summed = self.inputs[1] is None, self.pairs.positive_mask is not None
+        return not (own_keys or self.both_axes or summed or self.pairs.label_positives)
+
 
 @st.composite
 def problems(draw: Callable) -> Problem:
@@ -147,6 +152,17 @@ def problems(draw: Callable) -> Problem:
 @given(problems())
 def test_contrastive_is_the_formula(problem: Problem) -> None:
     assert_matches_reference(problem.ours, problem.formula, problem.inputs)
+
+
+@few
+@given(problems())
+def test_contrastive_with_frozen_keys_is_the_formula(problem: Problem) -> None:
+    q, k, scale, bias = problem.inputs
+    assert_matches_reference(
+        lambda q, scale: problem.ours(q, k, scale, bias),
+        lambda q, scale: problem.formula(q, k, scale, bias),
+        (q, scale),
+    )
 
 
 def contrastive_examples() -> list[Any]:
@@ -409,8 +425,7 @@ def check_op(name: str, *arguments: Any) -> Any:
 @pytest.mark.parametrize("problem", contrastive_examples())
 def test_opcheck_contrastive(problem: Problem, dtype: torch.dtype) -> None:
     arguments = problem.op_arguments(dtype)
-    outputs = check_op("contrastive_forward", *arguments)
-    lse, lse_cols, positive_sum, _ = outputs
+    lse, lse_cols, positive_sum, _, residual = check_op("contrastive_forward", *arguments, False)
     grads = (
         torch.ones_like(lse),
         torch.ones_like(lse_cols) if problem.both_axes else None,
@@ -418,8 +433,12 @@ def test_opcheck_contrastive(problem: Problem, dtype: torch.dtype) -> None:
     )
     own_keys, biased = problem.inputs[1] is None, problem.inputs[3] is not None
     for needs in [(True, not own_keys, biased), (False, False, False)]:
-        check_op("contrastive_backward", *grads, *arguments, lse, lse_cols, needs)
-    check_op("contrastive_backward", None, *grads[1:], *arguments, lse, lse_cols, (True, False, False))
+        check_op("contrastive_backward", *grads, *arguments, lse, lse_cols, residual, needs)
+    only_q = (True, False, False)
+    check_op("contrastive_backward", None, *grads[1:], *arguments, lse, lse_cols, residual, only_q)
+    if problem.may_save_gradient:
+        residual = check_op("contrastive_forward", *arguments, True)[-1]
+        check_op("contrastive_backward", *grads, *arguments, lse, lse_cols, residual, only_q)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -792,7 +811,7 @@ def test_a_wrong_backend_in_the_environment_is_refused() -> None:
 
 @pytest.mark.parametrize("problem", contrastive_examples())
 def test_results_do_not_depend_on_the_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = problem.op_arguments()
+    arguments = (*problem.op_arguments(), problem.may_save_gradient)
     small = chunked.contrastive_forward(*arguments)
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1 << 22)
     assert_same(chunked.contrastive_forward(*arguments), small)

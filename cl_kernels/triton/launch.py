@@ -37,3 +37,19 @@ def splits(parallel: int, serial: int, x: Tensor, waves: int = 4) -> int:
     wanted = cdiv(waves * configs.device_of(x).processors, parallel)
     per_part = cdiv(serial, min(wanted, serial))
     return cdiv(serial, per_part)
+
+
+def options(tile: configs.Shape) -> dict[str, int]:
+    """How a kernel is compiled for a launch shape."""
+    chosen = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return chosen if tile.registers is None else {**chosen, "maxnreg": tile.registers}
+
+
+def mm_float32(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """a b in float32, sums too, of matrices of one dtype; added to `onto`, which may be overwritten."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        a, b = a.float(), b.float()
+        return a @ b if onto is None else onto.addmm_(a, b)
+    if onto is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(onto, a, b, out_dtype=torch.float32)

@@ -36,8 +36,10 @@ def load_rows(x, i_row, m_row, i_col, m_col, stride_row, stride_col, EVEN: tl.co
 def dot(x, y, acc, PRECISION: tl.constexpr):
     """acc + x y, float32 sums. `PRECISION` (launch.precision) is for float32 tiles."""
     if PRECISION == "bf16":
-        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), acc)
-    return tl.dot(x, y, acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), acc)
+    else:  # not after a return: Triton would compile it, and refuse "bf16"
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -54,3 +56,10 @@ def product(
         b_y = load_rows(y, i_y, m_y, i_d, i_d < d, stride_yn, stride_yd, EVEN_D)
         acc = dot(b_x, tl.trans(b_y), acc, PRECISION)
     return acc
+
+
+@triton.jit
+def half_unit(bound):
+    """A power of two that brings terms up to `bound` (its address) to 2^10, so that the products made of them
+    and rounded to float16 neither overflow nor, down to 2^-24 of the largest, lose digits."""
+    return tl.exp2(10.0 - tl.ceil(tl.log2(tl.maximum(tl.load(bound), 1e-30))))

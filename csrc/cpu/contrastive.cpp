@@ -3,6 +3,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
@@ -137,17 +138,49 @@ class Engine {
     return {sum, count};
   }
 
+  // (P - W) k, the gradient of frozen keys' queries but for the gradients of the rows, and the scale.
+  at::Tensor residual(const at::Tensor& lse) {
+    const at::Tensor ones = at::ones({n()}, at::kDouble);
+    std::optional<at::Tensor> positive;
+    if (index_.defined()) positive = ones.neg();
+    set_rows(ones, positive, lse);
+    at::Tensor out = at::zeros({n(), q_.padded_d()}, q_.tensor().options().dtype(sum_type<Mode>())), none;
+    rectangle_gradient(true, false, false, out, none, none);
+    return out.narrow(1, 0, q_.d()).contiguous();
+  }
+
+  // From the residual: where only the queries and the scale need a gradient.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gradient_from_residual(
+      const at::Tensor& residual, const std::optional<at::Tensor>& grad_lse,
+      const std::optional<at::Tensor>& grad_positive, bool need_q) {
+    const int64_t d = q_.d();
+    std::vector<T> lse_grad(n(), T(0)), positive_grad(n(), T(0));
+    if (grad_lse) copy_rows(*grad_lse, lse_grad.data());
+    if (grad_positive) copy_rows(*grad_positive, positive_grad.data());
+    const at::Tensor keys = index_.defined() ? sum_rows(key()) : at::Tensor();
+    at::Tensor grad = at::empty_like(residual);
+    T* out = grad.template mutable_data_ptr<T>();
+    const T* r = residual.const_data_ptr<T>();
+    for_rows(n(), d, [&](int64_t i) {
+      for (int64_t c = 0; c < d; ++c) out[i * d + c] = lse_grad[i] * r[i * d + c];
+      const int64_t j = index_.defined() ? index_.const_data_ptr<int64_t>()[i] : -1;
+      if (j < 0) return;
+      const T* positive = keys.const_data_ptr<T>() + j * d;
+      for (int64_t c = 0; c < d; ++c) out[i * d + c] += (lse_grad[i] + positive_grad[i]) * positive[c];
+    });
+    auto none = [&] { return at::empty({0}, grad.options()); };
+    at::Tensor grad_scale = contraction<T>(sum_rows(q_), grad);
+    return {need_q ? finish(grad) : none(), none(), grad_scale, none()};
+  }
+
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gradient(
       const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_lse_cols,
       const std::optional<at::Tensor>& grad_positive, const at::Tensor& lse, const at::Tensor& lse_cols,
       std::array<bool, 3> needs) {
     const at::TensorOptions options = q_.tensor().options().dtype(sum_type<Mode>());
     const at::Tensor none = at::empty({0}, options);
-    rows_.set(grad_lse, lse);
     if (pairs_.both_axes) cols_.set(grad_lse_cols, lse_cols);
-    weight_.assign(round_up(n(), kTileAlign), T(0));
-    if (grad_positive) copy_rows(*grad_positive, weight_.data());
-    choose_softmax();
+    set_rows(grad_lse, grad_positive, lse);
 
     if (symmetric_) {
       at::Tensor grad = at::zeros({n(), q_.padded_d()}, options);
@@ -386,6 +419,14 @@ class Engine {
     }
   };
 
+  void set_rows(const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_positive,
+                const at::Tensor& lse) {
+    rows_.set(grad_lse, lse);
+    weight_.assign(round_up(n(), kTileAlign), T(0));
+    if (grad_positive) copy_rows(*grad_positive, weight_.data());
+    choose_softmax();
+  }
+
   // One exponential can serve a row and a column where their log-sum-exps are close: then what is lost to
   // underflow relative to the largest of them is below 2^-60 of any row.
   void choose_softmax() {
@@ -550,13 +591,21 @@ void check(const at::Tensor& q, const std::optional<at::Tensor>& k, const Pairs&
 }  // namespace
 }  // namespace cpu
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_forward(
-    const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_forward(
+    const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs,
+    bool save_gradient) {
   cpu::check(q, k, pairs);
+  TORCH_CHECK_VALUE(
+      !save_gradient || (k && !pairs.both_axes && !pairs.label_positives && !pairs.positive_mask),
+      "save_gradient is for one axis, keys of their own and positives by index or none");
   return cpu::with_mode(q.scalar_type(), [&](auto mode) {
     cpu::Engine<decltype(mode)> engine(q, k, scale, pairs);
     auto sums = engine.log_sum_exp();
-    return std::tuple_cat(sums, engine.positives());
+    auto positives = engine.positives();
+    at::Tensor residual = save_gradient ? engine.residual(std::get<0>(sums))
+                                        : at::empty({0}, std::get<0>(sums).options().dtype(
+                                                             cpu::sum_type<decltype(mode)>()));
+    return std::tuple_cat(sums, positives, std::make_tuple(residual));
   });
 }
 
@@ -564,10 +613,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_lse_cols,
     const std::optional<at::Tensor>& grad_positive_sum, const at::Tensor& q,
     const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs, const at::Tensor& lse,
-    const at::Tensor& lse_cols, std::array<bool, 3> needs) {
+    const at::Tensor& lse_cols, const at::Tensor& residual, std::array<bool, 3> needs) {
   cpu::check(q, k, pairs);
   return cpu::with_mode(q.scalar_type(), [&](auto mode) {
     cpu::Engine<decltype(mode)> engine(q, k, scale, pairs);
+    if (residual.dim() == 2 && !needs[1] && !needs[2])
+      return engine.gradient_from_residual(residual, grad_lse, grad_positive_sum, needs[0]);
     return engine.gradient(grad_lse, grad_lse_cols, grad_positive_sum, lse, lse_cols, needs);
   });
 }

@@ -65,8 +65,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dimcl_for
   const at::Tensor rnorm = at::where(norm > residue, norm.reciprocal(), at::zeros_like(norm)).to(type);
   const at::Tensor mean_out = mean.to(type);
   const at::Tensor x = standardised(z0, z1, mean_out, rnorm);
-  auto [lse, unused, sum, count] =
-      contrastive_forward(x, std::nullopt, scale, column_pairs(z0.size(1), positive_mask, x));
+  auto [lse, unused, sum, count, unused_residual] =
+      contrastive_forward(x, std::nullopt, scale, column_pairs(z0.size(1), positive_mask, x), false);
   return {lse, sum, count, mean_out, rnorm};
 }
 
@@ -80,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
   const at::Tensor x = standardised(z0, z1, mean, rnorm);
   auto [grad, unused_k, grad_scale, unused_bias] = contrastive_backward(
       grad_lse, std::nullopt, grad_positive_sum, x, std::nullopt, scale, column_pairs(d, positive_mask, x),
-      lse, at::empty({0}, lse.options()), {true, false, false});
+      lse, at::empty({0}, lse.options()), at::empty({0}, lse.options()), {true, false, false});
   // Through x = (z - mean) / ||z - mean||; the mean goes last, or a nearly constant column would bring it
   // back.
   grad -= x * (x * grad).sum(1, true);

@@ -1,0 +1,125 @@
+"""The gradient of the engine: which kernels give it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cl_kernels import configs
+from cl_kernels.triton.gradient_chunks import chunk_gradients
+from cl_kernels.triton.gradient_combine import combine
+from cl_kernels.triton.gradient_rows import Owners, row_gradients
+from cl_kernels.triton.gradient_terms import Terms, terms
+from cl_kernels.triton.pairs import Contrast
+
+
+def atomics_allowed() -> bool:
+    """CL_KERNELS_ATOMICS=1: gradients of q with itself in fewer operations, by additions in any order."""
+    return os.environ.get("CL_KERNELS_ATOMICS", "0") not in ("", "0")
+
+
+def gradient(
+    problem: Contrast,
+    grad_lse: Tensor | None,
+    grad_cols: Tensor | None,
+    grad_positive: Tensor | None,
+    lse: Tensor,
+    lse_cols: Tensor,
+    needs_q: bool,
+    needs_k: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad_q, grad_k, grad_scale [], grad_key_bias of the `contrastive_backward` op (ops.py)."""
+    q, k, scale = problem.q, problem.keys, problem.scale
+    width = q.shape[1]
+    fused = width <= configs.widest("gradient_rows", q)
+    self_keys = problem.k is None
+    # G + G^T in one pass; a bias or both axes make the two differ by more than their labels and positives.
+    mirrored = self_keys and problem.mirrored and not needs_bias
+
+    half = q.dtype == torch.float16
+    bound = q.new_zeros(1, dtype=torch.float32) if half else None
+    largest = (
+        problem.positive_mask.abs().max().float() if half and problem.positive_mask is not None else None
+    )
+    kernel = (
+        ("gradient_triangle" if atomics_allowed() and mirrored else "gradient_rows")
+        if fused
+        else "gradient_tiles"
+    )
+    block = configs.shape(kernel, q, width).block_n
+    rows = terms(lse, grad_lse, grad_positive, block, bound, largest)
+    cols = terms(lse_cols, grad_cols, None, block, bound, None) if grad_cols is not None else _absent(rows, k)
+
+    side = _rows_as_owners(problem, rows, cols, bound)
+    if mirrored:
+        both = replace(side, other=rows, other_index=problem.positive_index)
+        if fused:
+            parts = row_gradients(both, triangle=kernel == "gradient_triangle")[0]
+        else:
+            parts = chunk_gradients(both, into_rows=True, into_columns=False, bias=False)[0]
+        grad, along = combine(parts, q, scale, needs_q, None if fused else bound)
+        return grad, _nothing(q), 0.5 * along, _nothing(q)
+    into_q = needs_q or not needs_k  # one of them, for the gradient of the scale
+    into_k = needs_q if self_keys else needs_k
+    if fused:
+        by_rows = row_gradients(side)[0] if into_q else _nothing(q)
+        by_cols, bias = _nothing(q), _nothing(q)
+        if into_k or needs_bias:
+            by_cols, bias = row_gradients(_transposed(side), features=into_k, bias=needs_bias)
+            bias = bias.sum(0) if needs_bias else bias
+    else:
+        by_rows, by_cols, bias = chunk_gradients(side, into_rows=into_q, into_columns=into_k, bias=needs_bias)
+    unit = None if fused else bound
+    if self_keys and into_q and into_k:
+        grad, along = combine(torch.cat([by_rows, by_cols]), q, scale, needs_q, unit)
+        return grad, _nothing(q), 0.5 * along, bias
+    grad_q, along_q = combine(by_rows, q, scale, needs_q, unit) if into_q else (_nothing(q), None)
+    grad_k, along_k = combine(by_cols, k, scale, needs_k, unit) if into_k else (_nothing(q), None)
+    along = along_q if along_q is not None else along_k
+    assert along is not None  # one of them was wanted
+    return grad_q, grad_k, along, bias
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def residual(problem: Contrast, lse: Tensor) -> Tensor:
+    """(P - W) k [N, D], float32, of features too wide for `lse_frozen`."""
+    ones = torch.ones_like(lse)
+    q, k = problem.q, problem.keys
+    bound = q.new_zeros(1, dtype=torch.float32) if q.dtype == torch.float16 else None
+    block = configs.shape("gradient_tiles", q, q.shape[1]).block_n
+    rows = terms(lse, ones, None if problem.positive_index is None else -ones, block, bound, None)
+    parts, _, _ = chunk_gradients(
+        _rows_as_owners(problem, rows, _absent(rows, k), bound),
+        into_rows=True, into_columns=False, bias=False,
+    )  # fmt: skip
+    return combine(parts, q, lse.new_ones((), device="cpu"), True, bound, torch.float32)[0]
+
+
+def _rows_as_owners(problem: Contrast, rows: Terms, cols: Terms, bound: Tensor | None) -> Owners:
+    return Owners(
+        problem.q, problem.keys, problem.scale, problem.offset, problem.row_labels, problem.col_labels,
+        problem.among, problem.positives, problem.positive_index, None, problem.positive_mask,
+        problem.key_bias, "none" if problem.key_bias is None else "other", rows, cols, bound,
+    )  # fmt: skip
+
+
+def _absent(rows: Terms, k: Tensor) -> Terms:
+    """Terms of columns that add nothing; the memory is only there to be addressed."""
+    return Terms(rows.planes.new_zeros((3, k.shape[0])), rows.planes.new_zeros((2, k.shape[0])), False, False)
+
+
+def _transposed(side: Owners) -> Owners:
+    """The columns as owners."""
+    return replace(
+        side, x=side.y, y=side.x, exclude=None if side.exclude is None else -side.exclude,
+        own_labels=side.other_labels, other_labels=side.own_labels, own_index=side.other_index,
+        other_index=side.own_index, bias_of="own" if side.bias is not None else "none",
+        own=side.other, other=side.own,
+    )  # fmt: skip

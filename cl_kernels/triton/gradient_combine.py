@@ -1,0 +1,59 @@
+"""The last step of a gradient: parts added up in a fixed order, scaled and rounded, and the scale's gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cl_kernels.triton import launch
+from cl_kernels.triton.tiles import half_unit, scalar
+
+_ROWS = 16
+
+
+@triton.jit(do_not_specialize=["n", "d", "parts"])
+def _combine_kernel(
+    part, x, scale, bound, grad, along, n, d, parts, stride_xn, stride_xd,
+    UNIT: tl.constexpr, WRITE: tl.constexpr, SCALE_TENSOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    s = scalar(scale, SCALE_TENSOR)
+    unit = half_unit(bound) if UNIT else 1.0
+    dots = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in range(0, d, BLOCK_D):
+        i_d = first + tl.arange(0, BLOCK_D)
+        m_x = (i < n)[:, None] & (i_d < d)[None, :]
+        at = i[:, None] * d + i_d[None, :]
+        total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for index in range(parts):
+            total += tl.load(part + (index * n + i)[:, None] * d + i_d[None, :], mask=m_x, other=0.0)
+        total /= unit
+        b_x = tl.load(x + i[:, None] * stride_xn + i_d[None, :] * stride_xd, mask=m_x, other=0.0)
+        dots += b_x.to(tl.float32) * total
+        if WRITE:
+            tl.store(grad + at, (total * s).to(grad.dtype.element_ty), mask=m_x)
+    tl.store(along + tl.program_id(0), tl.sum(tl.sum(dots, 1), 0))
+
+
+def combine(
+    parts: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    write: bool,
+    bound: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """scale times the sum of the parts [P, n, D] in `dtype` (that of x; [0] float32 unless `write`), and
+    sum(x . parts), []. `bound`: the parts are in its unit."""
+    n, d = x.shape
+    programs = launch.cdiv(n, _ROWS)
+    grad = x.new_empty(x.shape, dtype=dtype or x.dtype) if write else parts.new_empty(0)
+    along = parts.new_empty(programs)
+    factor = launch.scalar(scale)
+    _combine_kernel[(programs,)](
+        parts, x, factor, bound, grad, along, n, d, parts.shape[0], *x.stride(),
+        UNIT=bound is not None, WRITE=write, SCALE_TENSOR=isinstance(factor, Tensor), BLOCK_M=_ROWS, BLOCK_D=128,
+    )  # fmt: skip
+    return grad, along.sum()

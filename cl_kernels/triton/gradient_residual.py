@@ -1,0 +1,71 @@
+"""The gradient of the queries of frozen keys from the residual of the forward: no pass over the pairs."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cl_kernels.triton import launch
+from cl_kernels.triton.tiles import scalar
+
+_ROWS = 16
+
+
+@triton.jit(do_not_specialize=["n", "d"])
+def _residual_kernel(
+    residual, q, k, scale, index, grad_lse, grad_positive, grad, along, n, d,
+    stride_qn, stride_qd, stride_kn, stride_kd,
+    SOFTMAX: tl.constexpr, POSITIVES: tl.constexpr, INDEX: tl.constexpr, WRITE: tl.constexpr,
+    SCALE_TENSOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    s = scalar(scale, SCALE_TENSOR)
+    of_lse = tl.zeros((BLOCK_M,), tl.float64)
+    of_positive = tl.zeros((BLOCK_M,), tl.float64)
+    if SOFTMAX:
+        of_lse = tl.load(grad_lse + i, mask=i < n, other=0.0).to(tl.float64)
+    if POSITIVES:
+        of_positive = tl.load(grad_positive + i, mask=i < n, other=0.0).to(tl.float64)
+    weight = (of_lse + of_positive).to(tl.float32)
+    factor = of_lse.to(tl.float32)
+    dots = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in range(0, d, BLOCK_D):
+        i_d = first + tl.arange(0, BLOCK_D)
+        m_x = (i < n)[:, None] & (i_d < d)[None, :]
+        at = i[:, None] * d + i_d[None, :]
+        total = factor[:, None] * tl.load(residual + at, mask=m_x, other=0.0)
+        if INDEX:
+            b_index = tl.load(index + i, mask=i < n, other=-1)
+            at_k = k + b_index[:, None] * stride_kn + i_d[None, :] * stride_kd
+            b_k = tl.load(at_k, mask=m_x & (b_index >= 0)[:, None], other=0.0)
+            total += weight[:, None] * b_k.to(tl.float32)
+        b_q = tl.load(q + i[:, None] * stride_qn + i_d[None, :] * stride_qd, mask=m_x, other=0.0)
+        dots += b_q.to(tl.float32) * total
+        if WRITE:
+            tl.store(grad + at, (total * s).to(grad.dtype.element_ty), mask=m_x)
+    tl.store(along + tl.program_id(0), tl.sum(tl.sum(dots, 1), 0))
+
+
+def gradient_from_residual(
+    residual: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    index: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_positive: Tensor | None,
+    needs_q: bool,
+) -> tuple[Tensor, Tensor]:
+    """grad_q = scale (g_lse residual + (g_lse + g_positive) k[index]), and grad_scale []."""
+    n, d = q.shape
+    programs = launch.cdiv(n, _ROWS)
+    grad = q.new_empty(q.shape) if needs_q else residual.new_empty(0)
+    along = residual.new_empty(programs)
+    factor = launch.scalar(scale)
+    _residual_kernel[(programs,)](
+        residual, q, k, factor, index, grad_lse, grad_positive, grad, along, n, d, *q.stride(), *k.stride(),
+        SOFTMAX=grad_lse is not None, POSITIVES=grad_positive is not None, INDEX=index is not None,
+        WRITE=needs_q, SCALE_TENSOR=isinstance(factor, Tensor), BLOCK_M=_ROWS, BLOCK_D=128,
+    )  # fmt: skip
+    return grad, along.sum()

@@ -1,0 +1,84 @@
+"""What the gradient of the engine needs of each row (or column): its softmax as coef 2^(S - shift).
+
+A log-sum-exp L (float64, times log2(e) for base 2) is rounded to the float32 shift, and what rounding leaves
+goes into the coefficient, so that exp(S - L) keeps its digits: coef = g 2^(shift - L). A row with nothing in
+its denominator has coefficient 0. The weight is the gradient of the row's sum over positives.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cl_kernels.triton import launch
+from cl_kernels.triton.tiles import LOG2E, NOTHING
+
+
+class Terms(NamedTuple):
+    """The terms of rows (or columns), as kernels take them."""
+
+    planes: Tensor  # [3, n] float32: shifts, coefficients, weights
+    ranges: Tensor  # [2, blocks] float32: the highest and the lowest shift in each block
+    softmax: bool  # whether any coefficient counts
+    positives: bool  # whether any weight counts
+
+
+@triton.jit
+def _terms_kernel(
+    lse, grad, weight_grad, planes, ranges, bound, largest_weight, n, blocks,
+    SOFTMAX: tl.constexpr, POSITIVES: tl.constexpr, BOUND: tl.constexpr, MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    coef = tl.zeros((BLOCK,), tl.float32)
+    weight = tl.zeros((BLOCK,), tl.float32)
+    high = NOTHING
+    low = -NOTHING
+    if SOFTMAX:
+        exact = tl.load(lse + i, mask=i < n, other=float("-inf")) * LOG2E
+        empty = exact == float("-inf")
+        shift = tl.where(empty, 0.0, exact).to(tl.float32)
+        rest = (shift.to(tl.float64) - exact).to(tl.float32)
+        g = tl.load(grad + i, mask=i < n, other=0.0).to(tl.float32)
+        coef = tl.where(empty, 0.0, g * tl.exp2(rest))
+        high = tl.max(tl.where(empty, NOTHING, shift), 0)
+        low = tl.min(tl.where(empty, -NOTHING, shift), 0)
+        tl.store(planes + i, shift, mask=i < n)
+    if POSITIVES:
+        weight = tl.load(weight_grad + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(planes + n + i, coef, mask=i < n)
+    tl.store(planes + 2 * n + i, weight, mask=i < n)
+    tl.store(ranges + block, high)
+    tl.store(ranges + blocks + block, low)
+    if BOUND:
+        largest = tl.abs(weight)
+        if MASK:
+            largest *= tl.load(largest_weight)
+        tl.atomic_max(bound, tl.max(tl.maximum(tl.abs(coef), largest), 0), sem="relaxed")
+
+
+def terms(
+    lse: Tensor,
+    grad: Tensor | None,
+    weight_grad: Tensor | None,
+    block: int,
+    bound: Tensor | None,
+    largest_weight: Tensor | None,
+) -> Terms:
+    """Of rows with these log-sum-exps [n] and gradients; `bound` [1], if given, rises to the largest of them
+    (weights times `largest_weight`). Blocks of others, whose ranges the kernels look up, have `block` rows."""
+    n = lse.shape[0] if grad is not None or weight_grad is None else weight_grad.shape[0]
+    blocks = launch.cdiv(n, block)
+    planes = lse.new_empty((3, n), dtype=torch.float32)
+    ranges = lse.new_empty((2, blocks), dtype=torch.float32)
+    _terms_kernel[(blocks,)](
+        lse, grad, weight_grad, planes, ranges, bound, largest_weight, n, blocks,
+        SOFTMAX=grad is not None, POSITIVES=weight_grad is not None, BOUND=bound is not None,
+        MASK=largest_weight is not None, BLOCK=block,
+    )  # fmt: skip
+    return Terms(planes, ranges, grad is not None, weight_grad is not None)

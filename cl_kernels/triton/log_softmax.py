@@ -1,0 +1,152 @@
+"""Row-wise log-softmax over the included entries, and its gradient."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cl_kernels import configs
+from cl_kernels.triton import launch, tiles
+
+
+@triton.jit
+def _load(
+    x, mask, i_n, m_n, i_m, m, stride_xn, stride_xm, stride_mask_n, stride_mask_m,
+    OTHER: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """x in float32 where it is included, OTHER elsewhere."""
+    i_n = i_n.to(tl.int64)[:, None]
+    i_m = i_m.to(tl.int64)[None, :]
+    inside = m_n[:, None] & (i_m < m)
+    b_x = tl.load(x + i_n * stride_xn + i_m * stride_xm, mask=inside, other=OTHER).to(tl.float32)
+    if MASKED:
+        included = tl.load(mask + i_n * stride_mask_n + i_m * stride_mask_m, mask=inside, other=0)
+        b_x = tl.where(included, b_x, OTHER)
+    return b_x
+
+
+@triton.jit
+def _fold(b_x, b_peak, b_sum):
+    """The running maximum of the rows and sum of exp(x - maximum), with another block."""
+    b_new = tl.maximum(b_peak, tl.max(b_x, 1))
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_sum *= tl.exp2((b_peak - b_shift) * tiles.LOG2E)
+    b_sum += tl.sum(tl.exp2((b_x - b_shift[:, None]) * tiles.LOG2E), 1)
+    return b_new, b_sum
+
+
+@triton.jit
+def _store(out, b_out, i_n, m_n, i_m, m):
+    at = out + i_n.to(tl.int64)[:, None] * m + i_m[None, :]
+    tl.store(at, b_out.to(out.dtype.element_ty), mask=m_n[:, None] & (i_m < m)[None, :])
+
+
+@triton.jit
+def _store_log_softmax(out, b_x, b_peak, b_sum, i_n, m_n, i_m, m):
+    b_out = (b_x - b_peak[:, None]) - tl.log2(b_sum)[:, None] * tiles.LN2
+    # Also where the row has nothing, or a NaN, among what it includes.
+    b_out = tl.where(b_x == float("-inf"), float("-inf"), b_out)
+    _store(out, b_out, i_n, m_n, i_m, m)
+
+
+# A program owns a few rows. Those that fit one block (WHOLE) are read once and stay in registers; longer ones
+# are walked twice, for the maximum and the sum, then for the output.
+@triton.jit
+def _forward_kernel(
+    x, mask, out, n, m, stride_xn, stride_xm, stride_mask_n, stride_mask_m,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_n = i_n < n
+    i_block = tl.arange(0, BLOCK_N)
+    b_peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    if WHOLE:
+        b_x = _load(
+            x, mask, i_n, m_n, i_block, m, stride_xn, stride_xm, stride_mask_n, stride_mask_m,
+            float("-inf"), MASKED,
+        )  # fmt: skip
+        b_peak, b_sum = _fold(b_x, b_peak, b_sum)
+        _store_log_softmax(out, b_x, b_peak, b_sum, i_n, m_n, i_block, m)
+    else:
+        for first in range(0, m, BLOCK_N):
+            b_x = _load(
+                x, mask, i_n, m_n, first + i_block, m, stride_xn, stride_xm, stride_mask_n, stride_mask_m,
+                float("-inf"), MASKED,
+            )  # fmt: skip
+            b_peak, b_sum = _fold(b_x, b_peak, b_sum)
+        for first in range(0, m, BLOCK_N):
+            b_x = _load(
+                x, mask, i_n, m_n, first + i_block, m, stride_xn, stride_xm, stride_mask_n, stride_mask_m,
+                float("-inf"), MASKED,
+            )  # fmt: skip
+            _store_log_softmax(out, b_x, b_peak, b_sum, i_n, m_n, first + i_block, m)
+
+
+# grad - softmax sum(grad), the sum over what is included; the softmax is exp of the forward's output.
+@triton.jit
+def _backward_kernel(
+    grad, output, mask, out, n, m, stride_gn, stride_gm, stride_on, stride_om, stride_mask_n, stride_mask_m,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_n = i_n < n
+    i_block = tl.arange(0, BLOCK_N)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    if WHOLE:
+        b_g = _load(
+            grad, mask, i_n, m_n, i_block, m, stride_gn, stride_gm, stride_mask_n, stride_mask_m, 0.0, MASKED
+        )
+        b_log = _load(output, mask, i_n, m_n, i_block, m, stride_on, stride_om, 0, 0, 0.0, False)
+        b_sum += tl.sum(b_g, 1)
+        _store(out, b_g - tl.exp2(b_log * tiles.LOG2E) * b_sum[:, None], i_n, m_n, i_block, m)
+    else:
+        for first in range(0, m, BLOCK_N):
+            i_m = first + i_block
+            b_g = _load(
+                grad, mask, i_n, m_n, i_m, m, stride_gn, stride_gm, stride_mask_n, stride_mask_m, 0.0, MASKED
+            )
+            b_sum += tl.sum(b_g, 1)
+        for first in range(0, m, BLOCK_N):
+            i_m = first + i_block
+            b_g = _load(
+                grad, mask, i_n, m_n, i_m, m, stride_gn, stride_gm, stride_mask_n, stride_mask_m, 0.0, MASKED
+            )
+            b_log = _load(output, mask, i_n, m_n, i_m, m, stride_on, stride_om, 0, 0, 0.0, False)
+            _store(out, b_g - tl.exp2(b_log * tiles.LOG2E) * b_sum[:, None], i_n, m_n, i_m, m)
+
+
+def masked_log_softmax_forward(
+    logits: Tensor,  # [N, M]
+    mask: Tensor | None,  # bool [N, M]
+) -> Tensor:
+    n, m = logits.shape
+    shape = configs.shape("log_softmax", logits, m)
+    out = logits.new_empty(n, m)
+    _forward_kernel[(launch.cdiv(n, shape.block_m),)](
+        logits, mask, out, n, m, *logits.stride(), *_strides(mask),
+        MASKED=mask is not None, WHOLE=m <= shape.block_n, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return out
+
+
+def masked_log_softmax_backward(
+    grad: Tensor,  # [N, M]
+    output: Tensor,  # [N, M]
+    mask: Tensor | None,  # bool [N, M]
+) -> Tensor:
+    n, m = output.shape
+    shape = configs.shape("log_softmax", output, m)
+    out = output.new_empty(n, m)
+    _backward_kernel[(launch.cdiv(n, shape.block_m),)](
+        grad, output, mask, out, n, m, *grad.stride(), *output.stride(), *_strides(mask),
+        MASKED=mask is not None, WHOLE=m <= shape.block_n, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return out
+
+
+def _strides(mask: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if mask is None else mask.stride()

@@ -1,0 +1,353 @@
+"""The log-sum-exp engine: row (and column) log-sum-exps of scale q k^T, and sums over positives.
+
+The blocks of rows and of columns are gathered in groups. A program takes one group of each, walks their tiles,
+and writes partial statistics of the rows (kept in registers along a row of tiles) and, where columns count
+too, of the columns (kept in memory that no other program touches) into its slot. A second kernel combines the
+slots, in a fixed order: no atomics, and the same bits each time.
+
+With keys equal to queries the pairs above the diagonal stand for all: a tile's exponentials are added to its
+rows and to its columns, N^2 D operations in all. One shift must then serve a tile's rows and columns. It comes
+from a bound of the tile's logits, |scale| times the largest norms of its rows and of its keys: none is needed
+while that is at most 2^100, which keeps every sum in range. Past it the shift is what exceeds, and where a sum
+came out too small, one maximum for each row and each column is taken instead.
+
+A partial statistic is a shift and a sum of 2^(S - shift), in base 2; sums over positives by label or mask, and
+their counts, are two further planes. The logit of a positive given by index is noted as it stands in the tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cl_kernels import configs
+from cl_kernels.triton import launch
+from cl_kernels.triton.pairs import Contrast, counted, mask_arguments, mask_tile, on_edge, within
+from cl_kernels.triton.tiles import LN2, LOG2E, NOTHING, dot, load_rows, product, scalar
+
+MOST_GROUPS = 96  # of rows; their square fills any device, and they times N floats stay small
+# Arguments whose values should not make kernels of their own.
+SIZES = ["n", "m", "d", "exclude", "mask_rows", "mask_cols", "groups_q", "groups_k", "blocks_q", "blocks_k"]
+SAFE = tl.constexpr(100.0)  # |base-2 logits| up to which sums of 2^S neither overflow nor lose digits
+TINY = tl.constexpr(2.0**-100)  # sums below this, relative to a shift, have lost digits
+
+
+@triton.jit
+def _norms_kernel(
+    q, k, norms, n, m, d, q_blocks, stride_qn, stride_qd, stride_kn, stride_kd,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The largest norm of a row in each block of q, then in each block of k."""
+    block = tl.program_id(0)
+    if block < q_blocks:
+        norm = _largest_norm(q, block * BLOCK_M, n, d, stride_qn, stride_qd, BLOCK_M, BLOCK_D)
+    else:
+        first = (block - q_blocks) * BLOCK_N
+        norm = _largest_norm(k, first, m, d, stride_kn, stride_kd, BLOCK_N, BLOCK_D)
+    tl.store(norms + block, norm)
+
+
+@triton.jit
+def _largest_norm(x, first, n, d, stride_n, stride_d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    i = first + tl.arange(0, BLOCK)
+    squared = tl.zeros((BLOCK,), tl.float32)
+    for first_d in range(0, d, BLOCK_D):
+        i_d = first_d + tl.arange(0, BLOCK_D)
+        b_x = load_rows(x, i, i < n, i_d, i_d < d, stride_n, stride_d, False).to(tl.float32)
+        squared += tl.sum(b_x * b_x, 1)
+    return tl.sqrt(tl.max(squared, 0)) * (1 + 1e-5)
+
+
+@triton.jit
+def _weighted(weight, s, cols, j, m, again, MIRRORED: tl.constexpr):
+    """Sums of weight s and of the weights over a tile's rows; those over its columns go to their slot."""
+    weighted = tl.where(weight, s, 0.0) if weight.dtype == tl.int1 else weight * s
+    weight = weight.to(tl.float32)
+    if MIRRORED:
+        _add(cols + 2 * m + j, tl.sum(weighted, 0), j < m, again)
+        _add(cols + 3 * m + j, tl.sum(weight, 0), j < m, again)
+    return tl.sum(weighted, 1), tl.sum(weight, 1)
+
+
+@triton.jit
+def _add(at, value, m_at, again):
+    """Write values, or add them to what stands there."""
+    if again:
+        value += tl.load(at, mask=m_at, other=0.0)
+    tl.store(at, value, mask=m_at)
+
+
+@triton.jit
+def _add_columns(cols, j, m, peak, total, again):
+    """Write the shifts (one, or one for each) and sums of columns, or merge them with what stands there."""
+    peak = tl.zeros(j.shape, tl.float32) + peak
+    if again:
+        before = tl.load(cols + j, mask=j < m, other=NOTHING)
+        after = tl.maximum(before, peak)
+        total *= tl.exp2(peak - after)
+        total += tl.load(cols + m + j, mask=j < m, other=0.0) * tl.exp2(before - after)
+        peak = after
+    tl.store(cols + j, peak, mask=j < m)
+    tl.store(cols + m + j, total, mask=j < m)
+
+
+@triton.jit
+def _counted(i, j, n, m, exclude, EXCLUDE: tl.constexpr, MIRRORED: tl.constexpr):
+    """Which pairs of a tile count; where tiles are mirrored, of the diagonal's those above it."""
+    if MIRRORED:
+        return (j < m)[None, :] & (j[None, :] > i[:, None])
+    return counted(i, j, n, m, exclude, EXCLUDE)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _lse_kernel(
+    q, k, scale, bias, row_labels, col_labels, index, mask, norms, rows, cols, index_logit,
+    n, m, d, exclude, stride_qn, stride_qd, stride_kn, stride_kd,
+    mask_rows, mask_cols, stride_mask_row, stride_mask_col, groups_q, groups_k, blocks_q, blocks_k,
+    MIRRORED: tl.constexpr, COLUMNS: tl.constexpr, SCALE_TENSOR: tl.constexpr, EXCLUDE: tl.constexpr,
+    AMONG: tl.constexpr, POSITIVES: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    SUMS: tl.constexpr = (POSITIVES == "labels") or (POSITIVES == "mask")
+    LABELS: tl.constexpr = (POSITIVES == "labels") or (AMONG != "all")
+    PLANES: tl.constexpr = 4 if SUMS else 2
+    group = tl.program_id(0)
+    if MIRRORED:
+        # Each unordered pair of groups once: (g, g + step), around the circle.
+        one = group % groups_q
+        two = (one + group // groups_q) % groups_q
+        g, h = tl.minimum(one, two), tl.maximum(one, two)
+    else:
+        g, h = group // groups_k, group % groups_k
+    factor = scalar(scale, SCALE_TENSOR) * LOG2E
+    rows += h.to(tl.int64) * PLANES * n
+    cols += g.to(tl.int64) * PLANES * m
+    q_blocks = tl.cdiv(n, BLOCK_M)
+    last_i = tl.minimum((g + 1) * blocks_q, q_blocks)
+    last_j = tl.minimum((h + 1) * blocks_k, tl.cdiv(m, BLOCK_N))
+
+    for block_i in range(g * blocks_q, last_i):
+        first_i = block_i * BLOCK_M
+        i = first_i + tl.arange(0, BLOCK_M)
+        row_peak = tl.full((BLOCK_M,), NOTHING, tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        positive_sum = tl.zeros((BLOCK_M,), tl.float32)
+        positive_count = tl.zeros((BLOCK_M,), tl.float32)
+        if WHOLE:
+            i_d = tl.arange(0, BLOCK_D)
+            b_q = load_rows(q, i, i < n, i_d, i_d < d, stride_qn, stride_qd, EVEN_D)
+        if MIRRORED or COLUMNS:
+            q_norm = tl.abs(factor) * tl.load(norms + block_i)
+            if BIAS:
+                q_norm = float("inf")
+        if LABELS:
+            b_row_label = tl.load(row_labels + i, mask=i < n, other=0)
+        if POSITIVES == "index":
+            b_row_index = tl.load(index + i, mask=i < n, other=-1).to(tl.int32)
+        again = block_i != g * blocks_q
+        if MIRRORED or COLUMNS:
+            if again:
+                tl.debug_barrier()  # what the row of tiles above wrote, by other threads
+        first_block = h * blocks_k
+        if MIRRORED:
+            first_block = tl.maximum(first_block, first_i // BLOCK_N)
+
+        for block_j in range(first_block, last_j):
+            first_j = block_j * BLOCK_N
+            j = first_j + tl.arange(0, BLOCK_N)
+            if WHOLE:
+                b_k = load_rows(k, j, j < m, i_d, i_d < d, stride_kn, stride_kd, EVEN_D)
+                s = dot(b_q, tl.trans(b_k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            else:
+                s = product(
+                    q, k, i, i < n, j, j < m, d, stride_qn, stride_qd, stride_kn, stride_kd,
+                    BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+                )  # fmt: skip
+            s *= factor
+            edge = on_edge(first_i, first_j, n, m, exclude, EXCLUDE, BLOCK_M, BLOCK_N)
+            if POSITIVES == "index":
+                if within(b_row_index, first_j, BLOCK_N):
+                    hit = b_row_index[:, None] == j[None, :]
+                    found = (b_row_index >= first_j) & (b_row_index < first_j + BLOCK_N)
+                    tl.store(index_logit + i, tl.sum(tl.where(hit, s, 0.0), 1), mask=found)
+                if MIRRORED:
+                    b_col_index = tl.load(index + j, mask=j < m, other=-1).to(tl.int32)
+                    if within(b_col_index, first_i, BLOCK_M):
+                        hit = b_col_index[None, :] == i[:, None]
+                        found = (b_col_index >= first_i) & (b_col_index < first_i + BLOCK_M)
+                        tl.store(index_logit + j, tl.sum(tl.where(hit, s, 0.0), 0), mask=found)
+            if LABELS:
+                b_col_label = tl.load(col_labels + j, mask=j < m, other=0)
+            if POSITIVES == "labels":
+                positive = b_row_label[:, None] == b_col_label[None, :]
+                if edge:
+                    positive = positive & _counted(i, j, n, m, exclude, EXCLUDE, MIRRORED)
+                    part_sum, part_count = _weighted(positive, s, cols, j, m, again, MIRRORED)
+                else:
+                    part_sum, part_count = _weighted(positive, s, cols, j, m, again, MIRRORED)
+            if POSITIVES == "mask":
+                weight = mask_tile(
+                    mask, i, j, counted(i, j, n, m, exclude, EXCLUDE),
+                    mask_rows, mask_cols, stride_mask_row, stride_mask_col,
+                )  # fmt: skip
+                part_sum, part_count = _weighted(weight, s, cols, j, m, again, MIRRORED)
+            if SUMS:
+                positive_sum += part_sum
+                positive_count += part_count
+
+            if BIAS:
+                s += tl.load(bias + j, mask=j < m, other=0.0)[None, :] * LOG2E
+            if AMONG == "same":
+                s = tl.where(b_row_label[:, None] == b_col_label[None, :], s, float("-inf"))
+            if AMONG == "different":
+                s = tl.where(b_row_label[:, None] == b_col_label[None, :], float("-inf"), s)
+            if edge:
+                s = tl.where(_counted(i, j, n, m, exclude, EXCLUDE, MIRRORED), s, float("-inf"))
+
+            if MIRRORED or COLUMNS:
+                bound = q_norm * tl.load(norms + q_blocks + block_j)
+                shift = tl.maximum(bound - SAFE, 0.0)
+                e = tl.exp2(s - shift)
+                part, col_part = tl.sum(e, 1), tl.sum(e, 0)
+                exact = bound <= SAFE
+                if not exact:
+                    exact = tl.minimum(tl.min(part, 0), tl.min(col_part, 0)) >= TINY
+                if exact:
+                    part_peak = tl.zeros((BLOCK_M,), tl.float32) + shift
+                    _add_columns(cols, j, m, shift, col_part, again)
+                else:
+                    part_peak = tl.maximum(tl.max(s, 1), NOTHING)
+                    part = tl.sum(tl.exp2(s - part_peak[:, None]), 1)
+                    col_peak = tl.maximum(tl.max(s, 0), NOTHING)
+                    col_part = tl.sum(tl.exp2(s - col_peak[None, :]), 0)
+                    _add_columns(cols, j, m, col_peak, col_part, again)
+                peak = tl.maximum(row_peak, part_peak)
+                row_sum = row_sum * tl.exp2(row_peak - peak) + part * tl.exp2(part_peak - peak)
+            else:
+                peak = tl.maximum(row_peak, tl.max(s, 1))
+                row_sum = row_sum * tl.exp2(row_peak - peak) + tl.sum(tl.exp2(s - peak[:, None]), 1)
+            row_peak = peak
+
+        tl.store(rows + i, row_peak, mask=i < n)
+        tl.store(rows + n + i, row_sum, mask=i < n)
+        if SUMS:
+            tl.store(rows + 2 * n + i, positive_sum, mask=i < n)
+            tl.store(rows + 3 * n + i, positive_count, mask=i < n)
+
+
+@triton.jit
+def _combine_kernel(
+    parts, mirrored, index, index_logit, lse, positive_sum, positive_count, n, slots, group_rows,
+    MIRRORED: tl.constexpr, POSITIVES: tl.constexpr, SUMS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    PLANES: tl.constexpr = 4 if SUMS else 2
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    peak = tl.full((BLOCK_M,), NOTHING, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float64)
+    weighted = tl.zeros((BLOCK_M,), tl.float64)
+    count = tl.zeros((BLOCK_M,), tl.float64)
+    for half in tl.static_range(2 if MIRRORED else 1):
+        part = mirrored if half == 1 else parts
+        for first in range(0, slots, BLOCK_SLOTS):
+            slot = first + tl.arange(0, BLOCK_SLOTS)[:, None]
+            m_slot = (slot < slots) & (i < n)[None, :]
+            if MIRRORED:
+                # By rows the tiles right of the diagonal, by columns those above it.
+                own = (i // group_rows)[None, :]
+                m_slot = m_slot & ((slot >= own) if half == 0 else (slot <= own))
+            at = part + slot.to(tl.int64) * PLANES * n + i[None, :]
+            b_peak = tl.load(at, mask=m_slot, other=NOTHING)
+            b_sum = tl.load(at + n, mask=m_slot, other=0.0)
+            top = tl.maximum(peak, tl.max(b_peak, 0))
+            total *= tl.exp2(peak - top).to(tl.float64)
+            total += tl.sum((b_sum * tl.exp2(b_peak - top[None, :])).to(tl.float64), 0)
+            peak = top
+            if SUMS:
+                weighted += tl.sum(tl.load(at + 2 * n, mask=m_slot, other=0.0).to(tl.float64), 0)
+                count += tl.sum(tl.load(at + 3 * n, mask=m_slot, other=0.0).to(tl.float64), 0)
+    tl.store(lse + i, (peak.to(tl.float64) + tl.log2(total)) * LN2, mask=i < n)
+    if POSITIVES == "index":
+        given = (tl.load(index + i, mask=i < n, other=-1) >= 0) & (i < n)
+        weighted = tl.load(index_logit + i, mask=given, other=0.0).to(tl.float64)
+        count = given.to(tl.float64)
+    if POSITIVES != "none":
+        tl.store(positive_sum + i, weighted * LN2, mask=i < n)
+        tl.store(positive_count + i, count, mask=i < n)
+
+
+def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse [N], lse_cols [M] | [0], positive_sum [N] | [0], positive_count [N] | [0], float64."""
+    q, k = problem.q, problem.keys
+    (n, d), m = q.shape, k.shape[0]
+    tile = configs.shape("lse", q, d)
+    positives = problem.positives
+    mirrored = problem.mirrored and problem.exclude == 0 and positives != "mask"
+    columns = problem.both_axes
+    sums = positives in ("labels", "mask")
+    row_blocks, col_blocks = launch.cdiv(n, tile.block_m), launch.cdiv(m, tile.block_n)
+    if mirrored:
+        blocks_q = launch.cdiv(row_blocks, MOST_GROUPS)
+        blocks_k = blocks_q * tile.block_m // tile.block_n
+        groups_q = groups_k = launch.cdiv(row_blocks, blocks_q)
+    elif columns:
+        blocks_q, blocks_k = (launch.cdiv(blocks, MOST_GROUPS) for blocks in (row_blocks, col_blocks))
+        groups_q, groups_k = launch.cdiv(row_blocks, blocks_q), launch.cdiv(col_blocks, blocks_k)
+    else:
+        blocks_q, groups_q = 1, row_blocks
+        groups_k = launch.splits(row_blocks, col_blocks, q)
+        blocks_k = launch.cdiv(col_blocks, groups_k)
+    if mirrored or columns:
+        norms = q.new_empty(row_blocks + col_blocks, dtype=torch.float32)
+        _norms_kernel[(row_blocks + col_blocks,)](
+            q, k, norms, n, m, d, row_blocks, *q.stride(), *k.stride(),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=32,
+        )  # fmt: skip
+    planes = 4 if sums else 2
+    rows = q.new_empty((groups_k, planes, n), dtype=torch.float32)
+    cols = q.new_empty((groups_q, planes, m), dtype=torch.float32) if mirrored or columns else rows
+    index_logit = q.new_empty(n, dtype=torch.float32) if positives == "index" else None
+    programs = groups_q * (groups_q + 1) // 2 if mirrored else groups_q * groups_k
+    scale, exclude = launch.scalar(problem.scale), problem.offset
+    _lse_kernel[(programs,)](
+        q, k, scale, problem.key_bias, problem.row_labels, problem.col_labels, problem.positive_index,
+        mask_arguments(problem.positive_mask)[0], norms if mirrored or columns else None, rows, cols, index_logit,
+        n, m, d, exclude or 0, *q.stride(), *k.stride(), *mask_arguments(problem.positive_mask)[1:],
+        groups_q, groups_k, blocks_q, blocks_k,
+        MIRRORED=mirrored, COLUMNS=columns, SCALE_TENSOR=isinstance(scale, Tensor),
+        EXCLUDE=exclude is not None, AMONG=problem.among, POSITIVES=positives,
+        BIAS=problem.key_bias is not None, PRECISION=launch.precision(q), EVEN_D=d % tile.block_d == 0,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, WHOLE=d <= tile.block_d,
+        **launch.options(tile),
+    )  # fmt: skip
+
+    def combine(parts: Tensor, size: int, positives: str) -> tuple[Tensor, Tensor, Tensor]:
+        lse = q.new_empty(size, dtype=torch.float64)
+        positive_sum = q.new_empty(size if positives != "none" else 0, dtype=torch.float64)
+        positive_count = torch.empty_like(positive_sum)
+        _combine_kernel[(launch.cdiv(size, 32),)](
+            parts, cols, problem.positive_index, index_logit, lse, positive_sum, positive_count,
+            size, parts.shape[0], blocks_q * tile.block_m,
+            MIRRORED=mirrored, POSITIVES=positives, SUMS=sums, BLOCK_SLOTS=32, BLOCK_M=32, num_warps=4,
+        )  # fmt: skip
+        return lse, positive_sum, positive_count
+
+    lse, positive_sum, positive_count = combine(rows, n, positives)
+    lse_cols = combine(cols, m, "none")[0] if columns else q.new_empty(0, dtype=torch.float64)
+    return lse, lse_cols, positive_sum, positive_count
+
+
+def combine_rows(rows: Tensor, index: Tensor | None, index_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """lse, positive_sum and positive_count of the parts [slots, 2, n] of rows; positives by index or none."""
+    n = rows.shape[2]
+    lse = rows.new_empty(n, dtype=torch.float64)
+    positive_sum = rows.new_empty(0 if index is None else n, dtype=torch.float64)
+    positive_count = torch.empty_like(positive_sum)
+    _combine_kernel[(launch.cdiv(n, 32),)](
+        rows, rows, index, index_logit, lse, positive_sum, positive_count, n, rows.shape[0], 1,
+        MIRRORED=False, POSITIVES="none" if index is None else "index", SUMS=False, BLOCK_SLOTS=32,
+        BLOCK_M=32, num_warps=4,
+    )  # fmt: skip
+    return lse, positive_sum, positive_count
