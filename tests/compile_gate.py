@@ -431,7 +431,8 @@ def main() -> int:
         args.match,
         args.jobs,
     )
-    print(f"in {time.monotonic() - started:.0f} s")
+    processor = sum(os.times()[:4])
+    print(f"in {time.monotonic() - started:.0f} s, {processor:.0f} s of processor time")
     return 1 if failed else 0
 
 

@@ -68,6 +68,10 @@ class _Maker:
     def per_row(self, rows: int) -> Tensor:
         return torch.rand(rows, dtype=torch.float64, device=self.device) / rows
 
+    def of_mean(self, rows: int) -> Tensor:
+        """The gradient of a mean over rows: one number in memory, stride 0."""
+        return torch.rand((), dtype=torch.float64, device=self.device).div(rows).expand(rows)
+
     def contrastive(self) -> list[Case]:
         n, m = self.sizes.n, self.sizes.m
         rows = {"exclude": 0}
@@ -135,7 +139,7 @@ class _Maker:
             lse, lse_cols, *sums, residual = call("contrastive_forward", *problem, frozen)
             needs = (True, False, False) if frozen else needs or (True, keys, bias)
             grads = call(
-                "contrastive_backward", self.per_row(n), self.per_row(columns) if both_axes else None,
+                "contrastive_backward", self.of_mean(n), self.per_row(columns) if both_axes else None,
                 self.per_row(n) if positives else None, *problem, lse, lse_cols, residual, needs,
             )  # fmt: skip
             return _flat(lse, lse_cols, *sums, residual, grads)
@@ -181,7 +185,7 @@ class _Maker:
             stats = call("soft_target_forward", *problem, frozen)
             if not backward:
                 return _flat(stats)
-            per_row = [self.per_row(n) for _ in range(4)]
+            per_row = [self.of_mean(n), *(self.per_row(n) for _ in range(3))]
             if not positive:
                 per_row[3] = None
             needs = (True, False, False, False) if frozen else needs
@@ -206,7 +210,7 @@ class _Maker:
             positive_mask = torch.rand(rows, rows, device=self.device) > 0.9 if mask else None
             problem = (z0, z1, self.scale(device_scale), positive_mask)
             lse, positive_sum, count, mean, rnorm = call("dimcl_forward", *problem)
-            grads = call("dimcl_backward", self.per_row(rows), self.per_row(rows), *problem, lse, mean, rnorm)
+            grads = call("dimcl_backward", self.of_mean(rows), self.per_row(rows), *problem, lse, mean, rnorm)
             return _flat(lse, positive_sum, count, mean, rnorm, grads)
 
         return self._of("dimcl", run, variants, ("two views",))
