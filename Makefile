@@ -4,6 +4,8 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
+GATE_FLAGS ?=
+GPU_FLAGS ?=
 CL_KERNELS_SKIP_BUILD ?=
 # Here a build that fails is an error; without a compiler: make demo CL_KERNELS_SKIP_BUILD=1
 CL_KERNELS_FORCE_BUILD ?= $(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),,1)
@@ -17,15 +19,15 @@ CXX_FILES := $(filter %.h %.inl %.cpp,$(SOURCES))
 # Stamps of both kinds of install, so that changing the switch installs again.
 BUILT := $(VENV)/.built$(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),-pure)
 
-.PHONY: help demo test lint format bench acceptance build clean distclean
+.PHONY: help demo test lint format bench acceptance compile-gate gpu-check build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@awk 'BEGIN {FS = ":.*##"} /^[a-z]+:.*##/ {printf "  make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*##"} /^[a-z-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12          the interpreter that .venv is made with"
 	@echo "  PIP_FLAGS=...              passed to every pip install"
-	@echo "  PYTEST_FLAGS='-k supcon'   passed to pytest; likewise DEMO_FLAGS, BENCH_FLAGS"
+	@echo "  PYTEST_FLAGS='-k supcon'   passed to pytest; likewise DEMO_, BENCH_, GATE_, GPU_FLAGS"
 	@echo "  CL_KERNELS_SKIP_BUILD=1    do without a C++ compiler"
 
 demo: $(BUILT)  ## train on handwritten digits, eager against ours; plot time and memory
@@ -50,6 +52,13 @@ bench: $(BUILT) $(VENV)/.dev  ## microbenchmarks (pytest-benchmark)
 
 acceptance: $(BUILT)  ## speed and memory measures against their targets
 	$(BIN)/python bench/acceptance.py $(BENCH_FLAGS)
+
+compile-gate: $(BUILT)  ## compile every Triton kernel for every GPU, without one
+	$(BIN)/python tests/compile_gate.py $(GATE_FLAGS)
+
+# On a machine with a GPU and no network: $(PYTHON) as it is, with torch, triton and pytest, and no .venv.
+gpu-check:  ## tests, memory checkers and timings on this machine's GPU
+	$(PYTHON) bench/gpu_check.py $(GPU_FLAGS)
 
 build: $(BUILT)  ## install the package in .venv and compile its extension
 
@@ -79,7 +88,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:  ## remove build products
-	rm -rf build dist demo_output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist demo_output gpu_check_output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -f cl_kernels/_C.*so $(VENV)/.built* $(VENV)/.installed
 	find cl_kernels tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

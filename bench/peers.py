@@ -39,9 +39,25 @@ def eager_clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
+def eager_nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
+    return _nt_xent_of(F.normalize(torch.cat((z0, z1)), dim=1), temperature)
+
+
+def eager_dimcl(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
+    """NT-Xent of the columns of two views, standardised over the batch."""
+    columns = [(z - z.mean(0)) / z.std(0, correction=0) for z in (z0, z1)]
+    return _nt_xent_of(F.normalize(torch.cat(columns, 1).T, dim=1), temperature)
+
+
+def _nt_xent_of(z: Tensor, temperature: float) -> Tensor:
+    own = torch.arange(len(z), device=z.device)
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(logits, own.roll(len(z) // 2))
+
+
 def _in_chunks(rows: int, leaves: list[Tensor], loss_of: Callable[[slice], Tensor], chunk: int) -> Result:
     """The mean of `loss_of` over row chunks, and its gradients."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
     for start in range(0, rows, chunk):
         loss = loss_of(slice(start, min(start + chunk, rows))).sum() / rows
         loss.backward()
@@ -61,7 +77,8 @@ def exact_supcon(features: Tensor, labels: Tensor, temperature: float, base_temp
     def loss_of(chunk: slice) -> Tensor:
         z = leaf.transpose(0, 1).flatten(0, 1)
         logits = z[chunk] @ z.T / temperature
-        own = torch.arange(rows)[chunk, None] == torch.arange(rows)
+        index = torch.arange(rows, device=z.device)
+        own = index[chunk, None] == index
         log_prob = logits - logits.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True)
         positives = (label[chunk, None] == label) & ~own
         per_row = (log_prob * positives).sum(1) / positives.sum(1).clamp(min=1)
@@ -93,8 +110,44 @@ def exact_sce(
     return _in_chunks(len(q), [leaf], loss_of, 64)
 
 
-def exact_clip(image: Tensor, text: Tensor, scale: Tensor) -> Result:
-    leaves = [exact(image), exact(text), exact(scale)]
-    loss = eager_clip(*leaves)
+def exact_clip(image: Tensor, text: Tensor, scale: Tensor, chunk: int = 1024) -> Result:
+    """By the formulas: P and Q are the softmaxes of rows and columns, G = (P + Q) / 2N - I / N."""
+    image, text, scale = image.double(), text.double(), scale.double()
+    rows = len(image)
+    starts = range(0, rows, chunk)
+    lse = torch.cat([(scale * image[i : i + chunk] @ text.T).logsumexp(1) for i in starts])
+    lse_cols = torch.cat([(scale * text[i : i + chunk] @ image.T).logsumexp(1) for i in starts])
+    own = (image * text).sum(1)
+    loss = ((lse + lse_cols) / 2 - scale * own).mean()
+    grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
+    grad_scale = -own.mean()
+    for i in starts:
+        part = slice(i, i + chunk)
+        dots = image[part] @ text.T
+        grad = ((scale * dots - lse[part, None]).exp() + (scale * dots - lse_cols).exp()) / (2 * rows)
+        grad_scale += (grad * dots).sum()
+        grad_image[part] = scale * (grad @ text - text[part] / rows)
+        grad_text += scale * (grad.T @ image[part])
+    grad_text -= scale * image / rows
+    return loss, [grad_image, grad_text, grad_scale]
+
+
+def exact_nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Result:
+    leaves = [exact(z0), exact(z1)]
+    rows = 2 * len(z0)
+
+    def loss_of(chunk: slice) -> Tensor:
+        z = F.normalize(torch.cat(leaves), dim=1)
+        index = torch.arange(rows, device=z.device)
+        logits = z[chunk] @ z.T / temperature
+        logits = logits.masked_fill(index[chunk, None] == index, -torch.inf)
+        return F.cross_entropy(logits, index.roll(rows // 2)[chunk], reduction="none")
+
+    return _in_chunks(rows, leaves, loss_of, 1024)
+
+
+def exact_dimcl(z0: Tensor, z1: Tensor, temperature: float) -> Result:
+    leaves = [exact(z0), exact(z1)]
+    loss = eager_dimcl(*leaves, temperature)
     loss.backward()
     return loss.detach(), [leaf.grad for leaf in leaves]

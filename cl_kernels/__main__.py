@@ -1,4 +1,7 @@
-"""`python -m cl_kernels info`: versions, the build, and which backend serves which op here, and why."""
+"""`python -m cl_kernels info`: versions, the build, and which backend serves which op here, and why.
+
+`python -m cl_kernels tune`: times launch shapes on this machine's GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import cl_kernels
-from cl_kernels import dispatch, extension
+from cl_kernels import dispatch, extension, tune
 
 
 def _installed(package: str) -> str:
@@ -74,17 +78,21 @@ def as_text(info: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cl_kernels", description="Contrastive losses for PyTorch."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, the build, and which backend serves which op, and why")
     info.add_argument("--json", action="store_true", help="print JSON")
+    tune.add_arguments(commands.add_parser("tune", help="time launch shapes on this machine's GPU"))
     options = parser.parse_args(arguments)
+    if options.command == "tune":
+        return tune.main(options)
     collected = collect()
     print(json.dumps(collected, indent=2) if options.json else as_text(collected))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

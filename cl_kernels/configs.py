@@ -11,6 +11,7 @@ compiled ahead of time, and held to limits, by `make compile-gate`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -157,6 +158,10 @@ for _architecture in ARCHITECTURES:  # soft_target_gradient.py: no products, mem
     TABLE["soft_target_gradient", _architecture, "half"] = {1024: Shape(8, 1, 128, 4, 1)}
     TABLE["soft_target_gradient", _architecture, "float32"] = {1024: Shape(8, 1, 128, 4, 1)}
 
+# (kernel, architecture) whose half tiles are too small for the widest matrix instruction of the architecture,
+# wgmma on sm_90 and tcgen05 on sm_100; in all others it has to be found.
+SMALL_PRODUCTS: frozenset[tuple[str, str]] = frozenset()
+
 
 @functools.cache
 def _cuda_device(index: int) -> Device:
@@ -182,6 +187,11 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def serving(rows: Collection[int], width: int) -> int:
+    """The width of the row that serves: the next wider one, or the widest."""
+    return min((known for known in rows if known >= width), default=max(rows))
+
+
 def widest(kernel: str, x: torch.Tensor) -> int:
     """The widest features that a kernel which keeps all of them on chip takes."""
     architecture = device_of(x).architecture
@@ -196,4 +206,4 @@ def shape(kernel: str, x: torch.Tensor, width: int) -> Shape:
         whole = kernel == "lse" and width <= widest("gradient_rows", x)
         return _INTERPRETED._replace(block_d=padded(width)) if whole else _INTERPRETED
     rows = TABLE[kernel, architecture, dtype_kind(x.dtype)]
-    return rows[min((known for known in rows if known >= width), default=max(rows))]
+    return rows[serving(rows, width)]

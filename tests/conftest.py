@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-if not torch.cuda.is_available():
+if os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU
     import interpreter
 
@@ -47,6 +47,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(reason)
     with clk.use_backend("auto" if name == "cpu" else name):
         yield name
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: CL_KERNELS_TEST_DEVICE, "cpu" without it (Triton's then by its interpreter)."""
+    return os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,440 @@
+"""Compiles every kernel in every row of configs.TABLE ahead of time, without a GPU, and holds it to limits.
+
+    python tests/compile_gate.py [sm_80 sm_90 sm_100 gfx942] [--match TEXT] [--full]     (`make compile-gate`)
+
+The ops run on small CPU tensors as if on a device of each architecture, with Triton's launch replaced by a
+recorder: it takes signature, constants and specialisation from Triton's own binder, so what is compiled is
+what a GPU would compile for such tensors. The main case of each op in tests/op_cases.py is recorded in every
+row of the table, the others in half precision at one width, or with --full everywhere.
+
+One line a kernel:
+
+    architecture, row of the table (name, kind of dtype, width), kernel, tile, warps x stages, flags, case
+    registers a thread, bytes spilled to memory (+ scalar registers to vector registers, AMD), shared memory
+    matrix   matrix instructions in the assembly: wgmma, mma (mma.sync), tcgen05 and mfma
+    exp      exponential instructions (ex2.approx, v_exp_f32) in the assembly times threads, over the elements
+             of a tile: exponentials an element where each branch of the assembly is taken once a tile
+
+It exits with 1 if a kernel spills to memory (where rows have no odd width), takes more registers or shared
+memory than the chip has, or lacks the matrix instructions of its architecture; if one does not compile; if no
+op uses a row of the table; or if an op has no Triton implementation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import op_cases
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from cl_kernels import chunked, configs, ops
+from cl_kernels.triton import launch
+
+
+@dataclass(frozen=True)
+class Chip:
+    target: GPUTarget
+    processors: int
+    shared: int  # bytes a program may take
+    registers: int  # a thread
+
+
+CHIPS = {
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 108, 99 << 10, 255),  # the shared memory of sm_86 and sm_89
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 132, 227 << 10, 255),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 148, 227 << 10, 255),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 512),
+}
+OPTIONS_AT = 128  # the width at which options are varied
+ROWS, KEYS = 256, 512
+ATOMICS = "atomics"
+ODD_WIDTH = "odd width"  # rows that no wide load is aligned to: must compile, and may spill
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as a launcher would have it compiled."""
+
+    architecture: str
+    row: tuple[str, str, int]  # of the table: name, kind of dtype, width
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: Any  # CUDAOptions, HIPOptions
+    case: str  # that asked for it first
+
+    @property
+    def key(self) -> str:
+        """What the compiled code depends on, but for numbers that are neither strides nor constants in
+        capitals: whether a count of rows or groups is a multiple of 16 makes no other kernel."""
+        names = self.kernel.arg_names
+        types = {}
+        for i, name in enumerate(names):
+            kind, constant = self.signature[name], self.constants.get((i,), "variable")
+            if name.isupper() or name.startswith("stride") or kind[0] == "*" or constant is None:
+                types[name] = (kind, constant, str(self.attributes.get((i,))))
+        code = (self.kernel.fn.__module__, self.kernel.fn.__qualname__)
+        return repr((self.architecture, code, types, self.options))
+
+    def named_constants(self) -> dict[str, Any]:
+        names = self.kernel.arg_names
+        return {names[path[0]]: value for path, value in self.constants.items()}
+
+    @property
+    def tile(self) -> list[int]:
+        sizes = self.named_constants()
+        return [sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D") if name in sizes]
+
+    @property
+    def flags(self) -> str:
+        """Constants in capitals, but for tile sizes and what is off."""
+        shown = []
+        for name, value in self.named_constants().items():
+            if (
+                name.isupper()
+                and not name.startswith("BLOCK")
+                and value not in (False, None, "none", "all", "")
+            ):
+                shown.append(name.lower() if value is True else f"{name.lower()}={value}")
+        return " ".join(shown)
+
+
+@dataclass(frozen=True)
+class Figures:
+    registers: int
+    spilled: int  # bytes of memory a thread
+    scalars_spilled: int  # AMD: scalar registers kept in lanes of vector registers, not in memory
+    shared: int
+    matrix: dict[str, int]
+    exponentials: int  # instructions
+    multiplies: bool  # whether the kernel has products of tiles
+
+
+@dataclass
+class Recorder:
+    architecture: str
+    launches: dict[str, Launch] = field(default_factory=dict)
+    used: set[tuple[str, str, int]] = field(default_factory=set)
+    missing: set[tuple[str, str, str]] = field(default_factory=set)  # keys that the table lacks
+    row: tuple[str, str, int] = ("", "", 0)
+    case: str = ""
+
+    def record(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        backend = make_backend(CHIPS[self.architecture].target)
+        binder = _binder(kernel, backend)
+        kwargs = {"debug": False, **kwargs}
+        bound, specialization, options = binder(*args, **kwargs)
+        options, signature, constants, attributes = kernel._pack_args(
+            backend, kwargs, bound, specialization, options
+        )
+        found = Launch(
+            self.architecture, self.row, kernel, signature, constants, attributes, options, self.case
+        )  # fmt: skip
+        self.launches.setdefault(found.key, found)
+
+    def shape(self, kernel: str, x: torch.Tensor, width: int) -> configs.Shape:
+        kind = configs.dtype_kind(x.dtype)
+        rows = configs.TABLE[kernel, self.architecture, kind]
+        self.row = (kernel, kind, configs.serving(rows, width))
+        self.used.add(self.row)
+        return rows[self.row[2]]
+
+
+@functools.cache
+def _binder(kernel: JITFunction, backend: Any) -> Any:
+    return create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+@contextmanager
+def recording(architecture: str) -> Iterator[Recorder]:
+    """Kernels are recorded instead of launched, as on a device of this architecture."""
+    recorder = Recorder(architecture)
+    device = configs.Device(architecture, CHIPS[architecture].processors)
+
+    def run(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
+        recorder.record(kernel, *args, **kwargs)
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(configs, "device_of", lambda x: device),
+        mock.patch.object(configs, "shape", recorder.shape),
+    ):
+        yield recorder
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def _run(case: op_cases.Case, implementation: ModuleType) -> None:
+    """The forward and the backward of a case; what has no Triton kernels yet is left to the reference."""
+
+    def call(name: str, *args: Any) -> Any:
+        return getattr(implementation, name, getattr(chunked, name))(*args)
+
+    # A scale on the device is an argument as it is; one on the CPU is a number.
+    as_on_device = mock.patch.object(launch, "scalar", lambda x: x)
+    if case.device_scale:
+        with as_on_device:
+            case.run(call)
+    else:
+        case.run(call)
+
+
+@dataclass(frozen=True)
+class Problem:
+    sizes: op_cases.Sizes
+    dtype: torch.dtype
+    rank: int  # up to which cases are compiled
+    special: str = ""
+    precision: str = "highest"  # of float32
+
+
+def problems(architecture: str, full: bool) -> Iterator[Problem]:
+    known = {
+        width for (_, where, _), rows in configs.TABLE.items() if where == architecture for width in rows
+    }
+    for width in sorted(known | {OPTIONS_AT}):
+        sizes = op_cases.Sizes(ROWS, KEYS, width) if width <= 512 else op_cases.Sizes(64, 128, width)
+        yield Problem(sizes, HALF, 2 if full or width == OPTIONS_AT else 0)
+        yield Problem(sizes, SINGLE, 2 if full else 0)
+        yield Problem(sizes, HALF, 0, ATOMICS)
+        yield Problem(sizes, SINGLE, 0, ATOMICS)
+    even = op_cases.Sizes(ROWS, KEYS, OPTIONS_AT)
+    rank = 1 if full else 0
+    for dtype in (HALF, SINGLE) if full else (HALF,):
+        yield Problem(op_cases.Sizes(ROWS - 3, KEYS - 5, OPTIONS_AT), dtype, rank, "odd rows")
+        yield Problem(op_cases.Sizes(ROWS - 3, KEYS - 5, OPTIONS_AT - 1), dtype, rank, ODD_WIDTH)
+    yield Problem(even, torch.float16, rank, "float16")
+    yield Problem(even, SINGLE, rank, "tf32", "high")
+    yield Problem(even, SINGLE, rank, "bfloat16 products", "medium")
+
+
+def record(architecture: str, implementation: ModuleType, match: str = "", full: bool = False) -> Recorder:
+    """All launches of all ops on an architecture, in every row of the table."""
+    with recording(architecture) as recorder:
+        for problem in problems(architecture, full):
+            atomics = {"CL_KERNELS_ATOMICS": "1" if problem.special == ATOMICS else "0"}
+            with matmul_precision(problem.precision), mock.patch.dict(os.environ, atomics):
+                for case in op_cases.cases(problem.sizes, problem.dtype):
+                    if match in case.op and case.rank <= problem.rank:
+                        recorder.case = f"{case.op} {case.variant} {problem.special}".strip()
+                        try:
+                            _run(case, implementation)
+                        except KeyError as error:
+                            recorder.missing.add(error.args[0])
+    return recorder
+
+
+# Figures of a compiled kernel
+
+
+def _cuobjdump() -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers and local memory by cuobjdump: REG, STACK, LOCAL and more."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_cuobjdump(), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def figures(compiled: Any) -> Figures:
+    assembly, shared = compiled.asm, compiled.metadata.shared
+    multiplies = "tt.dot" in assembly["ttir"]
+    if "cubin" in assembly:
+        ptx, resources = assembly["ptx"], _resources(assembly["cubin"])
+        matrix = {
+            "wgmma": _count(r"\bwgmma\.mma_async", ptx),
+            "mma": _count(r"\bmma\.sync", ptx),
+            "tcgen05": _count(r"\btcgen05\.mma", ptx),
+        }
+        spilled = resources["STACK"] + resources["LOCAL"]
+        exponentials = _count(r"\bex2\.approx", ptx)
+        return Figures(resources["REG"], spilled, 0, shared, matrix, exponentials, multiplies)
+    amdgcn = assembly["amdgcn"]
+
+    def metadata(name: str) -> int:
+        return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", amdgcn))
+
+    spilled = max(4 * metadata("vgpr_spill_count"), metadata("private_segment_fixed_size"))
+    matrix = {"mfma": _count(r"\bv_mfma", amdgcn)}
+    exponentials = _count(r"\bv_exp_f32", amdgcn)
+    registers, scalars = metadata("vgpr_count"), metadata("sgpr_spill_count")
+    return Figures(registers, spilled, scalars, shared, matrix, exponentials, multiplies)
+
+
+def wanted_instructions(found: Launch) -> tuple[str, ...]:
+    """Of which one at least must be there, in a kernel with products: half tiles that fill the widest
+    instruction of their chip must use it."""
+    if found.architecture == "gfx942":
+        return ("mfma",)
+    name, kind, _ = found.row
+    widest = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(found.architecture)
+    if widest is None or kind != "half" or (name, found.architecture) in configs.SMALL_PRODUCTS:
+        return ("wgmma", "mma", "tcgen05")
+    return (widest,)
+
+
+def faults(found: Launch, measured: Figures) -> list[str]:
+    chip, reasons = CHIPS[found.architecture], []
+    if measured.spilled and not found.case.endswith(ODD_WIDTH):
+        reasons.append("spills")
+    if measured.registers > chip.registers:
+        reasons.append(f"registers over {chip.registers}")
+    if measured.shared > chip.shared:
+        reasons.append(f"shared memory over {chip.shared}")
+    wanted = wanted_instructions(found)
+    if measured.multiplies and not any(measured.matrix.get(name) for name in wanted):
+        reasons.append(f"no {' or '.join(wanted)}")
+    return reasons
+
+
+def _name(found: Launch) -> str:
+    name, kind, width = found.row
+    tile, options = "x".join(map(str, found.tile)), found.options
+    return " | ".join(
+        [
+            f"{found.architecture:<6} {name} {kind} {width}",
+            found.kernel.fn.__name__.strip("_"),
+            f"{tile} {options.num_warps}x{options.num_stages} {found.flags} ({found.case})",
+        ]
+    )
+
+
+def _message(error: BaseException) -> str:
+    """The innermost error's, which tells most."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+
+
+def line(found: Launch, measured: Figures, reasons: list[str]) -> str:
+    matrix = " ".join(f"{count} {name}" for name, count in measured.matrix.items() if count) or "none"
+    exponentials = []
+    if measured.exponentials and len(found.tile) > 1:
+        threads = found.options.num_warps * CHIPS[found.architecture].target.warp_size
+        exponentials = [f"exp {measured.exponentials * threads / (found.tile[0] * found.tile[1]):.2f}"]
+    scalars = f"+{measured.scalars_spilled}s" if measured.scalars_spilled else ""
+    figure = f"reg {measured.registers} spill {measured.spilled}{scalars} shared {measured.shared}"
+    shown = " | ".join([_name(found), figure, f"matrix {matrix}", *exponentials])
+    return shown + (f"   <-- FAIL: {', '.join(reasons)}" if reasons else "")
+
+
+# The pool: workers are forked, so that kernels need not be pickled.
+
+_work: list[Launch] = []
+
+
+def _compile(index: int) -> tuple[str, bool]:
+    found = _work[index]
+    source = ASTSource(found.kernel, found.signature, found.constants, found.attributes)
+    try:
+        target = CHIPS[found.architecture].target
+        measured = figures(triton.compile(source, target=target, options=found.options.__dict__))
+    except Exception as error:
+        return f"{_name(found)}   <-- FAIL: does not compile: {_message(error)}", False
+    reasons = faults(found, measured)
+    return line(found, measured, reasons), not reasons
+
+
+def compile_all(launches: list[Launch], jobs: int) -> int:
+    """Prints a line a kernel and returns how many failed."""
+    _work[:] = launches
+    failed = 0
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for text, passed in pool.map(_compile, range(len(launches))):
+            print(text, flush=True)
+            failed += not passed
+    return failed
+
+
+def check(
+    architectures: list[str], implementation: ModuleType, match: str = "", jobs: int = 2, full: bool = False
+) -> int:
+    """Records, compiles and prints; returns the number of faults."""
+    recorders = {name: record(name, implementation, match, full) for name in architectures}
+    launches = [found for recorder in recorders.values() for found in recorder.launches.values()]
+    print(f"{len(launches)} kernels to compile", flush=True)
+    failed = compile_all(launches, jobs)
+    for name in ops.SCHEMAS:
+        if match in name and not hasattr(implementation, name):
+            failed += 1
+            print(f"{name}   <-- FAIL: has no Triton implementation")
+    for key in sorted({key for recorder in recorders.values() for key in recorder.missing}):
+        failed += 1
+        print(f"{' '.join(key)}   <-- FAIL: the table has no such row")
+    if not match:
+        for (kernel, architecture, kind), rows in configs.TABLE.items():
+            for width in rows if architecture in recorders else ():
+                if (kernel, kind, width) not in recorders[architecture].used:
+                    failed += 1
+                    print(f"{architecture:<6} {kernel} {kind} {width}   <-- FAIL: no op uses this row")
+    print(f"{failed} faults in {len(launches)} kernels")
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every kernel ahead of time, and hold it to limits.")
+    parser.add_argument("architectures", nargs="*", metavar="architecture", help=", ".join(CHIPS))
+    parser.add_argument("--match", default="", help="only ops with this in their name")
+    parser.add_argument("--full", action="store_true", help="options at every width, in both kinds of dtype")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    unknown = set(args.architectures) - set(CHIPS)
+    if unknown:
+        parser.error(f"no architecture {', '.join(sorted(unknown))}; there are {', '.join(CHIPS)}")
+    torch.set_num_threads(1)
+    print(f"triton {triton.__version__}, torch {torch.__version__}, python {sys.version.split()[0]}")
+    started = time.monotonic()
+    failed = check(
+        args.architectures or list(CHIPS),
+        importlib.import_module("cl_kernels.triton.ops"),
+        args.match,
+        args.jobs,
+    )
+    processor = sum(os.times()[:4])
+    print(f"in {time.monotonic() - started:.0f} s, {processor:.0f} s of processor time")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""One call of every op in each of its variants, for checks that go over all kernels.
+
+The same cases are compiled ahead of time (compile_gate.py, on fake tensors), run under memory checkers
+(sanitizer_cases.py), and differ only in sizes, dtype and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Call = Callable[..., Any]
+"""call(op name, *arguments): runs an op by some implementation."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """`run(call)` calls an op's forward and its backward, and returns the outputs of both."""
+
+    op: str
+    variant: str
+    run: Callable[[Call], list[Tensor]]
+    rank: int  # 0: the op as it is mostly used; 1: other common uses; 2: the options
+    device_scale: bool = False  # the scale is a tensor on the device rather than on the CPU
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """N rows, M keys and D features; a DimCL of batch D has N columns, and M of a log-softmax is D."""
+
+    n: int
+    m: int
+    d: int
+
+
+def cases(sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> list[Case]:
+    make = _Maker(sizes, dtype, device)
+    return [*make.contrastive(), *make.soft_target(), *make.dimcl(), *make.similarity(), *make.log_softmax()]
+
+
+def _flat(*outputs: Any) -> list[Tensor]:
+    return [x for out in outputs for x in (out if isinstance(out, (list, tuple)) else [out])]
+
+
+@dataclass(frozen=True)
+class _Maker:
+    sizes: Sizes
+    dtype: torch.dtype
+    device: str
+
+    def unit(self, rows: int, width: int, transposed: bool = False) -> Tensor:
+        """Unit rows; `transposed`: a view whose stride along the rows is 1."""
+        x = F.normalize(torch.randn(rows, width, device=self.device), dim=1).to(self.dtype)
+        return x.T.contiguous().T if transposed else x
+
+    def scale(self, on_device: bool) -> Tensor:
+        return torch.tensor(10.0, device=self.device if on_device else "cpu")
+
+    def indices(self, rows: int, bound: int) -> Tensor:
+        """int64 in [-1, bound)."""
+        return torch.randint(-1, bound, (rows,), device=self.device)
+
+    def per_row(self, rows: int) -> Tensor:
+        return torch.rand(rows, dtype=torch.float64, device=self.device) / rows
+
+    def of_mean(self, rows: int) -> Tensor:
+        """The gradient of a mean over rows: one number in memory, stride 0."""
+        return torch.rand((), dtype=torch.float64, device=self.device).div(rows).expand(rows)
+
+    def contrastive(self) -> list[Case]:
+        n, m = self.sizes.n, self.sizes.m
+        rows = {"exclude": 0}
+        index, keys_index = {"positives": "index"}, {"keys": True, "positives": "index"}
+        labels = {"positives": "labels"}
+        variants: dict[str, dict[str, Any]] = {
+            "self": {**rows, **index},
+            "keys": keys_index,
+            "both axes": {**keys_index, "both_axes": True},
+            "self, labels": {**rows, **labels},
+            "self, mask": {**rows, "positives": "mask"},
+            "self, among same": {**rows, **labels, "among": "same"},
+            "self, among different": {**rows, **labels, "among": "different"},
+            "self, no positives": rows,
+            "self, device scale": {**rows, **index, "device_scale": True},
+            "self, transposed": {**rows, **index, "transposed": True},
+            "keys, frozen": {**keys_index, "frozen": True},
+            "keys, frozen, transposed": {**keys_index, "frozen": True, "transposed": True},
+            "keys, frozen, offset, among different": {
+                **keys_index, "frozen": True, "exclude": 1, "among": "different", "device_scale": True,
+            },
+            "keys, frozen, bias": {"keys": True, "bias": True, "frozen": True},
+            "keys, of queries only": {**keys_index, "needs": (True, False, False)},
+            "keys, of keys only": {**keys_index, "needs": (False, True, False)},
+            "keys, bias": {"keys": True, "bias": True},
+            "keys, transposed": {**keys_index, "transposed": True},
+            "keys, offset, labels": {"keys": True, "exclude": -2, **labels},
+            "keys, mask": {"keys": True, "positives": "mask"},
+            "both axes, offset, among different, bias": {
+                "keys": True, "exclude": 1, "among": "different", "bias": True, "both_axes": True,
+                "device_scale": True,
+            },
+        }  # fmt: skip
+        base = ("self", "keys", "keys, frozen", "both axes")
+
+        def run(
+            call: Call,
+            keys: bool = False,
+            exclude: int | None = None,
+            positives: str = "",
+            among: str = "all",
+            bias: bool = False,
+            both_axes: bool = False,
+            needs: Sequence[bool] | None = None,
+            frozen: bool = False,
+            transposed: bool = False,
+            device_scale: bool = False,
+        ) -> list[Tensor]:
+            q = self.unit(n, self.sizes.d, transposed)
+            k = self.unit(m, self.sizes.d, transposed) if keys else None
+            columns = m if keys else n
+            labelled = positives == "labels" or among != "all"
+            row_labels = self.indices(n, 5) if labelled else None
+            col_labels = row_labels if k is None or row_labels is None else self.indices(m, 5)
+            positive_mask = None
+            if positives == "mask":
+                shape = ((n + 1) // 2, (columns + 1) // 2)
+                weights = torch.rand(shape, device=self.device)
+                positive_mask = weights * (torch.rand(shape, device=self.device) > 0.6)
+            problem = (
+                q, k, self.scale(device_scale), exclude, row_labels, col_labels, among, positives == "labels",
+                self.indices(n, columns) if positives == "index" else None, positive_mask,
+                torch.randn(columns, device=self.device) if bias else None, both_axes,
+            )  # fmt: skip
+            lse, lse_cols, *sums, residual = call("contrastive_forward", *problem, frozen)
+            needs = (True, False, False) if frozen else needs or (True, keys, bias)
+            grads = call(
+                "contrastive_backward", self.of_mean(n), self.per_row(columns) if both_axes else None,
+                self.per_row(n) if positives else None, *problem, lse, lse_cols, residual, needs,
+            )  # fmt: skip
+            return _flat(lse, lse_cols, *sums, residual, grads)
+
+        return self._of("contrastive", run, variants, base)
+
+    def soft_target(self) -> list[Case]:
+        n, m, d = self.sizes.n, self.sizes.m, self.sizes.d
+        variants: dict[str, dict[str, Any]] = {
+            "frozen": {"frozen": True},
+            "frozen, queue": {"frozen": True, "queue": True},
+            "all gradients": {},
+            "forward only": {"backward": False},
+            "frozen, no positive": {"frozen": True, "positive": False},
+            "frozen, zero": {"frozen": True, "in_target": "zero"},
+            "frozen, transposed queue": {"frozen": True, "queue": True, "transposed": True},
+            "all gradients, transposed queue": {"queue": True, "transposed": True, "device_scale": True},
+            "all gradients, zero": {"in_target": "zero"},
+            "of queries, not frozen": {"needs": (True, False, False, False)},
+            "of keys": {"needs": (True, True, False, False)},
+        }
+        base = ("frozen", "frozen, queue", "all gradients")
+
+        def run(
+            call: Call,
+            frozen: bool = False,
+            queue: bool = False,
+            backward: bool = True,
+            positive: bool = True,
+            in_target: str = "exclude",
+            transposed: bool = False,
+            needs: Sequence[bool] = (True, True, True, True),
+            device_scale: bool = False,
+        ) -> list[Tensor]:
+            q, target_q = self.unit(n, d), self.unit(n, d)
+            k, target_k = [self.unit(m, d)], [self.unit(m, d)]
+            if queue:
+                k.append(self.unit(m, d, transposed))
+                target_k.append(k[1])
+            scales = (self.scale(device_scale), self.scale(device_scale))
+            found = self.indices(n, m) if positive else None
+            problem = (q, k, target_q, target_k, *scales, found, in_target)
+            stats = call("soft_target_forward", *problem, frozen)
+            if not backward:
+                return _flat(stats)
+            per_row = [self.of_mean(n), *(self.per_row(n) for _ in range(3))]
+            if not positive:
+                per_row[3] = None
+            needs = (True, False, False, False) if frozen else needs
+            return _flat(stats, *call("soft_target_backward", *per_row, *problem, *stats, needs))
+
+        return self._of("soft_target", run, variants, base)
+
+    def dimcl(self) -> list[Case]:
+        batch, features = self.sizes.d, (self.sizes.n + 1) // 2
+        variants: dict[str, dict[str, Any]] = {
+            "two views": {},
+            "mask": {"mask": True},
+            "device scale": {"device_scale": True},
+            "transposed": {"transposed": True},
+        }
+
+        def run(
+            call: Call, mask: bool = False, transposed: bool = False, device_scale: bool = False
+        ) -> list[Tensor]:
+            z0, z1 = (self.unit(batch, features, transposed) for _ in range(2))
+            rows = 2 * features
+            positive_mask = torch.rand(rows, rows, device=self.device) > 0.9 if mask else None
+            problem = (z0, z1, self.scale(device_scale), positive_mask)
+            lse, positive_sum, count, mean, rnorm = call("dimcl_forward", *problem)
+            grads = call("dimcl_backward", self.of_mean(rows), self.per_row(rows), *problem, lse, mean, rnorm)
+            return _flat(lse, positive_sum, count, mean, rnorm, grads)
+
+        return self._of("dimcl", run, variants, ("two views",))
+
+    def similarity(self) -> list[Case]:
+        n, m, d = self.sizes.n, self.sizes.m, self.sizes.d
+        variants: dict[str, dict[str, Any]] = {
+            "self": {},
+            "keys": {"keys": True},
+            "keys, normalize": {"keys": True, "normalize": True},
+            "self, normalize": {"normalize": True, "device_scale": True},
+            "keys, transposed": {"keys": True, "transposed": True},
+            "keys, of keys only": {"keys": True, "needs": (False, True)},
+        }
+
+        def run(
+            call: Call,
+            keys: bool = False,
+            normalize: bool = False,
+            transposed: bool = False,
+            needs: Sequence[bool] | None = None,
+            device_scale: bool = False,
+        ) -> list[Tensor]:
+            q = self.unit(n, d, transposed)
+            k = self.unit(m, d, transposed) if keys else None
+            problem = (q, k, self.scale(device_scale), normalize)
+            out, *norms = call("similarity_forward", *problem)
+            grad = torch.randn_like(out)
+            return _flat(
+                out, *norms, call("similarity_backward", grad, *problem, *norms, needs or (True, keys))
+            )
+
+        return self._of("similarity", run, variants, ("self", "keys", "keys, normalize"))
+
+    def log_softmax(self) -> list[Case]:
+        n, m = self.sizes.n, self.sizes.d
+        variants: dict[str, dict[str, Any]] = {
+            "mask": {"masked": True},
+            "plain": {},
+            "transposed": {"masked": True, "transposed": True},
+        }
+
+        def run(call: Call, masked: bool = False, transposed: bool = False) -> list[Tensor]:
+            logits, grad = self.unit(n, m, transposed), self.unit(n, m, transposed)
+            mask = torch.rand(n, m, device=self.device) > 0.3 if masked else None
+            out = call("masked_log_softmax_forward", logits, mask)
+            return _flat(out, call("masked_log_softmax_backward", grad, out, mask))
+
+        return self._of("masked_log_softmax", run, variants, ("mask",))
+
+    def _of(
+        self,
+        op: str,
+        run: Callable[..., list[Tensor]],
+        variants: dict[str, dict[str, Any]],
+        base: Sequence[str],
+    ) -> list[Case]:
+        def case(variant: str, options: dict[str, Any]) -> Case:
+            rank = 2 if variant not in base else 0 if variant == base[0] else 1
+            on_device = options.get("device_scale", False)
+            return Case(op, variant, lambda call: run(call, **options), rank, on_device)
+
+        return [case(variant, options) for variant, options in variants.items()]

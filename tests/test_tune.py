@@ -1,0 +1,60 @@
+"""What of `python -m cl_kernels tune` needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cl_kernels import __main__, configs, tune
+from cl_kernels.configs import Shape
+
+ROW = Shape(128, 64, 64, 8, 3)
+
+
+def test_candidates_start_with_the_row_and_are_distinct() -> None:
+    found = tune.candidates(ROW)
+    assert found[0] == ROW and len(set(found)) == len(found)
+    assert Shape(64, 64, 64, 4, 2) in found and Shape(128, 128, 64, 8, 4) in found
+    assert ROW._replace(block_d=32) in found and ROW._replace(block_d=128) in found
+    assert all(min(shape[:3]) >= 16 and shape.stages >= 1 for shape in found)
+
+
+def test_candidates_leave_sizes_that_a_kernel_does_not_have() -> None:
+    assert {shape[:3] for shape in tune.candidates(Shape(16, 0, 128, 4, 1))} == {
+        (16, 0, 128),
+        (32, 0, 128),
+        (16, 0, 64),
+        (16, 0, 256),
+    }
+
+
+def test_rows_are_merged_with_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = ("lse", "sm_90", "half")
+    monkeypatch.setattr(configs, "TABLE", {key: {64: ROW, 256: ROW}})
+    better = ROW._replace(warps=4)
+    text = tune.rows_text({key: {256: (better, "1.0 ms")}})
+    code = text.splitlines()[-1]
+    table: dict[tuple[str, str, str], dict[int, Shape]] = {}
+    exec(code, {"TABLE": table, "Shape": Shape})
+    assert table == {key: {64: ROW, 256: better}}
+    assert text.startswith("# 256: 1.0 ms\n")
+
+
+def test_rows_used_are_those_that_a_step_looks_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = ("lse", "sm_90", "float32")
+    monkeypatch.setattr(configs, "TABLE", {key: {64: ROW, 256: ROW}})
+    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 132))
+
+    def step() -> list[torch.Tensor]:
+        assert configs.shape("lse", torch.ones(1), 65) == configs.shape("lse", torch.ones(1), 999) == ROW
+        return []
+
+    before = configs.shape
+    assert tune.rows_used(step) == [(key, 256)]
+    assert configs.shape is before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["tune", "supcon"]) == 2
+    assert "no GPU" in capsys.readouterr().err
