@@ -8,6 +8,7 @@ inputs. It compares the loss and every gradient, in the maximum norm.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run(
-    function: Callable[..., Tensor], problem: Problem, dtype: torch.dtype | None = None
+    function: Callable[..., Tensor], problem: Problem, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> dict[str, Tensor]:
     """The loss and the gradients, by name, of every floating-point input; with `dtype`, all in that dtype."""
     leaves: dict[str, Tensor] = {}
@@ -99,7 +100,10 @@ def run(
     def leaf(name: str, x: Any) -> Any:
         if isinstance(x, list):
             return [leaf(f"{name}[{i}]", part) for i, part in enumerate(x)]
-        if not isinstance(x, Tensor) or not x.is_floating_point() or name in NOT_DIFFERENTIABLE:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.to(device)
+        if not x.is_floating_point() or name in NOT_DIFFERENTIABLE:
             return x
         x = x.detach() if dtype is None else x.detach().to(dtype)
         if name in problem.frozen:
@@ -109,8 +113,9 @@ def run(
 
     loss = function(**{name: leaf(name, x) for name, x in problem.inputs.items()}, **problem.options)
     rows = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype) if loss.dim() else torch.ones_like(loss)
-    grads = torch.autograd.grad(loss, list(leaves.values()), rows)
-    return {"loss": loss.detach(), **{f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True)}}
+    grads = torch.autograd.grad(loss, list(leaves.values()), rows.to(device))
+    results = {"loss": loss.detach(), **{f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True)}}
+    return {name: x.cpu() for name, x in results.items()}
 
 
 @contextmanager
@@ -125,7 +130,9 @@ def exact(problem: Problem) -> dict[str, Tensor]:
 
 
 def ours(problem: Problem) -> dict[str, Tensor]:
-    return run(getattr(clk, problem.function), problem)
+    """On CL_KERNELS_TEST_DEVICE where Triton's kernels serve."""
+    device = os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu") if dispatch.requested() == "triton" else "cpu"
+    return run(getattr(clk, problem.function), problem, device=device)
 
 
 def plain(problem: Problem) -> dict[str, Tensor]:
@@ -188,10 +195,7 @@ def assert_parity(problem: Problem) -> None:
 
 
 def assert_close(problem: Problem, rtol: float = 1e-9) -> None:
-    """In float64: loss and gradients as the reference has them, relative to the largest element. Triton's
-    kernels take no float64."""
-    if dispatch.requested() == "triton":
-        return
+    """In float64: loss and gradients as the reference has them, relative to the largest element."""
     truth, mine = exact(problem), run(getattr(clk, problem.function), problem, torch.float64)
     for name, expected in truth.items():
         assert mine[name].dtype == torch.float64

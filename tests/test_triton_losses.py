@@ -1,0 +1,79 @@
+"""Every loss on Triton's kernels: at most twice the error of plain torch in the same dtype, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import parity
+import pytest
+import torch
+from parity import Problem, assert_parity, unit
+
+import cl_kernels as clk
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.usefixtures("triton", "poisoned", "one_thread")
+
+
+@pytest.fixture
+def triton() -> Iterator[None]:
+    with clk.use_backend("triton"):
+        yield
+
+
+def every(kind: str, n: int, d: int, tau: float) -> list[Problem]:
+    tempered = [parity.tempered(problem, tau) for problem in parity.problems(kind, n, d)]
+    return [*tempered, parity.clip_problem(kind, n, d, 1 / tau)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tau", [0.5, 0.1, 0.07, 0.01])
+@pytest.mark.parametrize("kind", ["random", "converged"])
+def test_temperatures(kind: str, tau: float, dtype: torch.dtype) -> None:
+    for problem in every(kind, 20, 24, tau):
+        assert_parity(problem.to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["duplicates", "zero rows", "norm 30", "identical"])
+def test_awkward_features(kind: str) -> None:
+    for problem in every(kind, 14, 16, 0.1):
+        assert_parity(problem)
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (2, 127), (67, 1), (21, 300)])
+def test_shapes(n: int, d: int) -> None:
+    for problem in every("random", n, d, 0.1):
+        assert_parity(problem)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"contrast_mode": "one", "summation": "in"},
+        {"denominator": "only_negatives", "summation": "in"},
+        {"no_positive": "drop", "reduction": "sum"},
+        {"reduction": "none", "base_temperature": 0.2},
+    ],
+    ids=str,
+)
+def test_options_of_supcon(options: dict[str, str]) -> None:
+    inputs = {"features": unit(17, 3, 11), "labels": torch.randint(0, 4, (17,))}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_parity(Problem("supcon_loss", inputs, options).to(dtype))
+
+
+def test_learnable_temperature_and_weights() -> None:
+    first, second = unit(18, 9), unit(18, 9)
+    assert_parity(Problem("nt_xent_loss", {"z0": first, "z1": second, "temperature": torch.tensor(0.2)}))
+    levels = [unit(9, 2, 5), unit(9, 2, 21)]
+    assert_parity(Problem("multilevel_loss", {"levels": levels, "weights": torch.tensor([0.3, 1.0])}))
+
+
+def test_transposed_queue_and_dimcl_mask() -> None:
+    queue = unit(40, 12).T.contiguous().T
+    inputs = {"q": unit(16, 12), "k": unit(16, 12), "queue": queue}
+    assert_parity(Problem("sce_loss", inputs, {"coeff": 0.2}, frozen=("k", "queue")))
+    assert_parity(Problem("info_nce_loss", inputs, frozen=("k", "queue")))
+    mask = torch.rand(22, 22) > 0.7
+    assert_parity(Problem("dimcl_loss", {"z0": unit(13, 11), "z1": unit(13, 11), "positive_mask": mask}))

@@ -1,0 +1,192 @@
+"""Every op in every variant by Triton's kernels, against the chunked reference on the same inputs in float64.
+
+On the CPU the kernels run under Triton's interpreter; CL_KERNELS_TEST_DEVICE=cuda runs them on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import op_cases
+import pytest
+import torch
+from torch import Tensor
+
+import cl_kernels as clk
+from cl_kernels import chunked, configs, dispatch, ops
+from cl_kernels.triton import gradient_chunks, launch, lse
+
+DEVICE = os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = {
+    "tails": op_cases.Sizes(75, 53, 19),
+    "wide": op_cases.Sizes(50, 37, 300),
+    "one": op_cases.Sizes(1, 1, 1),
+}
+ALL = [(case.op, case.variant, case.rank) for case in op_cases.cases(SIZES["tails"], torch.float32)]
+TRIPLES = [
+    pytest.param(op, variant, size, id=f"{op}-{variant}-{size}")
+    for op, variant, rank in ALL
+    for size in SIZES
+    if size == "tails" or rank < 2
+]
+
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
+
+
+def by_triton(name: str, *arguments: Any) -> Any:
+    return ops.triton_op(name)(*arguments)
+
+
+def by_reference(name: str, *arguments: Any) -> Any:
+    """In float64; saved statistics are taken as they come."""
+
+    def wide(x: Any) -> Any:
+        if isinstance(x, list):
+            return [wide(part) for part in x]
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return getattr(chunked, name)(*map(wide, arguments))
+
+
+def run(op: str, variant: str, sizes: op_cases.Sizes, dtype: torch.dtype, call: op_cases.Call) -> list[Tensor]:
+    torch.manual_seed(0)
+    cases = op_cases.cases(sizes, dtype, DEVICE)
+    return next(case for case in cases if (case.op, case.variant) == (op, variant)).run(call)
+
+
+def assert_close(results: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> None:
+    """Relative to the largest element: sums are float32, and a half-precision gradient or output is rounded
+    twice, in its tile and at the end."""
+    assert len(results) == len(truth)
+    for i, (result, expected) in enumerate(zip(results, truth, strict=True)):
+        assert result.shape == expected.shape, f"output {i}"
+        finite = expected.isfinite()
+        assert torch.equal(result[~finite].double().nan_to_num(), expected[~finite].nan_to_num()), f"output {i}"
+        if finite.any():
+            error = float((result.double() - expected)[finite].abs().nan_to_num(nan=torch.inf).max())
+            size = float(expected[finite].abs().max())
+            # A gradient of one row, or of its scale, can be nothing but the difference of equal terms.
+            terms = size if expected.numel() > 1 and size > 0 else max(size, 1.0)
+            rounding = 2e-5 if result.dtype in (torch.float32, torch.float64) and dtype == torch.float32 else 0
+            rounding = rounding or 4 * torch.finfo(dtype).eps
+            assert error <= rounding * terms, f"output {i} is off by {error:.3g} of {size:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("op", "variant", "size"), TRIPLES)
+def test_every_variant(op: str, variant: str, size: str, dtype: torch.dtype) -> None:
+    results = run(op, variant, SIZES[size], dtype, by_triton)
+    assert_close(results, run(op, variant, SIZES[size], dtype, by_reference), dtype)
+
+
+CONTRASTIVE = [variant for op, variant, _ in ALL if op == "contrastive"]
+
+
+@pytest.mark.parametrize("variant", CONTRASTIVE)
+def test_many_blocks_in_a_group(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for huge N: a program walks several rows of tiles and merges what their columns have so far."""
+    monkeypatch.setattr(lse, "MOST_GROUPS", 2)
+    results = run("contrastive", variant, SIZES["tails"], torch.float32, by_triton)
+    assert_close(results, run("contrastive", variant, SIZES["tails"], torch.float32, by_reference), torch.float32)
+
+
+@pytest.mark.parametrize("variant", ["self", "both axes", "self, mask", "keys, bias"])
+def test_several_chunks_of_the_gradient(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_chunks, "CHUNK_BYTES", 4000)
+    results = run("contrastive", variant, SIZES["wide"], torch.float16, by_triton)
+    assert_close(results, run("contrastive", variant, SIZES["wide"], torch.float16, by_reference), torch.float16)
+
+
+@pytest.mark.parametrize("variant", ["self", "self, labels", "self, device scale"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_atomic_triangle(variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CL_KERNELS_ATOMICS", "1")
+    square = configs.Shape(16, 16, 32, 1, 1)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(configs, "_INTERPRETED", square)
+    results = run("contrastive", variant, SIZES["tails"], dtype, by_triton)
+    assert_close(results, run("contrastive", variant, SIZES["tails"], dtype, by_reference), dtype)
+
+
+@pytest.mark.parametrize("op", ["contrastive", "dimcl", "soft_target"])
+def test_scale_in_memory(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale on the device stays there."""
+    monkeypatch.setattr(launch, "scalar", lambda x: x.to(DEVICE))
+    variant = next(variant for name, variant, rank in ALL if name == op and rank == 0)
+    results = run(op, variant, SIZES["tails"], torch.float32, by_triton)
+    assert_close(results, run(op, variant, SIZES["tails"], torch.float32, by_reference), torch.float32)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_matmul_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        results = run("contrastive", "keys", SIZES["tails"], torch.float32, by_triton)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    truth = run("contrastive", "keys", SIZES["tails"], torch.float32, by_reference)
+    error = max(float((x.double() - y).abs().max() / y.abs().max()) for x, y in zip(results[:1], truth, strict=False))
+    assert error < (1e-2 if precision == "medium" else 1e-3)
+    if precision == "medium":  # bfloat16 products: it made a difference
+        assert error > 1e-6
+
+
+@pytest.mark.parametrize("size", [3.0, 30.0, 1000.0])
+@pytest.mark.parametrize("both_axes", [False, True])
+def test_any_range_of_logits(size: float, both_axes: bool) -> None:
+    """Bounds up to 2^100, past it, and so far past that sums of some rows vanish next to others."""
+    torch.manual_seed(0)
+    q = torch.randn(60, 8) * torch.logspace(-3, 0, 60)[torch.randperm(60)][:, None] * size
+    k = None if not both_axes else torch.randn(45, 8) * torch.logspace(-3, 0, 45)[:, None]
+    q, k = q.to(DEVICE), None if k is None else k.to(DEVICE)
+    arguments = (q, k, torch.tensor(1.0), 0 if k is None else None, None, None, "all", False, None, None, None)
+    lse_rows, lse_cols, *_ = by_triton("contrastive_forward", *arguments, both_axes, False)
+    expected, expected_cols, *_ = by_reference("contrastive_forward", *arguments, both_axes, False)
+    largest = 1e-6 * float(expected.abs().max()) + 1e-5
+    torch.testing.assert_close(lse_rows, expected, rtol=0, atol=largest)
+    torch.testing.assert_close(lse_cols, expected_cols, rtol=0, atol=largest)
+
+
+def test_index_at_the_excluded_column_counts() -> None:
+    q = torch.nn.functional.normalize(torch.randn(20, 5), dim=1).to(DEVICE)
+    own = torch.arange(20, device=DEVICE)
+    arguments = (q, None, torch.tensor(5.0), 0, None, None, "all", False, own, None, None, False, False)
+    results, truth = (call("contrastive_forward", *arguments) for call in (by_triton, by_reference))
+    assert_close(list(results), list(truth), torch.float32)
+    assert (results[3] == 1).all()
+
+
+def test_nan_stays_nan_in_its_rows_only() -> None:
+    q, k = torch.randn(40, 5), torch.randn(30, 5)
+    q[3] = torch.nan
+    arguments = (q.to(DEVICE), k.to(DEVICE), torch.tensor(1.0), None, None, None, "all", False, None, None, None)
+    found = by_triton("contrastive_forward", *arguments, False, False)[0]
+    assert found.isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    def once() -> list[Tensor]:
+        return run("contrastive", "self, labels", SIZES["tails"], torch.bfloat16, by_triton)
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+def test_backend_by_name() -> None:
+    q = torch.randn(6, 4).to(DEVICE)
+    with clk.use_backend("triton"):
+        expected = "interpreter" if DEVICE == "cpu" else "triton"
+        assert dispatch.select("contrastive_forward", q) == expected
+        with pytest.raises(clk.BackendError, match="float64"):
+            clk.contrastive_lse(q.double())
+        with pytest.raises(clk.BackendError, match="GPU tensors, not meta"):
+            clk.contrastive_lse(q.to("meta"))
+
+
+def test_backend_says_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "GPU tensors, not cpu tensors" in str(dispatch.obstacle("triton", "cpu"))
+    monkeypatch.setattr(ops, "has_triton", lambda: False)
+    assert "not installed" in str(dispatch.obstacle("triton", "cuda"))
