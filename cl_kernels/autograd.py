@@ -109,6 +109,25 @@ def soft_target(
     return SoftTargetStats(*SoftTarget.apply(*tensors[:5], *options, *tensors[5:]))
 
 
+def soft_target_means(
+    target_q: Tensor,
+    keys: Sequence[Tensor],
+    target_scale: float | Tensor,
+    positive: Tensor | None,
+    positive_in_target: str,
+) -> tuple[Tensor, Tensor]:
+    """target_lse [N] and softmax(T) keys [N, D] without the positive, T = target_scale target_q keys^T: what
+    students share. Not differentiable."""
+    scale = as_scale(target_scale, target_q)
+    segments = list(keys)
+    with torch.no_grad():
+        _, target_lse, _, _, _, mean = dispatch.call(
+            "soft_target_forward", dispatch.select("soft_target_forward", target_q), target_q, segments,
+            target_q, segments, scale, scale, positive, positive_in_target, True,
+        )  # fmt: skip
+    return target_lse, mean
+
+
 def dimcl(
     z0: Tensor, z1: Tensor, scale: float | Tensor, positive_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from cl_kernels.losses.dimcl import DimCLLoss, dimcl_loss
 from cl_kernels.losses.info_nce import InfoNCELoss, info_nce_loss
 from cl_kernels.losses.multilevel import MultiLevelConLoss, multilevel_loss
 from cl_kernels.losses.nt_xent import NTXentLoss, nt_xent_loss
-from cl_kernels.losses.sce import SCELoss, sce_loss
+from cl_kernels.losses.sce import SCELoss, SCETargets, sce_loss, sce_targets
 from cl_kernels.losses.selfcon import SelfConLoss, selfcon_loss
 from cl_kernels.losses.supcon import SupConLoss, supcon_loss
 
@@ -18,6 +18,7 @@ __all__ = [
     "MultiLevelConLoss",
     "NTXentLoss",
     "SCELoss",
+    "SCETargets",
     "SelfConLoss",
     "SupConLoss",
     "clip_loss",
@@ -27,6 +28,7 @@ __all__ = [
     "multilevel_loss",
     "nt_xent_loss",
     "sce_loss",
+    "sce_targets",
     "selfcon_loss",
     "supcon_loss",
 ]

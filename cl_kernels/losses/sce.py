@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
+from cl_kernels.autograd import Pairs
 from cl_kernels.losses._common import inverse, own_similarity, reduced, shown
+
+
+class SCETargets(NamedTuple):
+    """What every student view of a batch takes from its teacher; made by `sce_targets`."""
+
+    lse: Tensor  # [N], log-sum-exps of the target's logits
+    mean: Tensor  # [N, D], A: the target's mean of the keys, without the positive
+    positive_in_target: str
 
 
 @validation.full_precision
@@ -22,6 +33,7 @@ def sce_loss(
     positive_in_target: str = "exclude",
     rank: int = 0,
     reduction: str = "mean",
+    targets: SCETargets | None = None,
 ) -> Tensor:
     r"""Cross-entropy against a mix of the positive and the sharpened similarities of the momentum keys.
 
@@ -45,6 +57,9 @@ def sce_loss(
             out (the paper), "zero" keeps it with similarity 0 (what the authors' queue mode computes).
         rank: which block of `k_global` holds the keys of this process.
         reduction: "mean" over the queries, "sum", or "none": [N].
+        targets: of the same keys, from `sce_targets`, for several student views of one batch (multi-crop):
+            the target is then not computed again, and `target_temperature` and `positive_in_target` are those
+            of the targets. The keys must not require a gradient.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). A row whose target has no column left takes
@@ -76,13 +91,104 @@ def sce_loss(
     validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    if k_global is None and queue is not None:
+    if targets is not None:
+        keys, positive = _keys(k, k_global, queue, rank)
+        _check_targets(targets, q, k, keys)
+        rows = _to_targets(q, k, keys, positive, tau, weight, targets)
+    elif k_global is None and queue is not None:
         rows = _beside_queue(q, k, queue, tau, target_tau, weight, positive_in_target)
     else:
         rows = _among_keys(
             q, k, k_global, queue, tau, target_tau, weight, positive_in_target, q.shape[0] * rank
         )
     return reduced(rows, reduction, q)
+
+
+@validation.full_precision
+def sce_targets(
+    k: Tensor,
+    k_global: Tensor | None = None,
+    queue: Tensor | None = None,
+    *,
+    target_temperature: float | Tensor = 0.07,
+    positive_in_target: str = "exclude",
+    rank: int = 0,
+) -> SCETargets:
+    r"""The targets of `sce_loss`, to be shared by several student views of one batch.
+
+    .. math:: A_i = \sum_j \mathrm{softmax}_j(k_i \cdot u_j / \tau_m)\, u_j
+
+    With A known, a view's loss takes one softmax over the keys in place of two: four products of N, the
+    number of keys, and D in place of eight.
+
+    Args:
+        k, k_global, queue, target_temperature, positive_in_target, rank: as for `sce_loss`; no gradient is
+            taken for any of them.
+
+    Returns:
+        lse [N] float64, mean [N, D] float32 (float64 for float64 inputs), and `positive_in_target`.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
+
+    Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
+    2023; the multi-crop there calls the loss once for each crop.
+    """
+    _, k, k_global, queue = validation.sce_inputs(k, k, k_global, queue, rank)
+    tau = validation.temperature("target_temperature", target_temperature, k)
+    validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
+    keys, positive = _keys(k, k_global, queue, rank)
+    lse, mean = autograd.soft_target_means(k, keys, inverse(tau, k), positive, positive_in_target)
+    return SCETargets(lse, mean, positive_in_target)
+
+
+def _keys(
+    k: Tensor, k_global: Tensor | None, queue: Tensor | None, rank: int
+) -> tuple[list[Tensor], Tensor | None]:
+    """The segments of keys, and each row's positive among them (None: it stands beside a queue)."""
+    if k_global is None and queue is not None:
+        return [queue], None
+    first = k.shape[0] * rank
+    keys = [x for x in (k if k_global is None else k_global, queue) if x is not None]
+    return keys, torch.arange(first, first + k.shape[0], device=k.device)
+
+
+def _check_targets(targets: SCETargets, q: Tensor, k: Tensor, keys: list[Tensor]) -> None:
+    if tuple(targets.mean.shape) != tuple(q.shape):
+        raise ValueError(
+            f"targets must be of queries {tuple(q.shape)}, got those of {tuple(targets.mean.shape)}"
+        )
+    validation.same_device(q=q, targets=targets.mean)
+    if any(x.requires_grad for x in (k, *keys)):
+        raise ValueError("targets must not be given with keys that require a gradient: none is computed for them")
+
+
+def _to_targets(
+    q: Tensor,
+    k: Tensor,
+    keys: list[Tensor],
+    positive: Tensor | None,
+    tau: float | Tensor,
+    coeff: float | Tensor,
+    targets: SCETargets,
+) -> Tensor:
+    """[N]: the losses by known targets."""
+    scale = inverse(tau, q)
+    first = autograd.contrastive(q, keys[0], scale, Pairs(exclude=None, positive_index=positive))
+    lse = first.lse
+    for part in keys[1:]:
+        lse = torch.logaddexp(lse, autograd.contrastive(q, part, scale, Pairs(exclude=None)).lse)
+    cross = ((q.to(targets.mean.dtype) * targets.mean).sum(1) * scale).to(lse)
+    own = first.positive_sum if positive is not None else own_similarity(q, k, scale).to(lse)
+    if positive is None:
+        lse = torch.logaddexp(lse, own)
+        if targets.positive_in_target == "zero":
+            cross = torch.lerp(own, cross, torch.sigmoid(targets.lse))
+    elif targets.positive_in_target == "zero":
+        cross = cross + (-targets.lse).exp() * own
+    elif sum(x.shape[0] for x in keys) == 1:
+        coeff = 1.0
+    return lse - _mix(cross, own, coeff)
 
 
 def _among_keys(
@@ -172,6 +278,7 @@ class SCELoss(nn.Module):
         target_temperature: float | Tensor | None = None,
         coeff: float | Tensor | None = None,
         rank: int = 0,
+        targets: SCETargets | None = None,
     ) -> Tensor:
         return sce_loss(
             q,
@@ -184,6 +291,7 @@ class SCELoss(nn.Module):
             positive_in_target=self.positive_in_target,
             rank=rank,
             reduction=self.reduction,
+            targets=targets,
         )
 
     def extra_repr(self) -> str:
