@@ -238,7 +238,7 @@ class _Maker:
             k = self.unit(m, d, transposed) if keys else None
             problem = (q, k, self.scale(device_scale), normalize)
             out, *norms = call("similarity_forward", *problem)
-            grad = torch.randn_like(out)
+            grad = torch.randn(n, m if keys else n, device=self.device).to(self.dtype)
             return _flat(
                 out, *norms, call("similarity_backward", grad, *problem, *norms, needs or (True, keys))
             )
