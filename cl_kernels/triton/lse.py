@@ -1,18 +1,19 @@
 """The log-sum-exp engine: row (and column) log-sum-exps of scale q k^T, and sums over positives.
 
-The blocks of rows and of columns are gathered in groups. A program takes one group of each, walks their tiles,
-and writes partial statistics of the rows (kept in registers along a row of tiles) and, where columns count
-too, of the columns (kept in memory that no other program touches) into its slot. A second kernel combines the
-slots, in a fixed order: no atomics, and the same bits each time.
+The blocks of rows and of columns are gathered in groups. A program takes one group of each, walks their
+tiles, and writes partial statistics of the rows (kept in registers along a row of tiles) and, where columns
+count too, of the columns (kept in memory that no other program touches) into its slot. A second kernel
+combines the slots, in a fixed order: no atomics, and the same bits each time.
 
 With keys equal to queries the pairs above the diagonal stand for all: a tile's exponentials are added to its
-rows and to its columns, N^2 D operations in all. One shift must then serve a tile's rows and columns. It comes
-from a bound of the tile's logits, |scale| times the largest norms of its rows and of its keys: none is needed
-while that is at most 2^100, which keeps every sum in range. Past it the shift is what exceeds, and where a sum
-came out too small, one maximum for each row and each column is taken instead.
+rows and to its columns, N^2 D operations in all. One shift must then serve a tile's rows and columns. It
+comes from a bound of the tile's logits, |scale| times the largest norms of its rows and of its keys: none is
+needed while that is at most 2^100, which keeps every sum in range. Past it the shift is what exceeds, and
+where a sum came out too small, one maximum for each row and each column is taken instead.
 
-A partial statistic is a shift and a sum of 2^(S - shift), in base 2; sums over positives by label or mask, and
-their counts, are two further planes. The logit of a positive given by index is noted as it stands in the tile.
+A partial statistic is a shift and a sum of 2^(S - shift), in base 2; sums over positives by label or mask,
+and their counts, are two further planes. The logits of positives given by index the second kernel computes
+itself, from products of the same precision.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cl_kernels.triton.tiles import LN2, LOG2E, NOTHING, dot, load_rows, product
 
 MOST_GROUPS = 96  # of rows; their square fills any device, and they times N floats stay small
 # Arguments whose values should not make kernels of their own.
-SIZES = ["n", "m", "d", "exclude", "mask_rows", "mask_cols", "groups_q", "groups_k", "blocks_q", "blocks_k"]
+SIZES = ["n", "m", "exclude", "groups_q", "groups_k", "blocks_q", "blocks_k"]
 SAFE = tl.constexpr(100.0)  # |base-2 logits| up to which sums of 2^S neither overflow nor lose digits
 TINY = tl.constexpr(2.0**-100)  # sums below this, relative to a shift, have lost digits
 
@@ -61,28 +62,20 @@ def _largest_norm(x, first, n, d, stride_n, stride_d, BLOCK: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _weighted(weight, s, cols, j, m, again, MIRRORED: tl.constexpr):
-    """Sums of weight s and of the weights over a tile's rows; those over its columns go to their slot."""
-    weighted = tl.where(weight, s, 0.0) if weight.dtype == tl.int1 else weight * s
-    weight = weight.to(tl.float32)
-    if MIRRORED:
-        _add(cols + 2 * m + j, tl.sum(weighted, 0), j < m, again)
-        _add(cols + 3 * m + j, tl.sum(weight, 0), j < m, again)
-    return tl.sum(weighted, 1), tl.sum(weight, 1)
+def _plus(a, b, more_a, more_b):
+    return a + more_a, b + more_b
 
 
 @triton.jit
 def _add(at, value, m_at, again):
     """Write values, or add them to what stands there."""
-    if again:
-        value += tl.load(at, mask=m_at, other=0.0)
+    value += tl.load(at, mask=m_at & again, other=0.0)
     tl.store(at, value, mask=m_at)
 
 
 @triton.jit
 def _add_columns(cols, j, m, peak, total, again):
-    """Write the shifts (one, or one for each) and sums of columns, or merge them with what stands there."""
-    peak = tl.zeros(j.shape, tl.float32) + peak
+    """Write the shifts and sums of columns, or merge them with what stands there."""
     if again:
         before = tl.load(cols + j, mask=j < m, other=NOTHING)
         after = tl.maximum(before, peak)
@@ -108,7 +101,8 @@ def _lse_kernel(
     mask_rows, mask_cols, stride_mask_row, stride_mask_col, groups_q, groups_k, blocks_q, blocks_k,
     MIRRORED: tl.constexpr, COLUMNS: tl.constexpr, SCALE_TENSOR: tl.constexpr, EXCLUDE: tl.constexpr,
     AMONG: tl.constexpr, POSITIVES: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN_D: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     SUMS: tl.constexpr = (POSITIVES == "labels") or (POSITIVES == "mask")
     LABELS: tl.constexpr = (POSITIVES == "labels") or (AMONG != "all")
@@ -128,7 +122,8 @@ def _lse_kernel(
     last_i = tl.minimum((g + 1) * blocks_q, q_blocks)
     last_j = tl.minimum((h + 1) * blocks_k, tl.cdiv(m, BLOCK_N))
 
-    for block_i in range(g * blocks_q, last_i):
+    # What does not change from a row of tiles to the next is computed anew: kept, it would fill the registers.
+    for block_i in tl.range(g * blocks_q, last_i, disable_licm=True):
         first_i = block_i * BLOCK_M
         i = first_i + tl.arange(0, BLOCK_M)
         row_peak = tl.full((BLOCK_M,), NOTHING, tl.float32)
@@ -147,14 +142,15 @@ def _lse_kernel(
         if POSITIVES == "index":
             b_row_index = tl.load(index + i, mask=i < n, other=-1).to(tl.int32)
         again = block_i != g * blocks_q
-        if MIRRORED or COLUMNS:
+        if MIRRORED or COLUMNS:  # noqa: SIM102
             if again:
                 tl.debug_barrier()  # what the row of tiles above wrote, by other threads
         first_block = h * blocks_k
         if MIRRORED:
             first_block = tl.maximum(first_block, first_i // BLOCK_N)
 
-        for block_j in range(first_block, last_j):
+        # So are, in each tile, the addresses of a mask's rows.
+        for block_j in tl.range(first_block, last_j, disable_licm=POSITIVES == "mask"):
             first_j = block_j * BLOCK_N
             j = first_j + tl.arange(0, BLOCK_N)
             if WHOLE:
@@ -180,22 +176,21 @@ def _lse_kernel(
                         tl.store(index_logit + j, tl.sum(tl.where(hit, s, 0.0), 0), mask=found)
             if LABELS:
                 b_col_label = tl.load(col_labels + j, mask=j < m, other=0)
-            if POSITIVES == "labels":
-                positive = b_row_label[:, None] == b_col_label[None, :]
-                if edge:
-                    positive = positive & _counted(i, j, n, m, exclude, EXCLUDE, MIRRORED)
-                    part_sum, part_count = _weighted(positive, s, cols, j, m, again, MIRRORED)
-                else:
-                    part_sum, part_count = _weighted(positive, s, cols, j, m, again, MIRRORED)
-            if POSITIVES == "mask":
-                weight = mask_tile(
-                    mask, i, j, counted(i, j, n, m, exclude, EXCLUDE),
-                    mask_rows, mask_cols, stride_mask_row, stride_mask_col,
-                )  # fmt: skip
-                part_sum, part_count = _weighted(weight, s, cols, j, m, again, MIRRORED)
             if SUMS:
+                if POSITIVES == "labels":
+                    weight = tl.where(b_row_label[:, None] == b_col_label[None, :], 1.0, 0.0)
+                else:
+                    weight = mask_tile(mask, i, j, mask_rows, mask_cols, stride_mask_row, stride_mask_col)
+                if edge:
+                    weight = tl.where(_counted(i, j, n, m, exclude, EXCLUDE, MIRRORED), weight, 0.0)
+                # Both at once: to count apart, the compiler makes the weights again in a layout of its own.
+                part_sum, part_count = tl.reduce((weight * s, weight), 1, _plus)
                 positive_sum += part_sum
                 positive_count += part_count
+                if MIRRORED:
+                    part_sum, part_count = tl.reduce((weight * s, weight), 0, _plus)
+                    _add(cols + 2 * m + j, part_sum, j < m, again)
+                    _add(cols + 3 * m + j, part_count, j < m, again)
 
             if BIAS:
                 s += tl.load(bias + j, mask=j < m, other=0.0)[None, :] * LOG2E
@@ -211,18 +206,15 @@ def _lse_kernel(
                 shift = tl.maximum(bound - SAFE, 0.0)
                 e = tl.exp2(s - shift)
                 part, col_part = tl.sum(e, 1), tl.sum(e, 0)
-                exact = bound <= SAFE
-                if not exact:
-                    exact = tl.minimum(tl.min(part, 0), tl.min(col_part, 0)) >= TINY
-                if exact:
-                    part_peak = tl.zeros((BLOCK_M,), tl.float32) + shift
-                    _add_columns(cols, j, m, shift, col_part, again)
-                else:
-                    part_peak = tl.maximum(tl.max(s, 1), NOTHING)
-                    part = tl.sum(tl.exp2(s - part_peak[:, None]), 1)
-                    col_peak = tl.maximum(tl.max(s, 0), NOTHING)
-                    col_part = tl.sum(tl.exp2(s - col_peak[None, :]), 0)
-                    _add_columns(cols, j, m, col_peak, col_part, again)
+                part_peak = tl.zeros((BLOCK_M,), tl.float32) + shift
+                col_peak = tl.zeros((BLOCK_N,), tl.float32) + shift
+                if not (bound <= SAFE):  # noqa: SIM102
+                    if not (tl.minimum(tl.min(part, 0), tl.min(col_part, 0)) >= TINY):
+                        part_peak = tl.maximum(tl.max(s, 1), NOTHING)
+                        part = tl.sum(tl.exp2(s - part_peak[:, None]), 1)
+                        col_peak = tl.maximum(tl.max(s, 0), NOTHING)
+                        col_part = tl.sum(tl.exp2(s - col_peak[None, :]), 0)
+                _add_columns(cols, j, m, col_peak, col_part, again)
                 peak = tl.maximum(row_peak, part_peak)
                 row_sum = row_sum * tl.exp2(row_peak - peak) + part * tl.exp2(part_peak - peak)
             else:
@@ -237,7 +229,7 @@ def _lse_kernel(
             tl.store(rows + 3 * n + i, positive_count, mask=i < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "slots", "group_rows"])
 def _combine_kernel(
     parts, mirrored, index, index_logit, lse, positive_sum, positive_count, n, slots, group_rows,
     MIRRORED: tl.constexpr, POSITIVES: tl.constexpr, SUMS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
@@ -282,11 +274,11 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """lse [N], lse_cols [M] | [0], positive_sum [N] | [0], positive_count [N] | [0], float64."""
     q, k = problem.q, problem.keys
     (n, d), m = q.shape, k.shape[0]
-    tile = configs.shape("lse", q, d)
     positives = problem.positives
+    sums = positives in ("labels", "mask")
+    tile = configs.shape("lse_pairs" if sums or problem.among != "all" else "lse", q, d)
     mirrored = problem.mirrored and problem.exclude == 0 and positives != "mask"
     columns = problem.both_axes
-    sums = positives in ("labels", "mask")
     row_blocks, col_blocks = launch.cdiv(n, tile.block_m), launch.cdiv(m, tile.block_n)
     if mirrored:
         blocks_q = launch.cdiv(row_blocks, MOST_GROUPS)
@@ -308,13 +300,15 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     planes = 4 if sums else 2
     rows = q.new_empty((groups_k, planes, n), dtype=torch.float32)
     cols = q.new_empty((groups_q, planes, m), dtype=torch.float32) if mirrored or columns else rows
-    index_logit = q.new_empty(n, dtype=torch.float32) if positives == "index" else None
+    index = problem.positive_index
+    index_logit = None if index is None else q.new_empty(n, dtype=torch.float32)
     programs = groups_q * (groups_q + 1) // 2 if mirrored else groups_q * groups_k
     scale, exclude = launch.scalar(problem.scale), problem.offset
+    mask, *mask_layout = mask_arguments(problem.positive_mask)
     _lse_kernel[(programs,)](
-        q, k, scale, problem.key_bias, problem.row_labels, problem.col_labels, problem.positive_index,
-        mask_arguments(problem.positive_mask)[0], norms if mirrored or columns else None, rows, cols, index_logit,
-        n, m, d, exclude or 0, *q.stride(), *k.stride(), *mask_arguments(problem.positive_mask)[1:],
+        q, k, scale, problem.key_bias, problem.row_labels, problem.col_labels, index, mask,
+        norms if mirrored or columns else None, rows, cols, index_logit,
+        n, m, d, exclude or 0, *q.stride(), *k.stride(), *mask_layout,
         groups_q, groups_k, blocks_q, blocks_k,
         MIRRORED=mirrored, COLUMNS=columns, SCALE_TENSOR=isinstance(scale, Tensor),
         EXCLUDE=exclude is not None, AMONG=problem.among, POSITIVES=positives,
@@ -323,31 +317,29 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         **launch.options(tile),
     )  # fmt: skip
 
-    def combine(parts: Tensor, size: int, positives: str) -> tuple[Tensor, Tensor, Tensor]:
-        lse = q.new_empty(size, dtype=torch.float64)
-        positive_sum = q.new_empty(size if positives != "none" else 0, dtype=torch.float64)
-        positive_count = torch.empty_like(positive_sum)
-        _combine_kernel[(launch.cdiv(size, 32),)](
-            parts, cols, problem.positive_index, index_logit, lse, positive_sum, positive_count,
-            size, parts.shape[0], blocks_q * tile.block_m,
-            MIRRORED=mirrored, POSITIVES=positives, SUMS=sums, BLOCK_SLOTS=32, BLOCK_M=32, num_warps=4,
-        )  # fmt: skip
-        return lse, positive_sum, positive_count
-
-    lse, positive_sum, positive_count = combine(rows, n, positives)
-    lse_cols = combine(cols, m, "none")[0] if columns else q.new_empty(0, dtype=torch.float64)
+    lse, positive_sum, positive_count = combine_parts(
+        rows, cols if mirrored else None, blocks_q * tile.block_m, positives, index, index_logit
+    )
+    lse_cols = combine_parts(cols)[0] if columns else q.new_empty(0, dtype=torch.float64)
     return lse, lse_cols, positive_sum, positive_count
 
 
-def combine_rows(rows: Tensor, index: Tensor | None, index_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, positive_sum and positive_count of the parts [slots, 2, n] of rows; positives by index or none."""
-    n = rows.shape[2]
-    lse = rows.new_empty(n, dtype=torch.float64)
-    positive_sum = rows.new_empty(0 if index is None else n, dtype=torch.float64)
+def combine_parts(
+    parts: Tensor,  # [slots, 2 or 4, n]
+    mirrored: Tensor | None = None,  # as parts, where columns stand for rows too
+    group_rows: int = 1,
+    positives: str = "none",
+    index: Tensor | None = None,  # [n]
+    index_logit: Tensor | None = None,  # [n]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lse, positive_sum, positive_count, float64 [n] ([0] what was not asked for)."""
+    slots, planes, n = parts.shape
+    lse = parts.new_empty(n, dtype=torch.float64)
+    positive_sum = parts.new_empty(n if positives != "none" else 0, dtype=torch.float64)
     positive_count = torch.empty_like(positive_sum)
     _combine_kernel[(launch.cdiv(n, 32),)](
-        rows, rows, index, index_logit, lse, positive_sum, positive_count, n, rows.shape[0], 1,
-        MIRRORED=False, POSITIVES="none" if index is None else "index", SUMS=False, BLOCK_SLOTS=32,
-        BLOCK_M=32, num_warps=4,
+        parts, mirrored, index, index_logit, lse, positive_sum, positive_count, n, slots, group_rows,
+        MIRRORED=mirrored is not None, POSITIVES=positives, SUMS=planes == 4, BLOCK_SLOTS=32, BLOCK_M=32,
+        num_warps=4,
     )  # fmt: skip
     return lse, positive_sum, positive_count

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cl_kernels import configs
 from cl_kernels.triton import launch
-from cl_kernels.triton.lse import combine_rows
+from cl_kernels.triton.lse import combine_parts
 from cl_kernels.triton.pairs import Contrast, counted, on_edge, within
 from cl_kernels.triton.tiles import LN2, LOG2E, NOTHING, dot, load_rows, scalar
 
@@ -132,7 +132,9 @@ def log_sum_exp_and_residual(problem: Contrast) -> tuple[Tensor, Tensor, Tensor,
         EVEN_D=d == configs.padded(d), BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
         BLOCK_D=configs.padded(d), **launch.options(shape),
     )  # fmt: skip
-    lse, positive_sum, positive_count = combine_rows(rows, index, index_logit)
+    lse, positive_sum, positive_count = combine_parts(
+        rows, positives=problem.positives, index=index, index_logit=index_logit
+    )
     residual = q.new_empty((n, d), dtype=torch.float32)
     _residual_kernel[(launch.cdiv(n, _ROWS),)](
         rows, means, lse, index, own_logit, k, residual, n, d, splits, *k.stride(),

@@ -124,11 +124,11 @@ def counted(i, j, n, m, exclude, EXCLUDE: tl.constexpr):
 
 
 @triton.jit
-def mask_tile(mask, i, j, m_pair, mask_rows, mask_cols, stride_row, stride_col):
-    """mask[i % R, j % C], 0 where a pair does not count."""
+def mask_tile(mask, i, j, mask_rows, mask_cols, stride_row, stride_col):
+    """mask[i % R, j % C] of all pairs, those that do not count too: every address is inside."""
     at_row = (i % mask_rows).to(tl.int64) * stride_row
     at_col = (j % mask_cols).to(tl.int64) * stride_col
-    return tl.load(mask + at_row[:, None] + at_col[None, :], mask=m_pair, other=0).to(tl.float32)
+    return tl.load(mask + at_row[:, None] + at_col[None, :]).to(tl.float32)
 
 
 @triton.jit
