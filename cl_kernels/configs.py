@@ -39,7 +39,7 @@ class Device(NamedTuple):
 
 
 # Small tiles, so that small tests see several of them, tails and splits.
-_INTERPRETED = Shape(16, 16, 16, 1, 1)
+_INTERPRETED = Shape(32, 16, 32, 1, 1)
 
 TABLE: dict[tuple[str, str, str], dict[int, Shape]] = {}
 
@@ -105,6 +105,59 @@ for _architecture in ARCHITECTURES:
             8192: Shape(256, 0, 32, 8, 1),
         }
 
+# soft_target.py: widths are those of a tile of keys, D where student and teacher share them, else D + E.
+TABLE["soft_target", "sm_80", "half"] = {
+    128: Shape(128, 64, 128, 8, 2),
+    256: Shape(64, 32, 256, 4, 2),
+    512: Shape(32, 32, 256, 4, 2),
+    1024: Shape(64, 64, 64, 8, 3),
+}
+TABLE["soft_target", "sm_90", "half"] = {
+    128: Shape(128, 128, 128, 8, 2),
+    256: Shape(128, 64, 256, 8, 2),
+    512: Shape(64, 64, 256, 8, 2),
+    1024: Shape(128, 64, 64, 8, 3),
+}
+TABLE["soft_target", "sm_100", "half"] = {
+    128: Shape(128, 64, 128, 8, 2),
+    256: Shape(128, 64, 256, 8, 2),
+    512: Shape(64, 64, 256, 8, 2),
+    1024: Shape(64, 64, 64, 8, 3),
+}
+TABLE["soft_target", "gfx942", "half"] = {
+    128: Shape(128, 64, 128, 8, 1),
+    256: Shape(64, 32, 256, 4, 1),
+    512: Shape(32, 32, 256, 4, 1),
+    1024: Shape(64, 64, 64, 8, 1),
+}
+TABLE["soft_target", "sm_80", "float32"] = {1024: Shape(64, 32, 32, 8, 2)}
+TABLE["soft_target", "sm_90", "float32"] = {1024: Shape(64, 64, 32, 8, 2)}
+TABLE["soft_target", "sm_100", "float32"] = {1024: Shape(128, 64, 32, 8, 2)}
+TABLE["soft_target", "gfx942", "float32"] = {1024: Shape(64, 64, 32, 4, 1)}
+
+# soft_target_means.py, whose tiles hold 2 block_m rows of the whole width.
+TABLE["soft_target_means", "sm_80", "half"] = {128: Shape(64, 64, 128, 8, 2), 256: Shape(32, 32, 256, 8, 2)}
+TABLE["soft_target_means", "sm_90", "half"] = {128: Shape(64, 64, 128, 8, 3), 256: Shape(64, 64, 256, 8, 2)}
+TABLE["soft_target_means", "sm_100", "half"] = {128: Shape(64, 64, 128, 8, 3), 256: Shape(64, 32, 256, 8, 3)}
+TABLE["soft_target_means", "gfx942", "half"] = {128: Shape(64, 64, 128, 8, 1), 256: Shape(32, 32, 256, 8, 1)}
+TABLE["soft_target_means", "sm_80", "float32"] = {64: Shape(32, 16, 64, 8, 2)}
+TABLE["soft_target_means", "sm_90", "float32"] = {64: Shape(32, 32, 64, 8, 2)}
+TABLE["soft_target_means", "sm_100", "float32"] = {64: Shape(32, 32, 64, 8, 1)}
+TABLE["soft_target_means", "gfx942", "float32"] = {64: Shape(32, 32, 64, 8, 1)}
+
+TABLE["soft_target_softmax", "sm_80", "half"] = {1024: Shape(128, 64, 64, 8, 3)}
+TABLE["soft_target_softmax", "sm_90", "half"] = {1024: Shape(128, 64, 64, 8, 3)}
+TABLE["soft_target_softmax", "sm_100", "half"] = {1024: Shape(128, 64, 64, 8, 3)}
+TABLE["soft_target_softmax", "gfx942", "half"] = {1024: Shape(128, 64, 64, 8, 1)}
+TABLE["soft_target_softmax", "sm_80", "float32"] = {1024: Shape(64, 64, 32, 8, 2)}
+TABLE["soft_target_softmax", "sm_90", "float32"] = {1024: Shape(64, 64, 32, 8, 2)}
+TABLE["soft_target_softmax", "sm_100", "float32"] = {1024: Shape(64, 64, 32, 8, 2)}
+TABLE["soft_target_softmax", "gfx942", "float32"] = {1024: Shape(64, 64, 32, 4, 1)}
+
+for _architecture in ARCHITECTURES:  # soft_target_gradient.py: no products, memory alone
+    TABLE["soft_target_gradient", _architecture, "half"] = {1024: Shape(8, 1, 128, 4, 1)}
+    TABLE["soft_target_gradient", _architecture, "float32"] = {1024: Shape(8, 1, 128, 4, 1)}
+
 # (kernel, architecture) whose half tiles are too small for the widest matrix instruction of the architecture,
 # wgmma on sm_90 and tcgen05 on sm_100; in all others it has to be found.
 SMALL_PRODUCTS: frozenset[tuple[str, str]] = frozenset()
@@ -149,6 +202,8 @@ def shape(kernel: str, x: torch.Tensor, width: int) -> Shape:
     """The launch shape of a kernel for features like `x`, `width` of them."""
     architecture = device_of(x).architecture
     if architecture == INTERPRETER:
-        return _INTERPRETED
+        # The engine's forward and backward add up the features in the same steps, as on GPUs.
+        whole = kernel == "lse" and width <= widest("gradient_rows", x)
+        return _INTERPRETED._replace(block_d=padded(width)) if whole else _INTERPRETED
     rows = TABLE[kernel, architecture, dtype_kind(x.dtype)]
     return rows[serving(rows, width)]

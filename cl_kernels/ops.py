@@ -133,7 +133,8 @@ def _on_gpu(name: str) -> Callable[..., Any]:
     def op(*args: Any) -> Any:
         features = next(x for x in args if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2)
         implementation = getattr(chunked, name) if features.dtype == torch.float64 else triton_op(name)
-        return implementation(*args)
+        with torch.cuda.device_of(features):
+            return implementation(*args)
 
     return op
 

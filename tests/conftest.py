@@ -32,11 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "reference", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each test that asks for it runs on the compiled kernels (by "auto") and on the chunked reference.
+    """Each test that asks for it runs on the compiled kernels (by "auto"), on the chunked reference, and on
+    Triton's kernels.
 
-    Without the extension the former are skipped, or fail with CL_KERNELS_REQUIRE_EXTENSION=1.
+    Without the extension the first are skipped, or fail with CL_KERNELS_REQUIRE_EXTENSION=1.
     """
     name = request.param
     if name == "cpu" and not extension.is_loaded():

@@ -11,7 +11,7 @@ from cl_kernels.triton.gradient import gradient, residual
 from cl_kernels.triton.gradient_residual import gradient_from_residual
 from cl_kernels.triton.lse import log_sum_exp
 from cl_kernels.triton.lse_frozen import log_sum_exp_and_residual
-from cl_kernels.triton.pairs import Contrast
+from cl_kernels.triton.pairs import contiguous, contrast
 
 
 def contrastive_forward(
@@ -29,7 +29,7 @@ def contrastive_forward(
     both_axes: bool,
     save_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = Contrast(
+    problem = contrast(
         q, k, scale, exclude, row_labels, col_labels, among, label_positives, positive_index, positive_mask,
         key_bias, both_axes,
     )  # fmt: skip
@@ -64,12 +64,13 @@ def contrastive_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs_q, needs_k, needs_bias = needs
+    grad_lse, grad_lse_cols, grad_positive_sum = map(contiguous, (grad_lse, grad_lse_cols, grad_positive_sum))
     if k is not None and saved.numel() > 0 and not (needs_k or needs_bias):
         grad, grad_scale = gradient_from_residual(
-            saved, q, k, scale, positive_index, grad_lse, grad_positive_sum, needs_q
+            saved, q, k, scale, contiguous(positive_index), grad_lse, grad_positive_sum, needs_q
         )
         return grad, saved.new_empty(0), grad_scale, saved.new_empty(0)
-    problem = Contrast(
+    problem = contrast(
         q, k, scale, exclude, row_labels, col_labels, among, label_positives, positive_index, positive_mask,
         key_bias, both_axes,
     )  # fmt: skip

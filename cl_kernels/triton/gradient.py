@@ -31,8 +31,10 @@ def gradient(
     needs_q: bool,
     needs_k: bool,
     needs_bias: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_q, grad_k, grad_scale [], grad_key_bias of the `contrastive_backward` op (ops.py)."""
+    """grad_q, grad_k, grad_scale [], grad_key_bias of the `contrastive_backward` op (ops.py); the first two
+    in `dtype`, by default that of q."""
     q, k, scale = problem.q, problem.keys, problem.scale
     width = q.shape[1]
     fused = width <= configs.widest("gradient_rows", q)
@@ -40,20 +42,20 @@ def gradient(
     # G + G^T in one pass; a bias or both axes make the two differ by more than their labels and positives.
     mirrored = self_keys and problem.mirrored and not needs_bias
 
-    half = q.dtype == torch.float16
-    bound = q.new_zeros(1, dtype=torch.float32) if half else None
-    largest = (
-        problem.positive_mask.abs().max().float() if half and problem.positive_mask is not None else None
-    )
-    kernel = (
-        ("gradient_triangle" if atomics_allowed() and mirrored else "gradient_rows")
-        if fused
-        else "gradient_tiles"
-    )
+    if not fused:
+        kernel = "gradient_tiles"
+    else:
+        kernel = "gradient_triangle" if mirrored and atomics_allowed() else "gradient_rows"
+
+    bound = largest = None
+    if q.dtype == torch.float16:
+        bound = q.new_zeros(1, dtype=torch.float32)
+        if problem.positive_mask is not None:
+            largest = problem.positive_mask.abs().max().float()
+    unit = None if fused else bound  # of parts; the fused kernel takes it off itself
     block = configs.shape(kernel, q, width).block_n
     rows = terms(lse, grad_lse, grad_positive, block, bound, largest)
-    cols = terms(lse_cols, grad_cols, None, block, bound, None) if grad_cols is not None else _absent(rows, k)
-
+    cols = _absent(rows, k) if grad_cols is None else terms(lse_cols, grad_cols, None, block, bound, None)
     side = _rows_as_owners(problem, rows, cols, bound)
     if mirrored:
         both = replace(side, other=rows, other_index=problem.positive_index)
@@ -61,7 +63,7 @@ def gradient(
             parts = row_gradients(both, triangle=kernel == "gradient_triangle")[0]
         else:
             parts = chunk_gradients(both, into_rows=True, into_columns=False, bias=False)[0]
-        grad, along = combine(parts, q, scale, needs_q, None if fused else bound)
+        grad, along = combine(parts, q, scale, needs_q, unit, dtype)
         return grad, _nothing(q), 0.5 * along, _nothing(q)
     into_q = needs_q or not needs_k  # one of them, for the gradient of the scale
     into_k = needs_q if self_keys else needs_k
@@ -73,12 +75,11 @@ def gradient(
             bias = bias.sum(0) if needs_bias else bias
     else:
         by_rows, by_cols, bias = chunk_gradients(side, into_rows=into_q, into_columns=into_k, bias=needs_bias)
-    unit = None if fused else bound
     if self_keys and into_q and into_k:
-        grad, along = combine(torch.cat([by_rows, by_cols]), q, scale, needs_q, unit)
+        grad, along = combine(torch.cat([by_rows, by_cols]), q, scale, needs_q, unit, dtype)
         return grad, _nothing(q), 0.5 * along, bias
-    grad_q, along_q = combine(by_rows, q, scale, needs_q, unit) if into_q else (_nothing(q), None)
-    grad_k, along_k = combine(by_cols, k, scale, needs_k, unit) if into_k else (_nothing(q), None)
+    grad_q, along_q = combine(by_rows, q, scale, needs_q, unit, dtype) if into_q else (_nothing(q), None)
+    grad_k, along_k = combine(by_cols, k, scale, needs_k, unit, dtype) if into_k else (_nothing(q), None)
     along = along_q if along_q is not None else along_k
     assert along is not None  # one of them was wanted
     return grad_q, grad_k, along, bias

@@ -17,7 +17,7 @@ from torch import Tensor
 from cl_kernels import configs
 from cl_kernels.triton import launch
 from cl_kernels.triton.gradient_rows import Owners
-from cl_kernels.triton.pairs import mask_arguments, pair_gradient
+from cl_kernels.triton.pairs import mask_arguments, pair_gradient, shift_range
 from cl_kernels.triton.tiles import LOG2E, half_unit, product, scalar
 
 CHUNK_BYTES = 1 << 29  # of G; less where all of it is smaller
@@ -66,12 +66,14 @@ def _tiles_kernel(
     if POSITIVES == "index" and OTHER_POSITIVES:
         b_other_index = tl.load(other_index + j, mask=j < m, other=-1).to(tl.int32)
     own_shift = tl.load(own_planes + i, mask=i < n, other=0.0)
+    own_coef = tl.load(own_planes + n + i, mask=i < last_row, other=0.0) * unit
+    own_high, own_low = shift_range(own_shift, own_coef)
     softmax, g = pair_gradient(
         s, i, j, first_i, first_j, last_row, m, exclude, bias, b_own_label, b_other_label, b_own_index,
         b_other_index, mask, mask_rows, mask_cols, stride_mask_row, stride_mask_col,
-        own_shift, tl.load(own_planes + n + i, mask=i < n, other=0.0) * unit,
+        own_shift, own_coef,
         tl.load(own_planes + 2 * n + i, mask=i < n, other=0.0) * unit,
-        tl.max(own_shift, 0), tl.min(own_shift, 0),
+        own_high, own_low,
         tl.load(other_planes + j, mask=j < m, other=0.0),
         tl.load(other_planes + m + j, mask=j < m, other=0.0) * unit,
         tl.load(other_planes + 2 * m + j, mask=j < m, other=0.0) * unit,

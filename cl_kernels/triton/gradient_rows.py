@@ -22,7 +22,7 @@ from torch import Tensor
 from cl_kernels import configs
 from cl_kernels.triton import launch
 from cl_kernels.triton.gradient_terms import Terms
-from cl_kernels.triton.pairs import mask_arguments, pair_gradient
+from cl_kernels.triton.pairs import mask_arguments, pair_gradient, shift_range
 from cl_kernels.triton.tiles import LOG2E, dot, half_unit, load_rows, scalar
 
 
@@ -73,7 +73,7 @@ def _rows_kernel(
     own_shift = tl.load(own_planes + i, mask=i < n, other=0.0)
     own_coef = tl.load(own_planes + n + i, mask=i < n, other=0.0) * unit
     own_weight = tl.load(own_planes + 2 * n + i, mask=i < n, other=0.0) * unit
-    own_high, own_low = tl.max(own_shift, 0), tl.min(own_shift, 0)
+    own_high, own_low = shift_range(own_shift, own_coef)
     b_own_label = i
     b_own_index = i
     if LABELS:

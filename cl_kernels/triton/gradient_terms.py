@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cl_kernels.triton import launch
+from cl_kernels.triton.pairs import shift_range
 from cl_kernels.triton.tiles import LOG2E, NOTHING
 
 
@@ -46,8 +47,7 @@ def _terms_kernel(
         rest = (shift.to(tl.float64) - exact).to(tl.float32)
         g = tl.load(grad + i, mask=i < n, other=0.0).to(tl.float32)
         coef = tl.where(empty, 0.0, g * tl.exp2(rest))
-        high = tl.max(tl.where(empty, NOTHING, shift), 0)
-        low = tl.min(tl.where(empty, -NOTHING, shift), 0)
+        high, low = shift_range(shift, coef)
         tl.store(planes + i, shift, mask=i < n)
     if POSITIVES:
         weight = tl.load(weight_grad + i, mask=i < n, other=0.0).to(tl.float32)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels.triton.tiles import LOG2E
+from cl_kernels.triton.tiles import LOG2E, NOTHING
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,33 @@ class Contrast:
             and self.key_bias is None
             and same_memory(self.row_labels, self.col_labels)
         )
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def contrast(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    exclude: int | None,
+    row_labels: Tensor | None,
+    col_labels: Tensor | None,
+    among: str,
+    label_positives: bool,
+    positive_index: Tensor | None,
+    positive_mask: Tensor | None,
+    key_bias: Tensor | None,
+    both_axes: bool,
+) -> Contrast:
+    """The problem with its vectors contiguous, as kernels read them; labels that are the same stay so."""
+    rows = contiguous(row_labels)
+    cols = rows if same_memory(row_labels, col_labels) else contiguous(col_labels)
+    return Contrast(
+        q, k, scale, exclude, rows, cols, among, label_positives, contiguous(positive_index), positive_mask,
+        contiguous(key_bias), both_axes,
+    )  # fmt: skip
 
 
 def same_memory(x: Tensor | None, y: Tensor | None) -> bool:
@@ -111,6 +138,13 @@ def within(column, first, SIZE: tl.constexpr):
 
 
 @triton.jit
+def shift_range(shift, coef):
+    """The highest and the lowest shift of rows that count."""
+    counts = coef != 0.0
+    return tl.max(tl.where(counts, shift, NOTHING), 0), tl.min(tl.where(counts, shift, -NOTHING), 0)
+
+
+@triton.jit
 def pair_gradient(
     s, i, j, first_i, first_j, n, m, exclude, bias, b_own_label, b_other_label, b_own_index, b_other_index,
     mask, mask_rows, mask_cols, stride_mask_row, stride_mask_col,
@@ -140,9 +174,11 @@ def pair_gradient(
 
     if OWN and OTHER:
         high = tl.maximum(own_high, other_high)
+        high = tl.where(high == NOTHING, 0.0, high)
         if high - tl.minimum(own_low, other_low) <= 60.0:
-            own = own_coef * tl.exp2(high - own_shift)
-            other = other_coef * tl.exp2(high - other_shift)
+            # The bound is for rows that do not count: their coefficient is 0, their shift anything.
+            own = own_coef * tl.exp2(tl.minimum(high - own_shift, 60.0))
+            other = other_coef * tl.exp2(tl.minimum(high - other_shift, 60.0))
             softmax = tl.exp2(s - high) * (own[:, None] + other[None, :])
         else:
             softmax = tl.exp2(s - own_shift[:, None]) * own_coef[:, None]

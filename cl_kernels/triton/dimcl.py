@@ -1,0 +1,52 @@
+"""The `dimcl` ops by Triton's kernels (schemas and formulas: ops.py).
+
+Two passes over z make x [N, 2D], whose columns are the standardised columns of both views; the engine runs on
+x^T as it lies, rows of stride 1, and contracts over the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cl_kernels.triton.columns import column_gradient, standardise
+from cl_kernels.triton.gradient import gradient
+from cl_kernels.triton.lse import log_sum_exp
+from cl_kernels.triton.pairs import Contrast, contiguous
+
+
+def _problem(x: Tensor, scale: Tensor, positive_mask: Tensor | None) -> Contrast:
+    own = torch.arange(x.shape[1], device=x.device)
+    partner = own.roll(x.shape[1] // 2)
+    index, mask = partner, None
+    if positive_mask is not None:
+        index, mask = None, positive_mask | (partner[:, None] == own)
+    return Contrast(x.T, None, scale, 0, None, None, "all", False, index, mask, None, False)
+
+
+def dimcl_forward(
+    z0: Tensor, z1: Tensor, scale: Tensor, positive_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, mean, rnorm = standardise(z0, z1)
+    lse, _, positive_sum, positive_count = log_sum_exp(_problem(x, scale, positive_mask))
+    return lse, positive_sum, positive_count, mean, rnorm
+
+
+def dimcl_backward(
+    grad_lse: Tensor | None,
+    grad_positive_sum: Tensor | None,
+    z0: Tensor,
+    z1: Tensor,
+    scale: Tensor,
+    positive_mask: Tensor | None,
+    lse: Tensor,
+    mean: Tensor,
+    rnorm: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, _, _ = standardise(z0, z1)
+    grad_x, _, grad_scale, _ = gradient(
+        _problem(x, scale, positive_mask), contiguous(grad_lse), None, contiguous(grad_positive_sum),
+        lse, lse, True, False, False, torch.float32,
+    )  # fmt: skip
+    grad_z0, grad_z1 = column_gradient(grad_x, x, rnorm, z0.dtype)
+    return grad_z0, grad_z1, grad_scale
