@@ -105,7 +105,7 @@ class _Maker:
                 "device_scale": True,
             },
         }  # fmt: skip
-        base = ("self", "keys", "keys, frozen", "both axes")
+        main, common = ("self", "keys, frozen"), ("keys", "both axes")
 
         def run(
             call: Call,
@@ -144,11 +144,13 @@ class _Maker:
             )  # fmt: skip
             return _flat(lse, lse_cols, *sums, residual, grads)
 
-        return self._of("contrastive", run, variants, base)
+        return self._of("contrastive", run, variants, main, common)
 
     def soft_target(self) -> list[Case]:
         n, m, d = self.sizes.n, self.sizes.m, self.sizes.d
         variants: dict[str, dict[str, Any]] = {
+            "shared keys, frozen": {"frozen": True, "shared": True},
+            "shared keys, transposed, frozen": {"frozen": True, "shared": True, "transposed": True},
             "frozen": {"frozen": True},
             "frozen, queue": {"frozen": True, "queue": True},
             "all gradients": {},
@@ -161,12 +163,13 @@ class _Maker:
             "of queries, not frozen": {"needs": (True, False, False, False)},
             "of keys": {"needs": (True, True, False, False)},
         }
-        base = ("frozen", "frozen, queue", "all gradients")
+        main, common = ("shared keys, frozen", "frozen"), ("frozen, queue", "all gradients")
 
         def run(
             call: Call,
             frozen: bool = False,
             queue: bool = False,
+            shared: bool = False,
             backward: bool = True,
             positive: bool = True,
             in_target: str = "exclude",
@@ -175,7 +178,8 @@ class _Maker:
             device_scale: bool = False,
         ) -> list[Tensor]:
             q, target_q = self.unit(n, d), self.unit(n, d)
-            k, target_k = [self.unit(m, d)], [self.unit(m, d)]
+            k = [self.unit(m, d, transposed and shared)]
+            target_k = [k[0] if shared else self.unit(m, d)]
             if queue:
                 k.append(self.unit(m, d, transposed))
                 target_k.append(k[1])
@@ -191,29 +195,35 @@ class _Maker:
             needs = (True, False, False, False) if frozen else needs
             return _flat(stats, *call("soft_target_backward", *per_row, *problem, *stats, needs))
 
-        return self._of("soft_target", run, variants, base)
+        return self._of("soft_target", run, variants, main, common)
 
     def dimcl(self) -> list[Case]:
         batch, features = self.sizes.d, (self.sizes.n + 1) // 2
         variants: dict[str, dict[str, Any]] = {
             "two views": {},
+            "wide": {"wide": True},
             "mask": {"mask": True},
             "device scale": {"device_scale": True},
             "transposed": {"transposed": True},
         }
 
         def run(
-            call: Call, mask: bool = False, transposed: bool = False, device_scale: bool = False
+            call: Call,
+            wide: bool = False,
+            mask: bool = False,
+            transposed: bool = False,
+            device_scale: bool = False,
         ) -> list[Tensor]:
-            z0, z1 = (self.unit(batch, features, transposed) for _ in range(2))
-            rows = 2 * features
+            shape = (16, batch) if wide else (batch, features)  # wide: the many columns, over a short batch
+            z0, z1 = (self.unit(*shape, transposed) for _ in range(2))
+            rows = 2 * shape[1]
             positive_mask = torch.rand(rows, rows, device=self.device) > 0.9 if mask else None
             problem = (z0, z1, self.scale(device_scale), positive_mask)
             lse, positive_sum, count, mean, rnorm = call("dimcl_forward", *problem)
             grads = call("dimcl_backward", self.of_mean(rows), self.per_row(rows), *problem, lse, mean, rnorm)
             return _flat(lse, positive_sum, count, mean, rnorm, grads)
 
-        return self._of("dimcl", run, variants, ("two views",))
+        return self._of("dimcl", run, variants, ("two views", "wide"))
 
     def similarity(self) -> list[Case]:
         n, m, d = self.sizes.n, self.sizes.m, self.sizes.d
@@ -243,7 +253,7 @@ class _Maker:
                 out, *norms, call("similarity_backward", grad, *problem, *norms, needs or (True, keys))
             )
 
-        return self._of("similarity", run, variants, ("self", "keys", "keys, normalize"))
+        return self._of("similarity", run, variants, ("self", "keys, normalize"), ("keys",))
 
     def log_softmax(self) -> list[Case]:
         n, m = self.sizes.n, self.sizes.d
@@ -266,10 +276,11 @@ class _Maker:
         op: str,
         run: Callable[..., list[Tensor]],
         variants: dict[str, dict[str, Any]],
-        base: Sequence[str],
+        main: Sequence[str],
+        common: Sequence[str] = (),
     ) -> list[Case]:
         def case(variant: str, options: dict[str, Any]) -> Case:
-            rank = 2 if variant not in base else 0 if variant == base[0] else 1
+            rank = 0 if variant in main else 1 if variant in common else 2
             on_device = options.get("device_scale", False)
             return Case(op, variant, lambda call: run(call, **options), rank, on_device)
 
