@@ -41,7 +41,124 @@ class Device(NamedTuple):
 # Small tiles, so that small tests see several of them, tails and splits.
 _INTERPRETED = Shape(32, 16, 32, 1, 1)
 
-TABLE: dict[tuple[str, str, str], dict[int, Shape]] = {}
+TABLE: dict[tuple[str, str, str], dict[int, Shape]] = {
+    # Log-sum-exps, "lse_pairs" with labels or a mask. At 128 registers two programs share a multiprocessor.
+    ("lse", "sm_80", "half"): {
+        32: Shape(128, 64, 32, 8, 3, 128),
+        64: Shape(128, 64, 64, 8, 3, 128),
+        128: Shape(128, 64, 128, 8, 2, 128),
+        256: Shape(128, 32, 256, 8, 2, 128),
+        512: Shape(128, 128, 64, 8, 2),
+    },
+    ("lse_pairs", "sm_80", "half"): {
+        32: Shape(64, 32, 32, 4, 3, 168),
+        64: Shape(64, 32, 64, 4, 3, 168),
+        128: Shape(64, 32, 128, 4, 2, 168),
+        256: Shape(64, 32, 256, 8, 2, 128),
+        512: Shape(128, 64, 64, 8, 3),
+    },
+    ("lse", "sm_80", "float32"): {32: Shape(128, 32, 32, 8, 3)},
+    ("lse_pairs", "sm_80", "float32"): {32: Shape(128, 32, 32, 8, 3)},
+    ("lse", "sm_90", "half"): {
+        32: Shape(128, 64, 32, 8, 3, 128),
+        64: Shape(128, 64, 64, 8, 3, 128),
+        128: Shape(128, 64, 128, 8, 3, 128),
+        256: Shape(128, 32, 256, 8, 2, 128),
+        512: Shape(128, 128, 64, 8, 3),
+    },
+    ("lse_pairs", "sm_90", "half"): {
+        32: Shape(128, 32, 32, 8, 3, 128),
+        64: Shape(128, 32, 64, 8, 3, 128),
+        128: Shape(128, 32, 128, 8, 3, 128),
+        256: Shape(128, 32, 256, 8, 2, 128),
+        512: Shape(128, 64, 64, 8, 3),
+    },
+    ("lse", "sm_90", "float32"): {32: Shape(128, 64, 32, 8, 3)},
+    ("lse_pairs", "sm_90", "float32"): {32: Shape(128, 32, 32, 8, 3)},
+    ("lse", "sm_100", "half"): {
+        32: Shape(128, 32, 32, 8, 3),
+        64: Shape(128, 32, 64, 8, 3),
+        128: Shape(128, 32, 128, 8, 3),
+        256: Shape(128, 32, 256, 8, 3),
+        512: Shape(128, 32, 64, 8, 3),
+    },
+    ("lse_pairs", "sm_100", "half"): {
+        32: Shape(128, 32, 32, 8, 3, 240),
+        64: Shape(128, 32, 64, 8, 3, 240),
+        128: Shape(128, 32, 128, 8, 3, 240),
+        256: Shape(128, 32, 256, 8, 3, 240),
+        512: Shape(128, 32, 64, 8, 3, 240),
+    },
+    ("lse", "sm_100", "float32"): {32: Shape(128, 32, 32, 8, 3)},
+    ("lse_pairs", "sm_100", "float32"): {32: Shape(128, 32, 32, 8, 3)},
+    ("lse", "gfx942", "half"): {
+        32: Shape(64, 64, 32, 4, 2),
+        64: Shape(64, 64, 64, 4, 2),
+        128: Shape(64, 64, 128, 4, 2),
+        256: Shape(64, 32, 256, 4, 2),
+        512: Shape(64, 64, 64, 4, 2),
+    },
+    ("lse_pairs", "gfx942", "half"): {
+        32: Shape(64, 32, 32, 4, 2),
+        64: Shape(64, 32, 64, 4, 2),
+        128: Shape(64, 32, 128, 4, 2),
+        256: Shape(64, 32, 256, 4, 2),
+        512: Shape(64, 32, 64, 4, 2),
+    },
+    ("lse", "gfx942", "float32"): {64: Shape(64, 64, 64, 4, 2), 128: Shape(64, 64, 32, 4, 2)},
+    ("lse_pairs", "gfx942", "float32"): {64: Shape(64, 32, 64, 4, 2), 128: Shape(64, 32, 32, 4, 2)},
+}
+
+# Attention over frozen keys: a tile of S, and the mean of the keys, [block_m, width].
+TABLE["lse_frozen", "sm_80", "half"] = {128: Shape(64, 64, 128, 4, 2), 256: Shape(64, 32, 256, 8, 2)}
+TABLE["lse_frozen", "sm_90", "half"] = {128: Shape(128, 64, 128, 8, 2), 256: Shape(64, 64, 256, 4, 2)}
+TABLE["lse_frozen", "sm_100", "half"] = {128: Shape(128, 64, 128, 8, 2), 256: Shape(128, 32, 256, 8, 2)}
+TABLE["lse_frozen", "gfx942", "half"] = {128: Shape(64, 32, 128, 4, 1), 256: Shape(64, 32, 256, 8, 1)}
+TABLE["lse_frozen", "sm_80", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
+TABLE["lse_frozen", "sm_90", "float32"] = {64: Shape(64, 32, 64, 4, 2)}
+TABLE["lse_frozen", "sm_100", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
+TABLE["lse_frozen", "gfx942", "float32"] = {128: Shape(64, 32, 128, 4, 1)}
+
+# A thread holds its share of a tile of S and of the gradient, [block_m, width], beside the features' addresses
+# and what the columns bring: 255 registers decide the tiles. 64 rows on 4 warps rather than 128 on 8, the
+# same for a thread, because two programs then share a multiprocessor, and one multiplies while the other
+# takes exponentials. float32 takes three products for one, and past 64 features is left to the chunks of G. A
+# mask is read in another order than S is held in, which costs as many registers again: half the columns.
+TABLE["gradient_rows", "sm_80", "half"] = {128: Shape(64, 64, 128, 4, 2), 256: Shape(64, 32, 256, 8, 2)}
+TABLE["gradient_rows", "sm_90", "half"] = {
+    64: Shape(64, 128, 64, 4, 2),
+    128: Shape(64, 64, 128, 4, 2),
+    256: Shape(64, 32, 256, 4, 2),
+}
+TABLE["gradient_rows", "sm_100", "half"] = {128: Shape(128, 64, 128, 8, 2), 256: Shape(128, 32, 256, 8, 2)}
+TABLE["gradient_rows", "gfx942", "half"] = {128: Shape(64, 32, 128, 4, 1)}
+for _architecture in ("sm_80", "sm_90"):
+    TABLE["gradient_rows_mask", _architecture, "half"] = {
+        128: Shape(64, 32, 128, 4, 2),
+        256: Shape(64, 32, 256, 8, 2),
+    }
+TABLE["gradient_rows_mask", "sm_100", "half"] = {256: Shape(128, 32, 256, 8, 2)}
+TABLE["gradient_rows", "sm_80", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
+TABLE["gradient_rows", "sm_90", "float32"] = {64: Shape(64, 32, 64, 4, 2)}
+TABLE["gradient_rows", "sm_100", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
+TABLE["gradient_rows", "gfx942", "float32"] = {128: Shape(64, 32, 128, 4, 1)}
+
+# Square; a second product and its atomic additions in the loop need more registers still.
+for _architecture in ("sm_80", "sm_90", "sm_100"):
+    TABLE["gradient_triangle", _architecture, "half"] = {128: Shape(64, 64, 128, 8, 2)}
+    TABLE["gradient_triangle_mask", _architecture, "half"] = {128: Shape(32, 32, 128, 4, 2)}
+    TABLE["gradient_triangle", _architecture, "float32"] = {64: Shape(32, 32, 64, 4, 2)}
+TABLE["gradient_triangle", "gfx942", "half"] = {128: Shape(32, 32, 128, 4, 1)}
+TABLE["gradient_triangle", "gfx942", "float32"] = {128: Shape(32, 32, 128, 4, 1)}
+
+# One row for every width: the features are walked in chunks, and no gradient is held.
+TABLE["gradient_tiles", "sm_80", "half"] = {512: Shape(128, 64, 32, 8, 3)}
+TABLE["gradient_tiles", "sm_90", "half"] = {512: Shape(128, 64, 64, 8, 3)}
+TABLE["gradient_tiles", "sm_100", "half"] = {512: Shape(128, 64, 64, 8, 3)}
+for _architecture in ("sm_80", "sm_90", "sm_100"):
+    TABLE["gradient_tiles", _architecture, "float32"] = {512: Shape(128, 64, 32, 8, 3)}
+TABLE["gradient_tiles", "gfx942", "half"] = {512: Shape(64, 64, 64, 4, 2)}
+TABLE["gradient_tiles", "gfx942", "float32"] = {512: Shape(64, 64, 32, 4, 2)}
 
 TABLE["similarity", "sm_80", "half"] = {128: Shape(128, 128, 32, 8, 4)}
 TABLE["similarity", "sm_90", "half"] = {128: Shape(128, 256, 64, 8, 3)}
@@ -198,12 +315,14 @@ def widest(kernel: str, x: torch.Tensor) -> int:
     return 256 if architecture == INTERPRETER else max(TABLE[kernel, architecture, dtype_kind(x.dtype)])
 
 
-def shape(kernel: str, x: torch.Tensor, width: int) -> Shape:
-    """The launch shape of a kernel for features like `x`, `width` of them."""
+def shape(kernel: str, x: torch.Tensor, width: int, variant: str = "") -> Shape:
+    """The launch shape of a kernel for features like `x`, `width` of them; a variant with rows of its own,
+    under kernel_variant, is served from those."""
     architecture = device_of(x).architecture
     if architecture == INTERPRETER:
         # The engine's forward and backward add up the features in the same steps, as on GPUs.
-        whole = kernel == "lse" and width <= widest("gradient_rows", x)
+        whole = kernel in ("lse", "lse_pairs") and width <= widest("gradient_rows", x)
         return _INTERPRETED._replace(block_d=padded(width)) if whole else _INTERPRETED
-    rows = TABLE[kernel, architecture, dtype_kind(x.dtype)]
+    kind = dtype_kind(x.dtype)
+    rows = TABLE.get((f"{kernel}_{variant}", architecture, kind)) or TABLE[kernel, architecture, kind]
     return rows[serving(rows, width)]

@@ -40,6 +40,8 @@ def repair() -> None:
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         x, y = (_float32(z.data) if z.dtype.scalar == tl.bfloat16 else z.data for z in (a, b))
-        return handle((x.astype(np.float64) @ y.astype(np.float64) + d.data).astype(d.data.dtype), d.dtype.scalar)
+        return handle(
+            (x.astype(np.float64) @ y.astype(np.float64) + d.data).astype(d.data.dtype), d.dtype.scalar
+        )
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot

@@ -44,9 +44,7 @@ def test_targets_change_nothing(backend: str, case: str, how: str) -> None:
         targets = clk.sce_targets(**keys, target_temperature=0.08, positive_in_target=how)
         loss = clk.sce_loss(q, **keys, **options, targets=targets)
         grads = torch.autograd.grad(loss, (q, tau, coeff), allow_unused=True, materialize_grads=True)
-    expected = clk.reference.sce_loss(
-        q, **keys, **options, target_temperature=0.08, positive_in_target=how
-    )
+    expected = clk.reference.sce_loss(q, **keys, **options, target_temperature=0.08, positive_in_target=how)
     expected_grads = torch.autograd.grad(expected, (q, tau, coeff), allow_unused=True, materialize_grads=True)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if triton else {"rtol": 1e-9, "atol": 1e-10}
     for found, wanted in zip((loss, *grads), (expected, *expected_grads), strict=True):

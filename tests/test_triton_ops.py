@@ -50,7 +50,9 @@ def by_reference(name: str, *arguments: Any) -> Any:
     return getattr(chunked, name)(*map(wide, arguments))
 
 
-def run(op: str, variant: str, sizes: op_cases.Sizes, dtype: torch.dtype, call: op_cases.Call) -> list[Tensor]:
+def run(
+    op: str, variant: str, sizes: op_cases.Sizes, dtype: torch.dtype, call: op_cases.Call
+) -> list[Tensor]:
     torch.manual_seed(0)
     cases = op_cases.cases(sizes, dtype, DEVICE)
     return next(case for case in cases if (case.op, case.variant) == (op, variant)).run(call)
@@ -63,13 +65,17 @@ def assert_close(results: list[Tensor], truth: list[Tensor], dtype: torch.dtype)
     for i, (result, expected) in enumerate(zip(results, truth, strict=True)):
         assert result.shape == expected.shape, f"output {i}"
         finite = expected.isfinite()
-        assert torch.equal(result[~finite].double().nan_to_num(), expected[~finite].nan_to_num()), f"output {i}"
+        assert torch.equal(result[~finite].double().nan_to_num(), expected[~finite].nan_to_num()), (
+            f"output {i}"
+        )
         if finite.any():
             error = float((result.double() - expected)[finite].abs().nan_to_num(nan=torch.inf).max())
             size = float(expected[finite].abs().max())
             # A gradient of one row, or of its scale, can be nothing but the difference of equal terms.
             terms = size if expected.numel() > 1 and size > 0 else max(size, 1.0)
-            rounding = 2e-5 if result.dtype in (torch.float32, torch.float64) and dtype == torch.float32 else 0
+            rounding = (
+                2e-5 if result.dtype in (torch.float32, torch.float64) and dtype == torch.float32 else 0
+            )
             rounding = rounding or 4 * torch.finfo(dtype).eps
             assert error <= rounding * terms, f"output {i} is off by {error:.3g} of {size:.3g}"
 
@@ -89,14 +95,18 @@ def test_many_blocks_in_a_group(variant: str, monkeypatch: pytest.MonkeyPatch) -
     """As for huge N: a program walks several rows of tiles and merges what their columns have so far."""
     monkeypatch.setattr(lse, "MOST_GROUPS", 2)
     results = run("contrastive", variant, SIZES["tails"], torch.float32, by_triton)
-    assert_close(results, run("contrastive", variant, SIZES["tails"], torch.float32, by_reference), torch.float32)
+    assert_close(
+        results, run("contrastive", variant, SIZES["tails"], torch.float32, by_reference), torch.float32
+    )
 
 
 @pytest.mark.parametrize("variant", ["self", "both axes", "self, mask", "keys, bias"])
 def test_several_chunks_of_the_gradient(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_chunks, "CHUNK_BYTES", 4000)
     results = run("contrastive", variant, SIZES["wide"], torch.float16, by_triton)
-    assert_close(results, run("contrastive", variant, SIZES["wide"], torch.float16, by_reference), torch.float16)
+    assert_close(
+        results, run("contrastive", variant, SIZES["wide"], torch.float16, by_reference), torch.float16
+    )
 
 
 @pytest.mark.parametrize("variant", ["self", "self, labels", "self, device scale"])
@@ -128,7 +138,9 @@ def test_matmul_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         torch.set_float32_matmul_precision(before)
     truth = run("contrastive", "keys", SIZES["tails"], torch.float32, by_reference)
-    error = max(float((x.double() - y).abs().max() / y.abs().max()) for x, y in zip(results[:1], truth, strict=False))
+    error = max(
+        float((x.double() - y).abs().max() / y.abs().max()) for x, y in zip(results[:1], truth, strict=False)
+    )
     assert error < (1e-2 if precision == "medium" else 1e-3)
     if precision == "medium":  # bfloat16 products: it made a difference
         assert error > 1e-6
@@ -142,7 +154,19 @@ def test_any_range_of_logits(size: float, both_axes: bool) -> None:
     q = torch.randn(60, 8) * torch.logspace(-3, 0, 60)[torch.randperm(60)][:, None] * size
     k = None if not both_axes else torch.randn(45, 8) * torch.logspace(-3, 0, 45)[:, None]
     q, k = q.to(DEVICE), None if k is None else k.to(DEVICE)
-    arguments = (q, k, torch.tensor(1.0), 0 if k is None else None, None, None, "all", False, None, None, None)
+    arguments = (
+        q,
+        k,
+        torch.tensor(1.0),
+        0 if k is None else None,
+        None,
+        None,
+        "all",
+        False,
+        None,
+        None,
+        None,
+    )
     lse_rows, lse_cols, *_ = by_triton("contrastive_forward", *arguments, both_axes, False)
     expected, expected_cols, *_ = by_reference("contrastive_forward", *arguments, both_axes, False)
     largest = 1e-6 * float(expected.abs().max()) + 1e-5
@@ -162,7 +186,19 @@ def test_index_at_the_excluded_column_counts() -> None:
 def test_nan_stays_nan_in_its_rows_only() -> None:
     q, k = torch.randn(40, 5), torch.randn(30, 5)
     q[3] = torch.nan
-    arguments = (q.to(DEVICE), k.to(DEVICE), torch.tensor(1.0), None, None, None, "all", False, None, None, None)
+    arguments = (
+        q.to(DEVICE),
+        k.to(DEVICE),
+        torch.tensor(1.0),
+        None,
+        None,
+        None,
+        "all",
+        False,
+        None,
+        None,
+        None,
+    )
     found = by_triton("contrastive_forward", *arguments, False, False)[0]
     assert found.isnan().nonzero().flatten().tolist() == [3]
 

@@ -160,7 +160,9 @@ def _check_targets(targets: SCETargets, q: Tensor, k: Tensor, keys: list[Tensor]
         )
     validation.same_device(q=q, targets=targets.mean)
     if any(x.requires_grad for x in (k, *keys)):
-        raise ValueError("targets must not be given with keys that require a gradient: none is computed for them")
+        raise ValueError(
+            "targets must not be given with keys that require a gradient: none is computed for them"
+        )
 
 
 def _to_targets(

@@ -44,18 +44,22 @@ def gradient(
 
     if not fused:
         kernel = "gradient_tiles"
+    elif mirrored and atomics_allowed() and width <= configs.widest("gradient_triangle", q):
+        kernel = "gradient_triangle"
     else:
-        kernel = "gradient_triangle" if mirrored and atomics_allowed() else "gradient_rows"
+        kernel = "gradient_rows"
 
     bound = largest = None
     if q.dtype == torch.float16:
         bound = q.new_zeros(1, dtype=torch.float32)
         if problem.positive_mask is not None:
-            largest = problem.positive_mask.abs().max().float()
+            largest = _largest(problem.positive_mask)
     unit = None if fused else bound  # of parts; the fused kernel takes it off itself
-    block = configs.shape(kernel, q, width).block_n
-    rows = terms(lse, grad_lse, grad_positive, block, bound, largest)
-    cols = _absent(rows, k) if grad_cols is None else terms(lse_cols, grad_cols, None, block, bound, None)
+    block = configs.shape(kernel, q, width, problem.positives).block_n
+    rows = terms(lse, grad_lse, grad_positive, problem.positive_index, block, bound, largest)
+    cols = _absent(rows, k)
+    if grad_cols is not None:
+        cols = terms(lse_cols, grad_cols, None, None, block, bound, None)
     side = _rows_as_owners(problem, rows, cols, bound)
     if mirrored:
         both = replace(side, other=rows, other_index=problem.positive_index)
@@ -94,8 +98,9 @@ def residual(problem: Contrast, lse: Tensor) -> Tensor:
     ones = torch.ones_like(lse)
     q, k = problem.q, problem.keys
     bound = q.new_zeros(1, dtype=torch.float32) if q.dtype == torch.float16 else None
-    block = configs.shape("gradient_tiles", q, q.shape[1]).block_n
-    rows = terms(lse, ones, None if problem.positive_index is None else -ones, block, bound, None)
+    index = problem.positive_index
+    block = configs.shape("gradient_tiles", q, q.shape[1], problem.positives).block_n
+    rows = terms(lse, ones, None if index is None else -ones, index, block, bound, None)
     parts, _, _ = chunk_gradients(
         _rows_as_owners(problem, rows, _absent(rows, k), bound),
         into_rows=True, into_columns=False, bias=False,
@@ -113,7 +118,16 @@ def _rows_as_owners(problem: Contrast, rows: Terms, cols: Terms, bound: Tensor |
 
 def _absent(rows: Terms, k: Tensor) -> Terms:
     """Terms of columns that add nothing; the memory is only there to be addressed."""
-    return Terms(rows.planes.new_zeros((3, k.shape[0])), rows.planes.new_zeros((2, k.shape[0])), False, False)
+    zeros = rows.planes.new_zeros((4, k.shape[0]))
+    return Terms(zeros, zeros, zeros.to(torch.int32), False, False)
+
+
+def _largest(mask: Tensor) -> Tensor:
+    """The largest magnitude of a mask's weights, [] float32, on its device."""
+    if mask.dtype == torch.bool:
+        return mask.new_ones((), dtype=torch.float32)
+    low, high = mask.aminmax()
+    return torch.maximum(high.float(), -low.float())
 
 
 def _transposed(side: Owners) -> Owners:

@@ -1,10 +1,10 @@
-"""The gradient of the engine for wide features: chunks of the final G in half precision, then library products.
+"""The gradient of the engine for wide features: chunks of the final G in half, then library products.
 
-Beyond the widths whose gradient fits into registers, a kernel recomputes the tiles of S for a chunk of rows,
-walking the features, and writes G itself, P minus W formed in float32 and rounded once, into a buffer of fixed
-size; two library products with float32 sums then give dq of those rows and add to dk. With keys equal to
-queries the buffer holds G + G^T, and one product is enough. 8 N M D operations in all with the log-sum-exps,
-where the products by rows and by columns would each recompute S.
+Beyond the widths whose gradient fits into registers, a kernel recomputes the tiles of S for a chunk of
+rows, walking the features, and writes G itself, P minus W formed in float32 and rounded once, into a buffer
+of fixed size; two library products with float32 sums then give dq of those rows and add to dk. With keys
+equal to queries the buffer holds G + G^T, and one product is enough. 8 N M D operations in all with the
+log-sum-exps, where the products by rows and by columns would each recompute S.
 """
 
 from __future__ import annotations
@@ -17,28 +17,20 @@ from torch import Tensor
 from cl_kernels import configs
 from cl_kernels.triton import launch
 from cl_kernels.triton.gradient_rows import Owners
-from cl_kernels.triton.pairs import mask_arguments, pair_gradient, shift_range
-from cl_kernels.triton.tiles import LOG2E, half_unit, product, scalar
+from cl_kernels.triton.pairs import index_range, mask_arguments, pair_gradient
+from cl_kernels.triton.tiles import LOG2E, NOTHING, half_lift, product, scalar
 
 CHUNK_BYTES = 1 << 29  # of G; less where all of it is smaller
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n",
-        "m",
-        "d",
-        "exclude",
-        "mask_rows",
-        "mask_cols",
-        "first_row",
-        "last_row",
-        "col_blocks",
-    ]
-)
+# Arguments whose values should not make kernels of their own.
+SIZES = ["n", "m", "d", "exclude", "mask_rows", "mask_cols", "first_row", "last_row", "col_blocks"]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _tiles_kernel(
     x, y, out, bias_grad, scale, bias, own_labels, other_labels, own_index, other_index, mask,
-    own_planes, other_planes, ranges, bound,
+    own_planes, other_planes, ranges, index_ranges, bound,
     n, m, d, exclude, stride_xn, stride_xd, stride_yn, stride_yd,
     mask_rows, mask_cols, stride_mask_row, stride_mask_col, first_row, last_row, col_blocks,
     OWN: tl.constexpr, OTHER: tl.constexpr, OWN_POSITIVES: tl.constexpr, OTHER_POSITIVES: tl.constexpr,
@@ -51,40 +43,35 @@ def _tiles_kernel(
     first_i, first_j = first_row + block_i * BLOCK_M, block_j * BLOCK_N
     i, j = first_i + tl.arange(0, BLOCK_M), first_j + tl.arange(0, BLOCK_N)
     factor = scalar(scale, SCALE_TENSOR) * LOG2E
-    unit = half_unit(bound) if x.dtype.element_ty == tl.float16 else 1.0
-    s = factor * product(
+    lift = half_lift(bound) if x.dtype.element_ty == tl.float16 else 0.0
+    s = product(
         x, y, i, i < last_row, j, j < m, d, stride_xn, stride_xd, stride_yn, stride_yd,
         BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
     )  # fmt: skip
-    b_own_label, b_other_label = i, j
-    b_own_index, b_other_index = i, j
+    b_own_label = i
+    b_own_index = i
     if LABELS:
         b_own_label = tl.load(own_labels + i, mask=i < n, other=0)
-        b_other_label = tl.load(other_labels + j, mask=j < m, other=0)
     if POSITIVES == "index" and OWN_POSITIVES:
         b_own_index = tl.load(own_index + i, mask=i < n, other=-1).to(tl.int32)
-    if POSITIVES == "index" and OTHER_POSITIVES:
-        b_other_index = tl.load(other_index + j, mask=j < m, other=-1).to(tl.int32)
+    own_first, own_last = index_range(b_own_index, POSITIVES == "index" and OWN_POSITIVES)
     own_shift = tl.load(own_planes + i, mask=i < n, other=0.0)
-    own_coef = tl.load(own_planes + n + i, mask=i < last_row, other=0.0) * unit
-    own_high, own_low = shift_range(own_shift, own_coef)
+    own_coef = tl.load(own_planes + n + i, mask=i < n, other=0.0)
     softmax, g = pair_gradient(
-        s, i, j, first_i, first_j, last_row, m, exclude, bias, b_own_label, b_other_label, b_own_index,
-        b_other_index, mask, mask_rows, mask_cols, stride_mask_row, stride_mask_col,
-        own_shift, own_coef,
-        tl.load(own_planes + 2 * n + i, mask=i < n, other=0.0) * unit,
-        own_high, own_low,
-        tl.load(other_planes + j, mask=j < m, other=0.0),
-        tl.load(other_planes + m + j, mask=j < m, other=0.0) * unit,
-        tl.load(other_planes + 2 * m + j, mask=j < m, other=0.0) * unit,
+        s, factor, lift, i, j, first_i, first_j, last_row, m, exclude, bias, b_own_label, b_own_index,
+        own_first, own_last, own_shift, own_coef, tl.load(own_planes + 2 * n + i, mask=i < n, other=0.0),
+        tl.min(tl.where(own_coef == 0.0, -NOTHING, own_shift), 0),
+        other_labels, other_index, other_planes,
         tl.load(ranges + block_j), tl.load(ranges + col_blocks + block_j),
+        tl.load(index_ranges + block_j), tl.load(index_ranges + col_blocks + block_j),
+        mask, mask_rows, mask_cols, stride_mask_row, stride_mask_col,
         OWN, OTHER, OWN_POSITIVES, OTHER_POSITIVES, EXCLUDE, AMONG, POSITIVES, BIAS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     m_pair = (i < last_row)[:, None] & (j < m)[None, :]
-    at = (i - first_row).to(tl.int64)[:, None] * m + j[None, :]
-    tl.store(out + at, g.to(out.dtype.element_ty), mask=m_pair)
+    at = (out + (i - first_row).to(tl.int64) * m)[:, None] + j[None, :]
+    tl.store(at, g.to(out.dtype.element_ty), mask=m_pair)
     if BIAS_GRADIENT:
-        tl.store(bias_grad + block_i.to(tl.int64) * m + j, tl.sum(softmax, 0) / unit, mask=j < m)
+        tl.store(bias_grad + block_i.to(tl.int64) * m + j, tl.sum(softmax, 0) * tl.exp2(-lift), mask=j < m)
 
 
 def chunk_gradients(
@@ -94,7 +81,7 @@ def chunk_gradients(
     the owners of `problem` are the rows of S. float16's products are in the unit of the bound."""
     x, y = problem.x, problem.y
     (n, d), m = x.shape, y.shape[0]
-    shape = configs.shape("gradient_tiles", x, d)
+    shape = configs.shape("gradient_tiles", x, d, problem.positives)
     rows_per_chunk = max(
         shape.block_m, CHUNK_BYTES // (m * x.element_size()) // shape.block_m * shape.block_m
     )
@@ -112,8 +99,8 @@ def chunk_gradients(
         _tiles_kernel[(row_blocks * col_blocks,)](
             x, y, buffer, bias_part, scale, problem.bias, problem.own_labels, problem.other_labels,
             problem.own_index, problem.other_index, mask, problem.own.planes, problem.other.planes,
-            problem.other.ranges, problem.bound, n, m, d, problem.exclude or 0, *x.stride(), *y.stride(),
-            *mask_layout, first, last, col_blocks,
+            problem.other.ranges, problem.other.index_ranges, problem.bound, n, m, d, problem.exclude or 0,
+            *x.stride(), *y.stride(), *mask_layout, first, last, col_blocks,
             OWN=problem.own.softmax, OTHER=problem.other.softmax,
             OWN_POSITIVES=problem.own.positives, OTHER_POSITIVES=problem.other.positives,
             BIAS_GRADIENT=bias, SCALE_TENSOR=isinstance(scale, Tensor),

@@ -1,13 +1,14 @@
 """The gradient of the engine by rows: sum_j G_ij y_j for each owner i of x, a block of owners a program.
 
-A program keeps its block of x and the gradient in registers, walks the others y, recomputes the tile of S,
-forms the tile of G in float32, P minus W before anything is rounded, rounds it once, and multiplies it with the
-same tile of y. Owners are the rows of S (dq), its columns (dk: the transposed problem), or with keys equal to
-queries both at once: G + G^T. Programs share no output, so nothing is atomic and results are the same bits each
-time; where there are few owners, the others are split, and the parts added up by `gradient_combine`.
+A program keeps its block of x on chip and the gradient in registers, walks the others y, recomputes the tile
+of S, forms the tile of G in float32, P minus W before anything is rounded, rounds it once, and multiplies it
+with the same tile of y. Owners are the rows of S (dq), its columns (dk: the transposed problem), or with keys
+equal to queries both at once: G + G^T. Programs share no output, so nothing is atomic and results are the
+same bits each time; where there are few owners, the others are split, and the parts added up by
+`gradient_combine`.
 
-With `TRIANGLE` each unordered pair of blocks is visited once and feeds both of its blocks by atomic additions:
-4 N^2 D operations with the log-sum-exps instead of 5, in an order that differs from run to run.
+With `TRIANGLE` each unordered pair of blocks is visited once and feeds both of its blocks by atomic
+additions: 4 N^2 D operations with the log-sum-exps instead of 5, in an order that differs from run to run.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import Tensor
 from cl_kernels import configs
 from cl_kernels.triton import launch
 from cl_kernels.triton.gradient_terms import Terms
-from cl_kernels.triton.pairs import mask_arguments, pair_gradient, shift_range
-from cl_kernels.triton.tiles import LOG2E, dot, half_unit, load_rows, scalar
+from cl_kernels.triton.pairs import index_range, mask_arguments, pair_gradient
+from cl_kernels.triton.tiles import LOG2E, NOTHING, dot, half_lift, load_rows, scalar
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Owners:
 @triton.jit(do_not_specialize=["n", "m", "d", "exclude", "mask_rows", "mask_cols", "steps"])
 def _rows_kernel(
     x, y, out, bias_grad, scale, bias, own_labels, other_labels, own_index, other_index, mask,
-    own_planes, other_planes, ranges, bound,
+    own_planes, other_planes, ranges, index_ranges, bound,
     n, m, d, exclude, stride_xn, stride_xd, stride_yn, stride_yd,
     mask_rows, mask_cols, stride_mask_row, stride_mask_col, steps,
     TRIANGLE: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, OWN_POSITIVES: tl.constexpr,
@@ -69,17 +70,18 @@ def _rows_kernel(
     i_d = tl.arange(0, BLOCK_D)
     b_x = load_rows(x, i, i < n, i_d, i_d < d, stride_xn, stride_xd, EVEN_D)
     factor = scalar(scale, SCALE_TENSOR) * LOG2E
-    unit = half_unit(bound) if HALF else 1.0
+    lift = half_lift(bound) if HALF else 0.0
     own_shift = tl.load(own_planes + i, mask=i < n, other=0.0)
-    own_coef = tl.load(own_planes + n + i, mask=i < n, other=0.0) * unit
-    own_weight = tl.load(own_planes + 2 * n + i, mask=i < n, other=0.0) * unit
-    own_high, own_low = shift_range(own_shift, own_coef)
+    own_coef = tl.load(own_planes + n + i, mask=i < n, other=0.0)
+    own_weight = tl.load(own_planes + 2 * n + i, mask=i < n, other=0.0)
+    own_low = tl.min(tl.where(own_coef == 0.0, -NOTHING, own_shift), 0)
     b_own_label = i
     b_own_index = i
     if LABELS:
         b_own_label = tl.load(own_labels + i, mask=i < n, other=0)
     if POSITIVES == "index" and OWN_POSITIVES:
         b_own_index = tl.load(own_index + i, mask=i < n, other=-1).to(tl.int32)
+    own_first, own_last = index_range(b_own_index, POSITIVES == "index" and OWN_POSITIVES)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     bias_sum = tl.zeros((BLOCK_M,), tl.float32)
     other_blocks = tl.cdiv(m, BLOCK_N)
@@ -95,21 +97,14 @@ def _rows_kernel(
         first_j = block_j * BLOCK_N
         j = first_j + tl.arange(0, BLOCK_N)
         b_y = load_rows(y, j, j < m, i_d, i_d < d, stride_yn, stride_yd, EVEN_D)
-        s = factor * dot(b_x, tl.trans(b_y), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        b_other_label = j
-        b_other_index = j
-        if LABELS:
-            b_other_label = tl.load(other_labels + j, mask=j < m, other=0)
-        if POSITIVES == "index" and OTHER_POSITIVES:
-            b_other_index = tl.load(other_index + j, mask=j < m, other=-1).to(tl.int32)
+        top, low = tl.load(ranges + block_j), tl.load(ranges + other_blocks + block_j)
+        s = dot(b_x, tl.trans(b_y), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         softmax, g = pair_gradient(
-            s, i, j, first_i, first_j, n, m, exclude, bias, b_own_label, b_other_label, b_own_index,
-            b_other_index, mask, mask_rows, mask_cols, stride_mask_row, stride_mask_col,
-            own_shift, own_coef, own_weight, own_high, own_low,
-            tl.load(other_planes + j, mask=j < m, other=0.0),
-            tl.load(other_planes + m + j, mask=j < m, other=0.0) * unit,
-            tl.load(other_planes + 2 * m + j, mask=j < m, other=0.0) * unit,
-            tl.load(ranges + block_j), tl.load(ranges + other_blocks + block_j),
+            s, factor, lift, i, j, first_i, first_j, n, m, exclude, bias, b_own_label, b_own_index,
+            own_first, own_last, own_shift, own_coef, own_weight, own_low,
+            other_labels, other_index, other_planes, top, low,
+            tl.load(index_ranges + block_j), tl.load(index_ranges + other_blocks + block_j),
+            mask, mask_rows, mask_cols, stride_mask_row, stride_mask_col,
             OWN, OTHER, OWN_POSITIVES, OTHER_POSITIVES, EXCLUDE, AMONG, POSITIVES, BIAS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if BIAS_GRADIENT:
@@ -122,17 +117,18 @@ def _rows_kernel(
                     mirrored = dot(tl.trans(g), b_x, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), PRECISION)
                     at = out + j.to(tl.int64)[:, None] * d + i_d[None, :]
                     m_out = (j < m)[:, None] & (i_d < d)[None, :]
-                    tl.atomic_add(at, mirrored / unit, mask=m_out, sem="relaxed")
+                    tl.atomic_add(at, mirrored * tl.exp2(-lift), mask=m_out, sem="relaxed")
 
     if FEATURES:
         m_out = (i < n)[:, None] & (i_d < d)[None, :]
-        at = out + i.to(tl.int64)[:, None] * d + i_d[None, :]
         if TRIANGLE:
-            tl.atomic_add(at, acc / unit, mask=m_out, sem="relaxed")
+            at = out + i.to(tl.int64)[:, None] * d + i_d[None, :]
+            tl.atomic_add(at, acc * tl.exp2(-lift), mask=m_out, sem="relaxed")
         else:
-            tl.store(at + split.to(tl.int64) * n * d, acc / unit, mask=m_out)
+            at = (out + split.to(tl.int64) * n * d + i.to(tl.int64) * d)[:, None] + i_d[None, :]
+            tl.store(at, acc * tl.exp2(-lift), mask=m_out)
     if BIAS_GRADIENT:
-        tl.store(bias_grad + split.to(tl.int64) * n + i, bias_sum / unit, mask=i < n)
+        tl.store(bias_grad + split.to(tl.int64) * n + i, bias_sum * tl.exp2(-lift), mask=i < n)
 
 
 def row_gradients(
@@ -142,7 +138,7 @@ def row_gradients(
     what is not wanted. `triangle`: x is y, and the parts are one."""
     x, y = problem.x, problem.y
     (n, d), m = x.shape, y.shape[0]
-    shape = configs.shape("gradient_triangle" if triangle else "gradient_rows", x, d)
+    shape = configs.shape("gradient_triangle" if triangle else "gradient_rows", x, d, problem.positives)
     row_blocks, col_blocks = launch.cdiv(n, shape.block_m), launch.cdiv(m, shape.block_n)
     steps = col_blocks // 2 + 1 if triangle else col_blocks
     splits = launch.splits(row_blocks, steps, x)
@@ -156,8 +152,8 @@ def row_gradients(
     _rows_kernel[(row_blocks, splits)](
         x, y, out, bias_grad, scale, problem.bias, problem.own_labels, problem.other_labels,
         problem.own_index, problem.other_index, mask, problem.own.planes, problem.other.planes,
-        problem.other.ranges, problem.bound, n, m, d, problem.exclude or 0, *x.stride(), *y.stride(),
-        *mask_layout, launch.cdiv(steps, splits),
+        problem.other.ranges, problem.other.index_ranges, problem.bound, n, m, d, problem.exclude or 0,
+        *x.stride(), *y.stride(), *mask_layout, launch.cdiv(steps, splits),
         TRIANGLE=triangle, OWN=problem.own.softmax, OTHER=problem.other.softmax,
         OWN_POSITIVES=problem.own.positives, OTHER_POSITIVES=problem.other.positives,
         FEATURES=features, BIAS_GRADIENT=bias, SCALE_TENSOR=isinstance(scale, Tensor),

@@ -15,24 +15,25 @@ import triton.language as tl
 from torch import Tensor
 
 from cl_kernels.triton import launch
-from cl_kernels.triton.pairs import shift_range
+from cl_kernels.triton.pairs import index_range
 from cl_kernels.triton.tiles import LOG2E, NOTHING
 
 
 class Terms(NamedTuple):
     """The terms of rows (or columns), as kernels take them."""
 
-    planes: Tensor  # [3, n] float32: shifts, coefficients, weights
+    planes: Tensor  # [4, n] float32: shifts, coefficients, weights, coefficients at the block's highest shift
     ranges: Tensor  # [2, blocks] float32: the highest and the lowest shift in each block
+    index_ranges: Tensor  # [2, blocks] int32: the first and the last positive's index in each block
     softmax: bool  # whether any coefficient counts
     positives: bool  # whether any weight counts
 
 
 @triton.jit
 def _terms_kernel(
-    lse, grad, weight_grad, planes, ranges, bound, largest_weight, n, blocks,
-    SOFTMAX: tl.constexpr, POSITIVES: tl.constexpr, BOUND: tl.constexpr, MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    lse, grad, weight_grad, index, planes, ranges, index_ranges, bound, largest_weight, n, blocks,
+    SOFTMAX: tl.constexpr, POSITIVES: tl.constexpr, INDEX: tl.constexpr, BOUND: tl.constexpr,
+    MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -47,14 +48,21 @@ def _terms_kernel(
         rest = (shift.to(tl.float64) - exact).to(tl.float32)
         g = tl.load(grad + i, mask=i < n, other=0.0).to(tl.float32)
         coef = tl.where(empty, 0.0, g * tl.exp2(rest))
-        high, low = shift_range(shift, coef)
+        high = tl.max(tl.where(empty, NOTHING, shift), 0)
+        low = tl.min(tl.where(empty, -NOTHING, shift), 0)
         tl.store(planes + i, shift, mask=i < n)
+        level = tl.where(empty, 0.0, coef * tl.exp2(high - shift))
+        tl.store(planes + 3 * n + i, level, mask=i < n)
     if POSITIVES:
         weight = tl.load(weight_grad + i, mask=i < n, other=0.0).to(tl.float32)
     tl.store(planes + n + i, coef, mask=i < n)
     tl.store(planes + 2 * n + i, weight, mask=i < n)
     tl.store(ranges + block, high)
     tl.store(ranges + blocks + block, low)
+    if INDEX:
+        first, last = index_range(tl.load(index + i, mask=i < n, other=-1).to(tl.int32), True)
+        tl.store(index_ranges + block, first)
+        tl.store(index_ranges + blocks + block, last)
     if BOUND:
         largest = tl.abs(weight)
         if MASK:
@@ -66,19 +74,21 @@ def terms(
     lse: Tensor,
     grad: Tensor | None,
     weight_grad: Tensor | None,
+    index: Tensor | None,
     block: int,
     bound: Tensor | None,
     largest_weight: Tensor | None,
 ) -> Terms:
     """Of rows with these log-sum-exps [n] and gradients; `bound` [1], if given, rises to the largest of them
-    (weights times `largest_weight`). Blocks of others, whose ranges the kernels look up, have `block` rows."""
+    (weights times `largest_weight`). Blocks of others, whose ranges the kernels look up, have `block`."""
     n = lse.shape[0] if grad is not None or weight_grad is None else weight_grad.shape[0]
     blocks = launch.cdiv(n, block)
-    planes = lse.new_empty((3, n), dtype=torch.float32)
+    planes = lse.new_empty((4, n), dtype=torch.float32)
     ranges = lse.new_empty((2, blocks), dtype=torch.float32)
+    index_ranges = lse.new_empty((2, blocks), dtype=torch.int32)
     _terms_kernel[(blocks,)](
-        lse, grad, weight_grad, planes, ranges, bound, largest_weight, n, blocks,
-        SOFTMAX=grad is not None, POSITIVES=weight_grad is not None, BOUND=bound is not None,
-        MASK=largest_weight is not None, BLOCK=block,
+        lse, grad, weight_grad, index, planes, ranges, index_ranges, bound, largest_weight, n, blocks,
+        SOFTMAX=grad is not None, POSITIVES=weight_grad is not None, INDEX=index is not None,
+        BOUND=bound is not None, MASK=largest_weight is not None, BLOCK=block,
     )  # fmt: skip
-    return Terms(planes, ranges, grad is not None, weight_grad is not None)
+    return Terms(planes, ranges, index_ranges, grad is not None, weight_grad is not None)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels.triton.tiles import LOG2E, NOTHING
+from cl_kernels.triton.tiles import LOG2E
 
 
 @dataclass(frozen=True)
@@ -138,83 +138,94 @@ def within(column, first, SIZE: tl.constexpr):
 
 
 @triton.jit
-def shift_range(shift, coef):
-    """The highest and the lowest shift of rows that count."""
-    counts = coef != 0.0
-    return tl.max(tl.where(counts, shift, NOTHING), 0), tl.min(tl.where(counts, shift, -NOTHING), 0)
+def index_range(b_index, COUNTS: tl.constexpr):
+    """The first and the last index of a block, without -1."""
+    if COUNTS:
+        return tl.min(tl.where(b_index < 0, 2147483647, b_index), 0), tl.max(b_index, 0)
+    return 0, 0
 
 
 @triton.jit
 def pair_gradient(
-    s, i, j, first_i, first_j, n, m, exclude, bias, b_own_label, b_other_label, b_own_index, b_other_index,
+    s, factor, lift, i, j, first_i, first_j, n, m, exclude, bias, b_own_label, b_own_index,
+    own_first, own_last, own_shift, own_coef, own_weight, own_low,
+    other_labels, other_index, other_planes, top, low, other_first, other_last,
     mask, mask_rows, mask_cols, stride_mask_row, stride_mask_col,
-    own_shift, own_coef, own_weight, own_high, own_low,
-    other_shift, other_coef, other_weight, other_high, other_low,
     OWN: tl.constexpr, OTHER: tl.constexpr, OWN_POSITIVES: tl.constexpr, OTHER_POSITIVES: tl.constexpr,
     EXCLUDE: tl.constexpr, AMONG: tl.constexpr, POSITIVES: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(softmax part, all of it) of G of a tile, owners i by others j, from its base-2 products s.
+    """(softmax part, all of it) of G of a tile, owners i by others j, from its products s; times 2^lift.
 
-    The softmax part is coef 2^(s - shift) of the owner's row (OWN) and of the other's (OTHER). Where both are
-    wanted and all the log-sum-exps of a tile lie within 2^60, one exponential serves both: what underflows
-    then is below 2^-66 of any row. The positives' part is weight times w, the owner's and the other's.
+    The softmax part is coef 2^(S - shift) of the owner's row (OWN) and of the other's (OTHER). No logit that
+    counts exceeds `top`, the highest shift of the others, so where no shift of either lies further below it,
+    2^(S - top) serves both: what underflows then is below 2^-66 of any row. The positives' part is weight
+    times w, the owner's and the other's; indices are compared where their range, [first, last] of the owners'
+    and of the others', meets the tile. What the others bring is loaded where it is used, not before: a
+    thread holds a quarter of the columns, and each vector of them costs as many registers.
     """
-    edge = on_edge(first_i, first_j, n, m, exclude, EXCLUDE, BLOCK_M, BLOCK_N)
     if BIAS == "own":
-        s += tl.load(bias + i, mask=i < n, other=0.0)[:, None] * LOG2E
+        s = s * factor + tl.load(bias + i, mask=i < n, other=0.0)[:, None] * LOG2E
+        factor = 1.0
     if BIAS == "other":
-        s += tl.load(bias + j, mask=j < m, other=0.0)[None, :] * LOG2E
-    if AMONG == "same":
-        s = tl.where(b_own_label[:, None] == b_other_label[None, :], s, float("-inf"))
-    if AMONG == "different":
-        s = tl.where(b_own_label[:, None] != b_other_label[None, :], s, float("-inf"))
-    if edge:
-        s = tl.where(counted(i, j, n, m, exclude, EXCLUDE), s, float("-inf"))
-
-    if OWN and OTHER:
-        high = tl.maximum(own_high, other_high)
-        high = tl.where(high == NOTHING, 0.0, high)
-        if high - tl.minimum(own_low, other_low) <= 60.0:
-            # The bound is for rows that do not count: their coefficient is 0, their shift anything.
-            own = own_coef * tl.exp2(tl.minimum(high - own_shift, 60.0))
-            other = other_coef * tl.exp2(tl.minimum(high - other_shift, 60.0))
-            softmax = tl.exp2(s - high) * (own[:, None] + other[None, :])
+        s = s * factor + tl.load(bias + j, mask=j < m, other=0.0)[None, :] * LOG2E
+        factor = 1.0
+    if OTHER:
+        level = tl.load(other_planes + 3 * m + j, mask=j < m, other=0.0)
+        s = s * factor + (lift - top)
+        if top - tl.minimum(own_low, low) <= 60.0:
+            levels = level[None, :]
+            if OWN:
+                # At most 60 by now, but for rows whose coefficient is 0.
+                levels += (own_coef * tl.exp2(tl.minimum(top - own_shift, 60.0)))[:, None]
+            softmax = tl.exp2(s) * levels
         else:
-            softmax = tl.exp2(s - own_shift[:, None]) * own_coef[:, None]
-            softmax += tl.exp2(s - other_shift[None, :]) * other_coef[None, :]
+            shift = tl.load(other_planes + j, mask=j < m, other=0.0)
+            if OWN:
+                softmax = tl.exp2(s + (top - own_shift)[:, None]) * own_coef[:, None]
+            s = tl.exp2(s + (top - shift)[None, :])
+            coef = tl.load(other_planes + m + j, mask=j < m, other=0.0)
+            if OWN:
+                softmax += s * coef[None, :]
+            else:
+                softmax = s * coef[None, :]
     elif OWN:
-        softmax = tl.exp2(s - own_shift[:, None]) * own_coef[:, None]
-    elif OTHER:
-        softmax = tl.exp2(s - other_shift[None, :]) * other_coef[None, :]
+        softmax = tl.exp2(s * factor + (lift - own_shift)[:, None]) * own_coef[:, None]
     else:
         softmax = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
+    unit = tl.exp2(lift)
     g = softmax
-    if OWN_POSITIVES or OTHER_POSITIVES:
-        if POSITIVES == "labels":
-            weight = own_weight[:, None] + other_weight[None, :]
-            positive = b_own_label[:, None] == b_other_label[None, :]
-            if edge:
-                positive = positive & counted(i, j, n, m, exclude, EXCLUDE)
-            g += tl.where(positive, weight, 0.0)
-        if POSITIVES == "mask":
-            m_pair = counted(i, j, n, m, exclude, EXCLUDE)
+    if AMONG != "all" or POSITIVES == "labels":
+        same = b_own_label[:, None] == tl.load(other_labels + j, mask=j < m, other=0)[None, :]
+        if AMONG == "same":
+            g = tl.where(same, g, 0.0)
+        if AMONG == "different":
+            g = tl.where(same, 0.0, g)
+        softmax = g
+        if POSITIVES == "labels" and (OWN_POSITIVES or OTHER_POSITIVES):
+            other_weight = tl.load(other_planes + 2 * m + j, mask=j < m, other=0.0)
+            g += tl.where(same, (own_weight * unit)[:, None] + (other_weight * unit)[None, :], 0.0)
+    if POSITIVES == "mask":
+        if mask_rows > 0:  # always: but what is loaded under a condition is not staged in shared memory
             if OWN_POSITIVES:
-                g += own_weight[:, None] * mask_tile(
-                    mask, i, j, m_pair, mask_rows, mask_cols, stride_mask_row, stride_mask_col
-                )
+                weight = mask_tile(mask, i, j, mask_rows, mask_cols, stride_mask_row, stride_mask_col)
+                g += (own_weight * unit)[:, None] * weight
             if OTHER_POSITIVES:
-                g += other_weight[None, :] * tl.trans(
-                    mask_tile(
-                        mask, j, i, tl.trans(m_pair), mask_rows, mask_cols, stride_mask_row, stride_mask_col
-                    )
-                )
-        if POSITIVES == "index":
-            if OWN_POSITIVES:
-                if within(b_own_index, first_j, BLOCK_N):
-                    g += tl.where(b_own_index[:, None] == j[None, :], own_weight[:, None], 0.0)
-            if OTHER_POSITIVES:
-                if within(b_other_index, first_i, BLOCK_M):
-                    g += tl.where(b_other_index[None, :] == i[:, None], other_weight[None, :], 0.0)
+                weight = mask_tile(mask, j, i, mask_rows, mask_cols, stride_mask_row, stride_mask_col)
+                other_weight = tl.load(other_planes + 2 * m + j, mask=j < m, other=0.0)
+                g += (other_weight * unit)[None, :] * tl.trans(weight)
+    if on_edge(first_i, first_j, n, m, exclude, EXCLUDE, BLOCK_M, BLOCK_N):
+        m_pair = counted(i, j, n, m, exclude, EXCLUDE)
+        g = tl.where(m_pair, g, 0.0)
+        softmax = tl.where(m_pair, softmax, 0.0)
+    if POSITIVES == "index" and OWN_POSITIVES:
+        if (own_last >= first_j) & (own_first < first_j + BLOCK_N):
+            g += tl.where(b_own_index[:, None] == j[None, :], (own_weight * unit)[:, None], 0.0)
+    if POSITIVES == "index" and OTHER_POSITIVES:
+        if (other_last >= first_i) & (other_first < first_i + BLOCK_M):
+            b_other_index = tl.load(other_index + j, mask=j < m, other=-1).to(tl.int32)
+            other_weight = tl.load(other_planes + 2 * m + j, mask=j < m, other=0.0)
+            hit = b_other_index[None, :] == i[:, None]
+            g = tl.where(hit, g + (other_weight * unit)[None, :], g)
     return softmax, g

@@ -59,7 +59,13 @@ def product(
 
 
 @triton.jit
+def half_lift(bound):
+    """The exponent of `half_unit`."""
+    return 10.0 - tl.ceil(tl.log2(tl.maximum(tl.load(bound), 1e-30)))
+
+
+@triton.jit
 def half_unit(bound):
     """A power of two that brings terms up to `bound` (its address) to 2^10, so that the products made of them
     and rounded to float16 neither overflow nor, down to 2^-24 of the largest, lose digits."""
-    return tl.exp2(10.0 - tl.ceil(tl.log2(tl.maximum(tl.load(bound), 1e-30))))
+    return tl.exp2(half_lift(bound))
