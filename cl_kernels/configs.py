@@ -41,7 +41,9 @@ class Device(NamedTuple):
 # Small tiles, so that small tests see several of them, tails and splits.
 _INTERPRETED = Shape(32, 16, 32, 1, 1)
 
-TABLE: dict[tuple[str, str, str], dict[int, Shape]] = {
+Key = tuple[str, str, str]  # kernel, architecture, kind of dtype
+
+TABLE: dict[Key, dict[int, Shape]] = {
     # Log-sum-exps, "lse_pairs" with labels or a mask. At 128 registers two programs share a multiprocessor.
     ("lse", "sm_80", "half"): {
         32: Shape(128, 64, 32, 8, 3, 128),
@@ -315,14 +317,19 @@ def widest(kernel: str, x: torch.Tensor) -> int:
     return 256 if architecture == INTERPRETER else max(TABLE[kernel, architecture, dtype_kind(x.dtype)])
 
 
+def key(kernel: str, x: torch.Tensor, variant: str = "") -> Key:
+    """Where the table has the rows of a kernel for features like `x`: those of kernel_variant, if it has some
+    of its own."""
+    architecture, kind = device_of(x).architecture, dtype_kind(x.dtype)
+    own = (f"{kernel}_{variant}", architecture, kind)
+    return own if own in TABLE else (kernel, architecture, kind)
+
+
 def shape(kernel: str, x: torch.Tensor, width: int, variant: str = "") -> Shape:
-    """The launch shape of a kernel for features like `x`, `width` of them; a variant with rows of its own,
-    under kernel_variant, is served from those."""
-    architecture = device_of(x).architecture
-    if architecture == INTERPRETER:
+    """The launch shape of a kernel for features like `x`, `width` of them."""
+    if device_of(x).architecture == INTERPRETER:
         # The engine's forward and backward add up the features in the same steps, as on GPUs.
-        whole = kernel in ("lse", "lse_pairs") and width <= widest("gradient_rows", x)
+        whole = kernel == "lse" and width <= widest("gradient_rows", x)
         return _INTERPRETED._replace(block_d=padded(width)) if whole else _INTERPRETED
-    kind = dtype_kind(x.dtype)
-    rows = TABLE.get((f"{kernel}_{variant}", architecture, kind)) or TABLE[kernel, architecture, kind]
+    rows = TABLE[key(kernel, x, variant)]
     return rows[serving(rows, width)]

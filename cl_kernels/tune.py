@@ -20,7 +20,7 @@ import cl_kernels
 from cl_kernels import configs
 from cl_kernels.configs import Shape
 
-Key = tuple[str, str, str]  # of configs.TABLE: kernel, architecture, kind of dtype
+Key = configs.Key
 Step = Callable[[], list[Tensor]]
 """Forward and backward: a loss and its gradients."""
 
@@ -135,10 +135,10 @@ def rows_used(step: Step) -> list[tuple[Key, int]]:
     used: dict[tuple[Key, int], None] = {}
     original = configs.shape
 
-    def shape(kernel: str, x: Tensor, width: int) -> Shape:
-        key = (kernel, configs.device_of(x).architecture, configs.dtype_kind(x.dtype))
+    def shape(kernel: str, x: Tensor, width: int, variant: str = "") -> Shape:
+        key = configs.key(kernel, x, variant)
         used[key, configs.serving(configs.TABLE[key], width)] = None
-        return original(kernel, x, width)
+        return original(kernel, x, width, variant)
 
     configs.shape = shape
     try:

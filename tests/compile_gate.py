@@ -157,10 +157,10 @@ class Recorder:
         )  # fmt: skip
         self.launches.setdefault(found.key, found)
 
-    def shape(self, kernel: str, x: torch.Tensor, width: int) -> configs.Shape:
-        kind = configs.dtype_kind(x.dtype)
-        rows = configs.TABLE[kernel, self.architecture, kind]
-        self.row = (kernel, kind, configs.serving(rows, width))
+    def shape(self, kernel: str, x: torch.Tensor, width: int, variant: str = "") -> configs.Shape:
+        name, _, kind = key = configs.key(kernel, x, variant)
+        rows = configs.TABLE[key]
+        self.row = (name, kind, configs.serving(rows, width))
         self.used.add(self.row)
         return rows[self.row[2]]
 

@@ -276,7 +276,7 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (n, d), m = q.shape, k.shape[0]
     positives = problem.positives
     sums = positives in ("labels", "mask")
-    tile = configs.shape("lse_pairs" if sums or problem.among != "all" else "lse", q, d)
+    tile = configs.shape("lse", q, d, "pairs" if sums or problem.among != "all" else "")
     mirrored = problem.mirrored and problem.exclude == 0 and positives != "mask"
     columns = problem.both_axes
     row_blocks, col_blocks = launch.cdiv(n, tile.block_m), launch.cdiv(m, tile.block_n)
