@@ -112,17 +112,17 @@ TABLE: dict[Key, dict[int, Shape]] = {
 }
 
 # Attention over frozen keys: a tile of S, and the mean of the keys, [block_m, width].
-TABLE["lse_frozen", "sm_80", "half"] = {128: Shape(64, 64, 128, 4, 2), 256: Shape(64, 32, 256, 8, 2)}
-TABLE["lse_frozen", "sm_90", "half"] = {128: Shape(128, 64, 128, 8, 2), 256: Shape(64, 64, 256, 4, 2)}
-TABLE["lse_frozen", "sm_100", "half"] = {128: Shape(128, 64, 128, 8, 2), 256: Shape(128, 32, 256, 8, 2)}
+TABLE["lse_frozen", "sm_80", "half"] = {128: Shape(64, 64, 128, 8, 2), 256: Shape(32, 32, 256, 8, 2)}
+TABLE["lse_frozen", "sm_90", "half"] = {128: Shape(64, 64, 128, 8, 3), 256: Shape(64, 64, 256, 8, 2)}
+TABLE["lse_frozen", "sm_100", "half"] = {128: Shape(128, 32, 128, 8, 2), 256: Shape(64, 32, 256, 8, 2)}
 TABLE["lse_frozen", "gfx942", "half"] = {128: Shape(64, 32, 128, 4, 1), 256: Shape(64, 32, 256, 8, 1)}
 TABLE["lse_frozen", "sm_80", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
 TABLE["lse_frozen", "sm_90", "float32"] = {64: Shape(64, 32, 64, 4, 2)}
 TABLE["lse_frozen", "sm_100", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
 TABLE["lse_frozen", "gfx942", "float32"] = {128: Shape(64, 32, 128, 4, 1)}
 
-# A thread holds its share of a tile of S and of the gradient, [block_m, width], beside the features' addresses
-# and what the columns bring: 255 registers decide the tiles. 64 rows on 4 warps rather than 128 on 8, the
+# A thread holds its share of a tile of S and of the gradient, [block_m, width], beside the features'
+# addresses and what the columns bring: 255 registers decide the tiles. 64 rows on 4 warps rather than 128 on 8, the
 # same for a thread, because two programs then share a multiprocessor, and one multiplies while the other
 # takes exponentials. float32 takes three products for one, and past 64 features is left to the chunks of G. A
 # mask is read in another order than S is held in, which costs as many registers again: half the columns.
@@ -139,10 +139,15 @@ for _architecture in ("sm_80", "sm_90"):
         128: Shape(64, 32, 128, 4, 2),
         256: Shape(64, 32, 256, 8, 2),
     }
+TABLE["gradient_rows_index", "sm_90", "half"] = {
+    **TABLE["gradient_rows", "sm_90", "half"],
+    256: Shape(64, 32, 256, 8, 2),
+}
+TABLE["gradient_rows_index", "sm_100", "half"] = {256: Shape(128, 32, 256, 8, 2)}
 TABLE["gradient_rows_mask", "sm_100", "half"] = {256: Shape(128, 32, 256, 8, 2)}
 TABLE["gradient_rows", "sm_80", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
 TABLE["gradient_rows", "sm_90", "float32"] = {64: Shape(64, 32, 64, 4, 2)}
-TABLE["gradient_rows", "sm_100", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
+TABLE["gradient_rows", "sm_100", "float32"] = {64: Shape(64, 32, 64, 8, 2)}
 TABLE["gradient_rows", "gfx942", "float32"] = {128: Shape(64, 32, 128, 4, 1)}
 
 # Square; a second product and its atomic additions in the loop need more registers still.

@@ -3,8 +3,8 @@
 It rounds float32 to bfloat16 by truncation, and multiplies bfloat16 tiles as the integers that hold them.
 GPUs do neither. And the sums of its products depend on the shape of a tile and on a pair's place in it, as
 numpy's do; a matrix unit adds the features in the same order for every pair, so that the forward and the
-backward see the same logits, on which float32 at low temperatures relies: here sums are float64, rounded once.
-Set TRITON_INTERPRET=1 before triton is imported, then call `repair()`.
+backward see the same logits, on which float32 at low temperatures relies: here sums are float64, rounded
+once. Set TRITON_INTERPRET=1 before triton is imported, then call `repair()`.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_module_and_second_derivative() -> None:
 def test_bad_targets_are_named() -> None:
     q, k = unit(6, 5), unit(6, 5)
     targets = clk.sce_targets(k)
-    with pytest.raises(ValueError, match="^targets must be of queries"):
+    with pytest.raises(ValueError, match=r"^targets must be of queries"):
         clk.sce_loss(q[:4], k[:4], targets=targets)
-    with pytest.raises(ValueError, match="^targets must not be given with keys that require a gradient"):
+    with pytest.raises(ValueError, match=r"^targets must not be given with keys that require a gradient"):
         clk.sce_loss(q, k.requires_grad_(), targets=targets)

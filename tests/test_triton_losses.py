@@ -1,4 +1,4 @@
-"""Every loss on Triton's kernels: at most twice the error of plain torch in the same dtype, against float64."""
+"""Every loss on Triton's kernels: at most twice the error of plain torch in the same dtype."""
 
 from __future__ import annotations
 

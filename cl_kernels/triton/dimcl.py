@@ -18,9 +18,8 @@ from cl_kernels.triton.pairs import Contrast, contiguous
 def _problem(x: Tensor, scale: Tensor, positive_mask: Tensor | None) -> Contrast:
     own = torch.arange(x.shape[1], device=x.device)
     partner = own.roll(x.shape[1] // 2)
-    index, mask = partner, None
-    if positive_mask is not None:
-        index, mask = None, positive_mask | (partner[:, None] == own)
+    mask = None if positive_mask is None else positive_mask | (partner[:, None] == own)
+    index = partner if mask is None else None
     return Contrast(x.T, None, scale, 0, None, None, "all", False, index, mask, None, False)
 
 

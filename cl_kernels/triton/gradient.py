@@ -82,10 +82,11 @@ def gradient(
     if self_keys and into_q and into_k:
         grad, along = combine(torch.cat([by_rows, by_cols]), q, scale, needs_q, unit, dtype)
         return grad, _nothing(q), 0.5 * along, bias
-    grad_q, along_q = combine(by_rows, q, scale, needs_q, unit, dtype) if into_q else (_nothing(q), None)
-    grad_k, along_k = combine(by_cols, k, scale, needs_k, unit, dtype) if into_k else (_nothing(q), None)
-    along = along_q if along_q is not None else along_k
-    assert along is not None  # one of them was wanted
+    grad_q, grad_k, along = _nothing(q), _nothing(q), _nothing(q)
+    if into_k:
+        grad_k, along = combine(by_cols, k, scale, needs_k, unit, dtype)
+    if into_q:
+        grad_q, along = combine(by_rows, q, scale, needs_q, unit, dtype)
     return grad_q, grad_k, along, bias
 
 

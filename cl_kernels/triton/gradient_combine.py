@@ -1,4 +1,4 @@
-"""The last step of a gradient: parts added up in a fixed order, scaled and rounded, and the scale's gradient."""
+"""The last step of a gradient: parts added up in a fixed order, scaled, rounded, and the scale's gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _ROWS = 16
 @triton.jit(do_not_specialize=["n", "d", "parts"])
 def _combine_kernel(
     part, x, scale, bound, grad, along, n, d, parts, stride_xn, stride_xd,
-    UNIT: tl.constexpr, WRITE: tl.constexpr, SCALE_TENSOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr, WRITE: tl.constexpr, SCALE_TENSOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     s = scalar(scale, SCALE_TENSOR)
@@ -54,6 +55,7 @@ def combine(
     factor = launch.scalar(scale)
     _combine_kernel[(programs,)](
         parts, x, factor, bound, grad, along, n, d, parts.shape[0], *x.stride(),
-        UNIT=bound is not None, WRITE=write, SCALE_TENSOR=isinstance(factor, Tensor), BLOCK_M=_ROWS, BLOCK_D=128,
+        UNIT=bound is not None, WRITE=write, SCALE_TENSOR=isinstance(factor, Tensor),
+        BLOCK_M=_ROWS, BLOCK_D=128,
     )  # fmt: skip
     return grad, along.sum()

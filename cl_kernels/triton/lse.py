@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cl_kernels import configs
 from cl_kernels.triton import launch
-from cl_kernels.triton.pairs import Contrast, counted, mask_arguments, mask_tile, on_edge, within
+from cl_kernels.triton.pairs import Contrast, counted, mask_arguments, mask_tile, on_edge
 from cl_kernels.triton.tiles import LN2, LOG2E, NOTHING, dot, load_rows, product, scalar
 
 MOST_GROUPS = 96  # of rows; their square fills any device, and they times N floats stay small
@@ -96,7 +96,7 @@ def _counted(i, j, n, m, exclude, EXCLUDE: tl.constexpr, MIRRORED: tl.constexpr)
 
 @triton.jit(do_not_specialize=SIZES)
 def _lse_kernel(
-    q, k, scale, bias, row_labels, col_labels, index, mask, norms, rows, cols, index_logit,
+    q, k, scale, bias, row_labels, col_labels, mask, norms, rows, cols,
     n, m, d, exclude, stride_qn, stride_qd, stride_kn, stride_kd,
     mask_rows, mask_cols, stride_mask_row, stride_mask_col, groups_q, groups_k, blocks_q, blocks_k,
     MIRRORED: tl.constexpr, COLUMNS: tl.constexpr, SCALE_TENSOR: tl.constexpr, EXCLUDE: tl.constexpr,
@@ -122,7 +122,7 @@ def _lse_kernel(
     last_i = tl.minimum((g + 1) * blocks_q, q_blocks)
     last_j = tl.minimum((h + 1) * blocks_k, tl.cdiv(m, BLOCK_N))
 
-    # What does not change from a row of tiles to the next is computed anew: kept, it would fill the registers.
+    # What does not change from a row of tiles to the next is computed anew: kept, it fills the registers.
     for block_i in tl.range(g * blocks_q, last_i, disable_licm=True):
         first_i = block_i * BLOCK_M
         i = first_i + tl.arange(0, BLOCK_M)
@@ -139,10 +139,8 @@ def _lse_kernel(
                 q_norm = float("inf")
         if LABELS:
             b_row_label = tl.load(row_labels + i, mask=i < n, other=0)
-        if POSITIVES == "index":
-            b_row_index = tl.load(index + i, mask=i < n, other=-1).to(tl.int32)
         again = block_i != g * blocks_q
-        if MIRRORED or COLUMNS:  # noqa: SIM102
+        if MIRRORED or COLUMNS:
             if again:
                 tl.debug_barrier()  # what the row of tiles above wrote, by other threads
         first_block = h * blocks_k
@@ -163,17 +161,6 @@ def _lse_kernel(
                 )  # fmt: skip
             s *= factor
             edge = on_edge(first_i, first_j, n, m, exclude, EXCLUDE, BLOCK_M, BLOCK_N)
-            if POSITIVES == "index":
-                if within(b_row_index, first_j, BLOCK_N):
-                    hit = b_row_index[:, None] == j[None, :]
-                    found = (b_row_index >= first_j) & (b_row_index < first_j + BLOCK_N)
-                    tl.store(index_logit + i, tl.sum(tl.where(hit, s, 0.0), 1), mask=found)
-                if MIRRORED:
-                    b_col_index = tl.load(index + j, mask=j < m, other=-1).to(tl.int32)
-                    if within(b_col_index, first_i, BLOCK_M):
-                        hit = b_col_index[None, :] == i[:, None]
-                        found = (b_col_index >= first_i) & (b_col_index < first_i + BLOCK_M)
-                        tl.store(index_logit + j, tl.sum(tl.where(hit, s, 0.0), 0), mask=found)
             if LABELS:
                 b_col_label = tl.load(col_labels + j, mask=j < m, other=0)
             if SUMS:
@@ -208,7 +195,7 @@ def _lse_kernel(
                 part, col_part = tl.sum(e, 1), tl.sum(e, 0)
                 part_peak = tl.zeros((BLOCK_M,), tl.float32) + shift
                 col_peak = tl.zeros((BLOCK_N,), tl.float32) + shift
-                if not (bound <= SAFE):  # noqa: SIM102
+                if not (bound <= SAFE):
                     if not (tl.minimum(tl.min(part, 0), tl.min(col_part, 0)) >= TINY):
                         part_peak = tl.maximum(tl.max(s, 1), NOTHING)
                         part = tl.sum(tl.exp2(s - part_peak[:, None]), 1)
@@ -229,11 +216,12 @@ def _lse_kernel(
             tl.store(rows + 3 * n + i, positive_count, mask=i < n)
 
 
-@triton.jit(do_not_specialize=["n", "slots", "group_rows"])
+@triton.jit(do_not_specialize=["n", "m", "slots", "group_rows"])
 def _combine_kernel(
-    parts, mirrored, index, index_logit, lse, positive_sum, positive_count, n, slots, group_rows,
-    MIRRORED: tl.constexpr, POSITIVES: tl.constexpr, SUMS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count,
+    n, m, d, slots, group_rows, stride_qn, stride_qd, stride_kn, stride_kd,
+    MIRRORED: tl.constexpr, SCALE_TENSOR: tl.constexpr, POSITIVES: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 4 if SUMS else 2
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -262,8 +250,15 @@ def _combine_kernel(
                 count += tl.sum(tl.load(at + 3 * n, mask=m_slot, other=0.0).to(tl.float64), 0)
     tl.store(lse + i, (peak.to(tl.float64) + tl.log2(total)) * LN2, mask=i < n)
     if POSITIVES == "index":
-        given = (tl.load(index + i, mask=i < n, other=-1) >= 0) & (i < n)
-        weighted = tl.load(index_logit + i, mask=given, other=0.0).to(tl.float64)
+        b_index = tl.load(index + i, mask=i < n, other=-1)
+        given = (b_index >= 0) & (b_index < m)
+        s = product(
+            q, k, i, i < n, b_index, given, d, stride_qn, stride_qd, stride_kn, stride_kd,
+            BLOCK_M, BLOCK_M, BLOCK_D, False, PRECISION,
+        )  # fmt: skip
+        own = tl.arange(0, BLOCK_M)
+        s = tl.sum(tl.where(own[:, None] == own[None, :], s, 0.0), 1) * (scalar(scale, SCALE_TENSOR) * LOG2E)
+        weighted = s.to(tl.float64)
         count = given.to(tl.float64)
     if POSITIVES != "none":
         tl.store(positive_sum + i, weighted * LN2, mask=i < n)
@@ -300,15 +295,12 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     planes = 4 if sums else 2
     rows = q.new_empty((groups_k, planes, n), dtype=torch.float32)
     cols = q.new_empty((groups_q, planes, m), dtype=torch.float32) if mirrored or columns else rows
-    index = problem.positive_index
-    index_logit = None if index is None else q.new_empty(n, dtype=torch.float32)
     programs = groups_q * (groups_q + 1) // 2 if mirrored else groups_q * groups_k
     scale, exclude = launch.scalar(problem.scale), problem.offset
-    mask, *mask_layout = mask_arguments(problem.positive_mask)
     _lse_kernel[(programs,)](
-        q, k, scale, problem.key_bias, problem.row_labels, problem.col_labels, index, mask,
-        norms if mirrored or columns else None, rows, cols, index_logit,
-        n, m, d, exclude or 0, *q.stride(), *k.stride(), *mask_layout,
+        q, k, scale, problem.key_bias, problem.row_labels, problem.col_labels,
+        mask_arguments(problem.positive_mask)[0], norms if mirrored or columns else None, rows, cols,
+        n, m, d, exclude or 0, *q.stride(), *k.stride(), *mask_arguments(problem.positive_mask)[1:],
         groups_q, groups_k, blocks_q, blocks_k,
         MIRRORED=mirrored, COLUMNS=columns, SCALE_TENSOR=isinstance(scale, Tensor),
         EXCLUDE=exclude is not None, AMONG=problem.among, POSITIVES=positives,
@@ -318,7 +310,7 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )  # fmt: skip
 
     lse, positive_sum, positive_count = combine_parts(
-        rows, cols if mirrored else None, blocks_q * tile.block_m, positives, index, index_logit
+        rows, problem, mirrored=cols if mirrored else None, group_rows=blocks_q * tile.block_m
     )
     lse_cols = combine_parts(cols)[0] if columns else q.new_empty(0, dtype=torch.float64)
     return lse, lse_cols, positive_sum, positive_count
@@ -326,20 +318,25 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def combine_parts(
     parts: Tensor,  # [slots, 2 or 4, n]
+    problem: Contrast | None = None,  # whose positives are asked for, None: no positives
     mirrored: Tensor | None = None,  # as parts, where columns stand for rows too
     group_rows: int = 1,
-    positives: str = "none",
-    index: Tensor | None = None,  # [n]
-    index_logit: Tensor | None = None,  # [n]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, positive_sum, positive_count, float64 [n] ([0] what was not asked for)."""
     slots, planes, n = parts.shape
+    positives = "none" if problem is None else problem.positives
     lse = parts.new_empty(n, dtype=torch.float64)
     positive_sum = parts.new_empty(n if positives != "none" else 0, dtype=torch.float64)
     positive_count = torch.empty_like(positive_sum)
+    q = k = index = scale = None
+    m, d, precision = 1, 1, "ieee"
+    strides: tuple[int, ...] = (1, 1, 1, 1)
+    if problem is not None:
+        q, k, index, scale = problem.q, problem.keys, problem.positive_index, launch.scalar(problem.scale)
+        m, d, strides, precision = k.shape[0], k.shape[1], (*q.stride(), *k.stride()), launch.precision(q)
     _combine_kernel[(launch.cdiv(n, 32),)](
-        parts, mirrored, index, index_logit, lse, positive_sum, positive_count, n, slots, group_rows,
-        MIRRORED=mirrored is not None, POSITIVES=positives, SUMS=planes == 4, BLOCK_SLOTS=32, BLOCK_M=32,
-        num_warps=4,
+        parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count, n, m, d, slots, group_rows,
+        *strides, MIRRORED=mirrored is not None, SCALE_TENSOR=isinstance(scale, Tensor), POSITIVES=positives,
+        SUMS=planes == 4, PRECISION=precision, BLOCK_SLOTS=32, BLOCK_M=32, BLOCK_D=32, num_warps=4,
     )  # fmt: skip
     return lse, positive_sum, positive_count

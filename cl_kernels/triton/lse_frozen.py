@@ -1,9 +1,9 @@
 """Log-sum-exps with the gradient of the queries, in one attention-like pass: for keys that get none.
 
 A program walks a share of the keys for a block of rows, as in attention with the keys for values: running
-maximum, sum, and the sum of 2^(S - peak) k, so that each tile of S is computed once: 4 N M D operations in all.
-A positive given by index is masked out of the product and comes back in float32, as (P - 1) k in the residual
-(P - W) k: rounded to half precision, a P close to 1 would drown the rest.
+maximum, sum, and the sum of 2^(S - peak) k, so that each tile of S is computed once: 4 N M D operations in
+all. A positive given by index is masked out of the product and comes back in float32, as (P - 1) k in the
+residual (P - W) k: rounded to half precision, a P close to 1 would drown the rest.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def _frozen_kernel(
 
 @triton.jit(do_not_specialize=["n", "d", "splits"])
 def _residual_kernel(
-    rows, means, lse, index, own_logit, k, residual, n, d, splits, stride_kn, stride_kd,
+    rows, means, lse, index, index_logit, own_logit, k, residual, positive_sum, positive_count,
+    n, d, splits, stride_kn, stride_kd,
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -95,6 +96,9 @@ def _residual_kernel(
         b_index = tl.load(index + i, mask=i < n, other=-1)
         own = tl.load(own_logit + i, mask=(i < n) & (b_index >= 0), other=0.0).to(tl.float64)
         weight = (tl.exp((own - exact) * LN2) - 1.0).to(tl.float32)
+        logit = tl.load(index_logit + i, mask=(i < n) & (b_index >= 0), other=0.0).to(tl.float64)
+        tl.store(positive_sum + i, logit * LN2, mask=i < n)
+        tl.store(positive_count + i, tl.where(b_index >= 0, 1.0, 0.0).to(tl.float64), mask=i < n)
     for first in range(0, d, BLOCK_D):
         i_d = first + tl.arange(0, BLOCK_D)
         m_x = (i < n)[:, None] & (i_d < d)[None, :]
@@ -132,12 +136,13 @@ def log_sum_exp_and_residual(problem: Contrast) -> tuple[Tensor, Tensor, Tensor,
         EVEN_D=d == configs.padded(d), BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
         BLOCK_D=configs.padded(d), **launch.options(shape),
     )  # fmt: skip
-    lse, positive_sum, positive_count = combine_parts(
-        rows, positives=problem.positives, index=index, index_logit=index_logit
-    )
+    lse, _, _ = combine_parts(rows)
+    positive_sum = q.new_empty(n if index is not None else 0, dtype=torch.float64)
+    positive_count = torch.empty_like(positive_sum)
     residual = q.new_empty((n, d), dtype=torch.float32)
     _residual_kernel[(launch.cdiv(n, _ROWS),)](
-        rows, means, lse, index, own_logit, k, residual, n, d, splits, *k.stride(),
+        rows, means, lse, index, index_logit, own_logit, k, residual, positive_sum, positive_count,
+        n, d, splits, *k.stride(),
         INDEX=index is not None, BLOCK_M=_ROWS, BLOCK_D=128,
     )  # fmt: skip
     return lse, positive_sum, positive_count, residual

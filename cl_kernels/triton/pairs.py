@@ -1,4 +1,4 @@
-"""Which pairs of rows and columns count: device functions over a tile, and the problem as launchers see it."""
+"""Which pairs of rows and columns count: the problem of a launcher, and device functions over a tile."""
 
 from __future__ import annotations
 
