@@ -46,10 +46,10 @@ Key = tuple[str, str, str]  # kernel, architecture, kind of dtype
 TABLE: dict[Key, dict[int, Shape]] = {
     # Log-sum-exps, "lse_pairs" with labels or a mask. At 128 registers two programs share a multiprocessor.
     ("lse", "sm_80", "half"): {
-        32: Shape(128, 64, 32, 8, 3, 128),
-        64: Shape(128, 64, 64, 8, 3, 128),
-        128: Shape(128, 64, 128, 8, 2, 128),
-        256: Shape(128, 32, 256, 8, 2, 128),
+        32: Shape(128, 64, 32, 8, 3, 168),
+        64: Shape(128, 64, 64, 8, 3, 168),
+        128: Shape(128, 64, 128, 8, 2, 168),
+        256: Shape(128, 32, 256, 8, 2, 168),
         512: Shape(128, 128, 64, 8, 2),
     },
     ("lse_pairs", "sm_80", "half"): {
@@ -122,8 +122,8 @@ TABLE["lse_frozen", "sm_100", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
 TABLE["lse_frozen", "gfx942", "float32"] = {128: Shape(64, 32, 128, 4, 1)}
 
 # A thread holds its share of a tile of S and of the gradient, [block_m, width], beside the features'
-# addresses and what the columns bring: 255 registers decide the tiles. 64 rows on 4 warps rather than 128 on 8, the
-# same for a thread, because two programs then share a multiprocessor, and one multiplies while the other
+# addresses and what the columns bring: 255 registers decide the tiles. 64 rows on 4 warps rather than 128 on
+# 8, the same for a thread, because two programs then share a multiprocessor, and one multiplies while the other
 # takes exponentials. float32 takes three products for one, and past 64 features is left to the chunks of G. A
 # mask is read in another order than S is held in, which costs as many registers again: half the columns.
 TABLE["gradient_rows", "sm_80", "half"] = {128: Shape(64, 64, 128, 4, 2), 256: Shape(64, 32, 256, 8, 2)}
@@ -178,7 +178,7 @@ TABLE["similarity", "gfx942", "float32"] = {128: Shape(128, 128, 32, 8, 2)}
 
 TABLE["similarity_gradient", "sm_80", "half"] = {
     64: Shape(128, 32, 64, 8, 3),
-    128: Shape(128, 64, 128, 8, 2),
+    128: Shape(128, 32, 128, 8, 2),
 }
 TABLE["similarity_gradient", "sm_90", "half"] = {
     64: Shape(128, 64, 64, 8, 3),

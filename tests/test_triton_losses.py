@@ -27,23 +27,50 @@ def every(kind: str, n: int, d: int, tau: float) -> list[Problem]:
     return [*tempered, parity.clip_problem(kind, n, d, 1 / tau)]
 
 
+def some(kind: str, n: int, d: int, tau: float) -> list[Problem]:
+    """One of each path: positives by index, labels and mask, frozen and other keys, SCE, DimCL, both axes."""
+    first, second = parity.two_views(kind, n, d)
+    views = torch.stack([first, second], dim=1)
+    labels = {"labels": torch.arange(n) % max(1, n // 3)}
+    if kind == "converged":
+        centres = unit(max(1, n // 3), d)[labels["labels"]]
+        views = parity.near(centres[:, None].expand(n, 2, d).contiguous())
+    pair, queue = {"q": first, "k": second}, {"queue": unit(2 * n, d)}
+    found = [
+        Problem("supcon_loss", {"features": torch.stack([first, second], dim=1)}),
+        Problem("supcon_loss", {"features": views, **labels}),
+        Problem("supcon_loss", {"features": views, "mask": torch.rand(n, n) * (torch.rand(n, n) > 0.6)}),
+        Problem("info_nce_loss", pair),
+        Problem("info_nce_loss", {**pair, **queue}, frozen=("k", "queue")),
+        Problem("sce_loss", {**pair, **queue}, {"coeff": 0.3}, frozen=("k", "queue")),
+        Problem("sce_loss", pair, {"coeff": 0.3}),
+        Problem("dimcl_loss", {"z0": first, "z1": second}),
+    ]
+    return [*(parity.tempered(problem, tau) for problem in found), parity.clip_problem(kind, n, d, 1 / tau)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tau", [0.5, 0.1, 0.07, 0.01])
 @pytest.mark.parametrize("kind", ["random", "converged"])
 def test_temperatures(kind: str, tau: float, dtype: torch.dtype) -> None:
-    for problem in every(kind, 20, 24, tau):
+    for problem in some(kind, 18, 24, tau):
         assert_parity(problem.to(dtype))
+
+
+def test_every_loss() -> None:
+    for problem in every("random", 14, 20, 0.1):
+        assert_parity(problem)
 
 
 @pytest.mark.parametrize("kind", ["duplicates", "zero rows", "norm 30", "identical"])
 def test_awkward_features(kind: str) -> None:
-    for problem in every(kind, 14, 16, 0.1):
+    for problem in some(kind, 14, 16, 0.1):
         assert_parity(problem)
 
 
-@pytest.mark.parametrize(("n", "d"), [(1, 3), (2, 127), (67, 1), (21, 300)])
+@pytest.mark.parametrize(("n", "d"), [(2, 127), (45, 1), (17, 300)])
 def test_shapes(n: int, d: int) -> None:
-    for problem in every("random", n, d, 0.1):
+    for problem in some("random", n, d, 0.1):
         assert_parity(problem)
 
 
