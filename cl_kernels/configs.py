@@ -46,10 +46,10 @@ Key = tuple[str, str, str]  # kernel, architecture, kind of dtype
 TABLE: dict[Key, dict[int, Shape]] = {
     # Log-sum-exps, "lse_pairs" with labels or a mask. At 128 registers two programs share a multiprocessor.
     ("lse", "sm_80", "half"): {
-        32: Shape(128, 64, 32, 8, 3, 168),
-        64: Shape(128, 64, 64, 8, 3, 168),
-        128: Shape(128, 64, 128, 8, 2, 168),
-        256: Shape(128, 32, 256, 8, 2, 168),
+        32: Shape(128, 64, 32, 8, 3, 128),
+        64: Shape(128, 64, 64, 8, 3, 128),
+        128: Shape(128, 32, 128, 8, 2, 128),
+        256: Shape(128, 32, 256, 8, 2, 128),
         512: Shape(128, 128, 64, 8, 2),
     },
     ("lse_pairs", "sm_80", "half"): {
@@ -57,7 +57,7 @@ TABLE: dict[Key, dict[int, Shape]] = {
         64: Shape(64, 32, 64, 4, 3, 168),
         128: Shape(64, 32, 128, 4, 2, 168),
         256: Shape(64, 32, 256, 8, 2, 128),
-        512: Shape(128, 64, 64, 8, 3),
+        512: Shape(128, 32, 64, 8, 3),
     },
     ("lse", "sm_80", "float32"): {32: Shape(128, 32, 32, 8, 3)},
     ("lse_pairs", "sm_80", "float32"): {32: Shape(128, 32, 32, 8, 3)},
@@ -70,19 +70,19 @@ TABLE: dict[Key, dict[int, Shape]] = {
     },
     ("lse_pairs", "sm_90", "half"): {
         32: Shape(128, 32, 32, 8, 3, 128),
-        64: Shape(128, 32, 64, 8, 3, 128),
+        64: Shape(128, 32, 64, 8, 2, 128),
         128: Shape(128, 32, 128, 8, 3, 128),
         256: Shape(128, 32, 256, 8, 2, 128),
-        512: Shape(128, 64, 64, 8, 3),
+        512: Shape(128, 32, 64, 8, 3),
     },
     ("lse", "sm_90", "float32"): {32: Shape(128, 64, 32, 8, 3)},
     ("lse_pairs", "sm_90", "float32"): {32: Shape(128, 32, 32, 8, 3)},
     ("lse", "sm_100", "half"): {
-        32: Shape(128, 32, 32, 8, 3),
-        64: Shape(128, 32, 64, 8, 3),
-        128: Shape(128, 32, 128, 8, 3),
-        256: Shape(128, 32, 256, 8, 3),
-        512: Shape(128, 32, 64, 8, 3),
+        32: Shape(128, 32, 32, 8, 3, 240),
+        64: Shape(128, 32, 64, 8, 3, 240),
+        128: Shape(128, 32, 128, 8, 3, 240),
+        256: Shape(128, 32, 256, 8, 3, 240),
+        512: Shape(128, 32, 64, 8, 3, 240),
     },
     ("lse_pairs", "sm_100", "half"): {
         32: Shape(128, 32, 32, 8, 3, 240),
@@ -110,6 +110,9 @@ TABLE: dict[Key, dict[int, Shape]] = {
     ("lse", "gfx942", "float32"): {64: Shape(64, 64, 64, 4, 2), 128: Shape(64, 64, 32, 4, 2)},
     ("lse_pairs", "gfx942", "float32"): {64: Shape(64, 32, 64, 4, 2), 128: Shape(64, 32, 32, 4, 2)},
 }
+# Rows of stride 1, as DimCL's, take registers for their addresses: chunks of the features whatever the width.
+for _architecture in ARCHITECTURES:
+    TABLE["lse_transposed", _architecture, "half"] = {512: TABLE["lse", _architecture, "half"][512]}
 
 # Attention over frozen keys: a tile of S, and the mean of the keys, [block_m, width].
 TABLE["lse_frozen", "sm_80", "half"] = {128: Shape(64, 64, 128, 8, 2), 256: Shape(32, 32, 256, 8, 2)}
@@ -121,10 +124,10 @@ TABLE["lse_frozen", "sm_90", "float32"] = {64: Shape(64, 32, 64, 4, 2)}
 TABLE["lse_frozen", "sm_100", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
 TABLE["lse_frozen", "gfx942", "float32"] = {128: Shape(64, 32, 128, 4, 1)}
 
-# A thread holds its share of a tile of S and of the gradient, [block_m, width], beside the features'
-# addresses and what the columns bring: 255 registers decide the tiles. 64 rows on 4 warps rather than 128 on
-# 8, the same for a thread, because two programs then share a multiprocessor, and one multiplies while the other
-# takes exponentials. float32 takes three products for one, and past 64 features is left to the chunks of G. A
+# A thread holds its share of a tile of S and of the gradient, [block_m, width], beside the addresses of
+# features and what the columns bring: 255 registers decide the tiles. 64 rows on 4 warps rather than 128 on
+# 8, the same for a thread, because two programs then share a multiprocessor: one multiplies while the other
+# takes exponentials. float32 takes three products for one, and past 64 features is left to chunks of G. A
 # mask is read in another order than S is held in, which costs as many registers again: half the columns.
 TABLE["gradient_rows", "sm_80", "half"] = {128: Shape(64, 64, 128, 4, 2), 256: Shape(64, 32, 256, 8, 2)}
 TABLE["gradient_rows", "sm_90", "half"] = {
@@ -143,7 +146,8 @@ TABLE["gradient_rows_index", "sm_90", "half"] = {
     **TABLE["gradient_rows", "sm_90", "half"],
     256: Shape(64, 32, 256, 8, 2),
 }
-TABLE["gradient_rows_index", "sm_100", "half"] = {256: Shape(128, 32, 256, 8, 2)}
+# Left to itself, the assembler aims at 128 registers here, and spills.
+TABLE["gradient_rows_index", "sm_100", "half"] = {256: Shape(128, 32, 256, 8, 2, 255)}
 TABLE["gradient_rows_mask", "sm_100", "half"] = {256: Shape(128, 32, 256, 8, 2)}
 TABLE["gradient_rows", "sm_80", "float32"] = {64: Shape(32, 32, 64, 4, 2)}
 TABLE["gradient_rows", "sm_90", "float32"] = {64: Shape(64, 32, 64, 4, 2)}
@@ -153,8 +157,10 @@ TABLE["gradient_rows", "gfx942", "float32"] = {128: Shape(64, 32, 128, 4, 1)}
 # Square; a second product and its atomic additions in the loop need more registers still.
 for _architecture in ("sm_80", "sm_90", "sm_100"):
     TABLE["gradient_triangle", _architecture, "half"] = {128: Shape(64, 64, 128, 8, 2)}
-    TABLE["gradient_triangle_mask", _architecture, "half"] = {128: Shape(32, 32, 128, 4, 2)}
+    TABLE["gradient_triangle_mask", _architecture, "half"] = {128: Shape(32, 32, 128, 8, 2)}
     TABLE["gradient_triangle", _architecture, "float32"] = {64: Shape(32, 32, 64, 4, 2)}
+    TABLE["gradient_triangle_mask", _architecture, "float32"] = {64: Shape(32, 32, 64, 8, 2)}
+TABLE["gradient_triangle_labels", "sm_80", "half"] = {128: Shape(32, 32, 128, 8, 2)}
 TABLE["gradient_triangle", "gfx942", "half"] = {128: Shape(32, 32, 128, 4, 1)}
 TABLE["gradient_triangle", "gfx942", "float32"] = {128: Shape(32, 32, 128, 4, 1)}
 
@@ -237,6 +243,7 @@ TABLE["soft_target", "sm_80", "half"] = {
     1024: Shape(64, 64, 64, 8, 3),
 }
 TABLE["soft_target", "sm_90", "half"] = {
+    64: Shape(128, 64, 64, 8, 3),
     128: Shape(128, 128, 128, 8, 2),
     256: Shape(128, 64, 256, 8, 2),
     512: Shape(64, 64, 256, 8, 2),
@@ -281,10 +288,6 @@ TABLE["soft_target_softmax", "gfx942", "float32"] = {1024: Shape(64, 64, 32, 4, 
 for _architecture in ARCHITECTURES:  # soft_target_gradient.py: no products, memory alone
     TABLE["soft_target_gradient", _architecture, "half"] = {1024: Shape(8, 1, 128, 4, 1)}
     TABLE["soft_target_gradient", _architecture, "float32"] = {1024: Shape(8, 1, 128, 4, 1)}
-
-# (kernel, architecture) whose half tiles are too small for the widest matrix instruction of the architecture,
-# wgmma on sm_90 and tcgen05 on sm_100; in all others it has to be found.
-SMALL_PRODUCTS: frozenset[tuple[str, str]] = frozenset()
 
 
 @functools.cache

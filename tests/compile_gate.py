@@ -306,13 +306,12 @@ def figures(compiled: Any) -> Figures:
 
 
 def wanted_instructions(found: Launch) -> tuple[str, ...]:
-    """Of which one at least must be there, in a kernel with products: half tiles that fill the widest
-    instruction of their chip must use it."""
+    """Of which one at least must be there, in a kernel with products: half tiles of the 64 rows that the
+    widest instruction of their chip takes must use it."""
     if found.architecture == "gfx942":
         return ("mfma",)
-    name, kind, _ = found.row
     widest = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(found.architecture)
-    if widest is None or kind != "half" or (name, found.architecture) in configs.SMALL_PRODUCTS:
+    if widest is None or found.row[1] != "half" or found.tile[0] < 64:
         return ("wgmma", "mma", "tcgen05")
     return (widest,)
 

@@ -271,7 +271,8 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (n, d), m = q.shape, k.shape[0]
     positives = problem.positives
     sums = positives in ("labels", "mask")
-    tile = configs.shape("lse", q, d, "pairs" if sums or problem.among != "all" else "")
+    variant = "transposed" if q.stride(0) == 1 and d > 1 else ""
+    tile = configs.shape("lse", q, d, "pairs" if sums or problem.among != "all" else variant)
     mirrored = problem.mirrored and problem.exclude == 0 and positives != "mask"
     columns = problem.both_axes
     row_blocks, col_blocks = launch.cdiv(n, tile.block_m), launch.cdiv(m, tile.block_n)
