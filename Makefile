@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+JOBS ?= 2
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 GATE_FLAGS ?=
@@ -34,7 +35,7 @@ demo: $(BUILT)  ## train on handwritten digits, eager against ours; plot time an
 	$(BIN)/python examples/digits.py $(DEMO_FLAGS)
 
 test: $(BUILT) $(VENV)/.dev  ## the whole test suite
-	$(if $(findstring -pure,$(BUILT)),,CL_KERNELS_REQUIRE_EXTENSION=1) $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+	$(if $(findstring -pure,$(BUILT)),,CL_KERNELS_REQUIRE_EXTENSION=1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -311,7 +311,7 @@ def wanted_instructions(found: Launch) -> tuple[str, ...]:
     if found.architecture == "gfx942":
         return ("mfma",)
     widest = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(found.architecture)
-    if widest is None or found.row[1] != "half" or found.tile[0] < 64:
+    if widest is None or found.row[1] != "half" or min(found.tile[:1], default=0) < 64:
         return ("wgmma", "mma", "tcgen05")
     return (widest,)
 

@@ -46,7 +46,9 @@ def some(kind: str, n: int, d: int, tau: float) -> list[Problem]:
         Problem("sce_loss", pair, {"coeff": 0.3}),
         Problem("dimcl_loss", {"z0": first, "z1": second}),
     ]
-    return [*(parity.tempered(problem, tau) for problem in found), parity.clip_problem(kind, n, d, 1 / tau)]
+    images, texts = {"image_features": first}, {"text_features": second}
+    clip = Problem("clip_loss", {**images, **texts}, {"logit_scale": 1 / tau})
+    return [*(parity.tempered(problem, tau) for problem in found), clip]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,6 +57,15 @@ def some(kind: str, n: int, d: int, tau: float) -> list[Problem]:
 def test_temperatures(kind: str, tau: float, dtype: torch.dtype) -> None:
     for problem in some(kind, 18, 24, tau):
         assert_parity(problem.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_the_logit_scale(dtype: torch.dtype) -> None:
+    """In half precision it is a sum over G as rounded for the features' gradient."""
+    problem = parity.clip_problem("random", 30, 24, 10.0).to(dtype)
+    truth, found = (which(problem)["gradient of logit_scale"] for which in (parity.exact, parity.ours))
+    eps = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert parity.error(found, truth) <= eps * max(float(truth.abs()), 0.1)  # 0.1: a logit's derivative
 
 
 def test_every_loss() -> None:
@@ -68,7 +79,7 @@ def test_awkward_features(kind: str) -> None:
         assert_parity(problem)
 
 
-@pytest.mark.parametrize(("n", "d"), [(2, 127), (45, 1), (17, 300)])
+@pytest.mark.parametrize(("n", "d"), [(2, 127), (45, 3), (11, 300)])
 def test_shapes(n: int, d: int) -> None:
     for problem in some("random", n, d, 0.1):
         assert_parity(problem)
