@@ -48,10 +48,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture
-def device() -> str:
-    """Where kernels run: CL_KERNELS_TEST_DEVICE, "cpu" without it (Triton's then by its interpreter)."""
-    return os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu")
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of Triton's kernels make their tensors on CL_KERNELS_TEST_DEVICE; on the CPU, by default, the
+    kernels run under Triton's interpreter."""
+    if not request.module.__name__.startswith("test_triton"):
+        yield
+        return
+    torch.set_default_device(os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu"))
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)
