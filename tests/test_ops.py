@@ -738,12 +738,12 @@ def test_use_backend_is_setter_and_context_manager() -> None:
         clk.use_backend("gpu")
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_backends_that_cannot_serve_say_why(backend: str) -> None:
-    with clk.use_backend(backend), pytest.raises(clk.BackendError, match="not part of this build"):
+def test_backends_that_cannot_serve_say_why() -> None:
+    with clk.use_backend("cuda"), pytest.raises(clk.BackendError, match="not part of this build"):
         clk.contrastive_lse(rand(0, 4, 3))
-    with clk.use_backend(backend), pytest.raises(clk.BackendError, match="a rare option"):
-        dispatch.require_engine("a rare option")
+    for backend in ("triton", "cuda"):
+        with clk.use_backend(backend), pytest.raises(clk.BackendError, match="a rare option"):
+            dispatch.require_engine("a rare option")
 
 
 def test_cpu_backend_by_name() -> None:

@@ -57,18 +57,19 @@ def gradient(
     unit = None if fused else bound  # of parts; the fused kernel takes it off itself
     block = configs.shape(kernel, q, width, problem.positives).block_n
     rows = terms(lse, grad_lse, grad_positive, problem.positive_index, block, bound, largest)
-    cols = _absent(rows, k)
-    if grad_cols is not None:
-        cols = terms(lse_cols, grad_cols, None, None, block, bound, None)
-    side = _rows_as_owners(problem, rows, cols, bound)
     if mirrored:
-        both = replace(side, other=rows, other_index=problem.positive_index)
+        both = replace(_rows_as_owners(problem, rows, rows, bound), other_index=problem.positive_index)
         if fused:
             parts = row_gradients(both, triangle=kernel == "gradient_triangle")[0]
         else:
             parts = chunk_gradients(both, into_rows=True, into_columns=False, bias=False)[0]
-        grad, along = combine(parts, q, scale, needs_q, unit, dtype)
-        return grad, _nothing(q), 0.5 * along, _nothing(q)
+        grad, along = combine(parts, q, scale, needs_q, unit, dtype, share=0.5)
+        return grad, _nothing(q), along, _nothing(q)
+    if grad_cols is None:
+        cols = _absent(rows, k)
+    else:
+        cols = terms(lse_cols, grad_cols, None, None, block, bound, None)
+    side = _rows_as_owners(problem, rows, cols, bound)
     into_q = needs_q or not needs_k  # one of them, for the gradient of the scale
     into_k = needs_q if self_keys else needs_k
     if fused:
@@ -80,8 +81,8 @@ def gradient(
     else:
         by_rows, by_cols, bias = chunk_gradients(side, into_rows=into_q, into_columns=into_k, bias=needs_bias)
     if self_keys and into_q and into_k:
-        grad, along = combine(torch.cat([by_rows, by_cols]), q, scale, needs_q, unit, dtype)
-        return grad, _nothing(q), 0.5 * along, bias
+        grad, along = combine(torch.cat([by_rows, by_cols]), q, scale, needs_q, unit, dtype, share=0.5)
+        return grad, _nothing(q), along, bias
     grad_q, grad_k, along = _nothing(q), _nothing(q), _nothing(q)
     if into_k:
         grad_k, along = combine(by_cols, k, scale, needs_k, unit, dtype)

@@ -15,7 +15,7 @@ _ROWS = 16
 
 @triton.jit(do_not_specialize=["n", "d", "parts"])
 def _combine_kernel(
-    part, x, scale, bound, grad, along, n, d, parts, stride_xn, stride_xd,
+    part, x, scale, bound, grad, along, share, n, d, parts, stride_xn, stride_xd,
     UNIT: tl.constexpr, WRITE: tl.constexpr, SCALE_TENSOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def _combine_kernel(
         dots += b_x.to(tl.float32) * total
         if WRITE:
             tl.store(grad + at, (total * s).to(grad.dtype.element_ty), mask=m_x)
-    tl.store(along + tl.program_id(0), tl.sum(tl.sum(dots, 1), 0))
+    tl.store(along + tl.program_id(0), tl.sum(tl.sum(dots, 1), 0) * share)
 
 
 def combine(
@@ -45,16 +45,17 @@ def combine(
     write: bool,
     bound: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """scale times the sum of the parts [P, n, D] in `dtype` (that of x; [0] float32 unless `write`), and
-    sum(x . parts), []. `bound`: the parts are in its unit."""
+    share sum(x . parts), []. `bound`: the parts are in its unit."""
     n, d = x.shape
     programs = launch.cdiv(n, _ROWS)
     grad = x.new_empty(x.shape, dtype=dtype or x.dtype) if write else parts.new_empty(0)
     along = parts.new_empty(programs)
     factor = launch.scalar(scale)
     _combine_kernel[(programs,)](
-        parts, x, factor, bound, grad, along, n, d, parts.shape[0], *x.stride(),
+        parts, x, factor, bound, grad, along, share, n, d, parts.shape[0], *x.stride(),
         UNIT=bound is not None, WRITE=write, SCALE_TENSOR=isinstance(factor, Tensor),
         BLOCK_M=_ROWS, BLOCK_D=128,
     )  # fmt: skip
