@@ -158,7 +158,7 @@ TABLE["gradient_rows", "gfx942", "float32"] = {128: Shape(64, 32, 128, 4, 1)}
 for _architecture in ("sm_80", "sm_90", "sm_100"):
     TABLE["gradient_triangle", _architecture, "half"] = {128: Shape(64, 64, 128, 8, 2)}
     TABLE["gradient_triangle_mask", _architecture, "half"] = {128: Shape(32, 32, 128, 8, 2)}
-    TABLE["gradient_triangle", _architecture, "float32"] = {64: Shape(32, 32, 64, 4, 2)}
+    TABLE["gradient_triangle", _architecture, "float32"] = {64: Shape(32, 32, 64, 8, 2)}
     TABLE["gradient_triangle_mask", _architecture, "float32"] = {64: Shape(32, 32, 64, 8, 2)}
 TABLE["gradient_triangle_labels", "sm_80", "half"] = {128: Shape(32, 32, 128, 8, 2)}
 TABLE["gradient_triangle", "gfx942", "half"] = {128: Shape(32, 32, 128, 4, 1)}
