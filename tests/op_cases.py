@@ -105,7 +105,9 @@ class _Maker:
                 "device_scale": True,
             },
         }  # fmt: skip
-        main, common = ("self", "keys, frozen"), ("keys", "both axes")
+        # Each kind of positives: some have launch shapes of their own.
+        main = ("self", "self, labels", "self, mask", "self, no positives", "keys, frozen")
+        common = ("keys", "both axes")
 
         def run(
             call: Call,

@@ -50,10 +50,12 @@ def _kernel(
     i_d = tl.arange(0, WIDTH)
     m_d = i_d < d
     i_row = i_m.to(tl.int64)
-    at_q = tl.where(m_student, i_row * stride_qn, 0)[:, None] + i_d.to(tl.int64)[None, :] * stride_qd
-    at_t = tl.where(m_student, 0, i_row * stride_tn)[:, None] + i_d.to(tl.int64)[None, :] * stride_td
+    at_q = q + (i_row * stride_qn)[:, None] + i_d.to(tl.int64)[None, :] * stride_qd
+    at_t = target_q + (i_row * stride_tn)[:, None] + i_d.to(tl.int64)[None, :] * stride_td
     m_x = m_m[:, None] if EVEN_D else m_m[:, None] & m_d[None, :]
-    b_x = tl.load(tl.where(m_student[:, None], q + at_q, target_q + at_t), mask=m_x, other=0.0)
+    b_q = tl.load(at_q, mask=m_x & m_student[:, None], other=0.0)
+    b_t = tl.load(at_t, mask=m_x & ~m_student[:, None], other=0.0)
+    b_x = tl.where(m_student[:, None], b_q, b_t)
     b_scale2 = LOG2E * tl.where(
         m_student, scalar(scale, SCALE_IS_TENSOR), scalar(target_scale, TARGET_SCALE_IS_TENSOR)
     )
