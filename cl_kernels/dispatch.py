@@ -143,6 +143,8 @@ def table() -> list[Row]:
 def _row(op: str, device: str) -> Row:
     compiled = ("cpu", "triton", "cuda")
     obstacles = {backend: obstacle(backend, device, op) for backend in compiled}
+    if device == "cpu" and obstacles["triton"] is None:
+        obstacles["triton"] = "serves CPU tensors by name only, under Triton's interpreter"
     serving = next((backend for backend in compiled if obstacles[backend] is None), "reference")
     reasons: dict[str, list[str]] = {}
     for backend, reason in obstacles.items():
