@@ -53,9 +53,8 @@ def _kernel(
     at_q = q + (i_row * stride_qn)[:, None] + i_d.to(tl.int64)[None, :] * stride_qd
     at_t = target_q + (i_row * stride_tn)[:, None] + i_d.to(tl.int64)[None, :] * stride_td
     m_x = m_m[:, None] if EVEN_D else m_m[:, None] & m_d[None, :]
-    b_q = tl.load(at_q, mask=m_x & m_student[:, None], other=0.0)
-    b_t = tl.load(at_t, mask=m_x & ~m_student[:, None], other=0.0)
-    b_x = tl.where(m_student[:, None], b_q, b_t)
+    b_x = tl.load(at_q, mask=m_x & m_student[:, None], other=0.0)
+    b_x = tl.load(at_t, mask=m_x & ~m_student[:, None], other=b_x)
     b_scale2 = LOG2E * tl.where(
         m_student, scalar(scale, SCALE_IS_TENSOR), scalar(target_scale, TARGET_SCALE_IS_TENSOR)
     )
