@@ -602,9 +602,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrasti
     cpu::Engine<decltype(mode)> engine(q, k, scale, pairs);
     auto sums = engine.log_sum_exp();
     auto positives = engine.positives();
-    at::Tensor residual = save_gradient ? engine.residual(std::get<0>(sums))
-                                        : at::empty({0}, std::get<0>(sums).options().dtype(
-                                                             cpu::sum_type<decltype(mode)>()));
+    at::Tensor residual =
+        save_gradient ? engine.residual(std::get<0>(sums))
+                      : at::empty({0}, std::get<0>(sums).options().dtype(cpu::sum_type<decltype(mode)>()));
     return std::tuple_cat(sums, positives, std::make_tuple(residual));
   });
 }
