@@ -108,7 +108,7 @@ def standardise(
     _standardise_kernel[(launch.cdiv(d, shape.block_d), 2)](
         z0, z1, x, mean, rnorm, n, d, noise, *z0.stride(), *z1.stride(),
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
-        num_warps=shape.warps, num_stages=shape.stages,
+        **launch.options(shape),
     )  # fmt: skip
     return x, mean, rnorm
 
@@ -126,6 +126,6 @@ def column_gradient(
     _gradient_kernel[(launch.cdiv(d, shape.block_d), 2)](
         grad_x, x, rnorm, grad_z0, grad_z1, n, d, *grad_x.stride(), *x.stride(),
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
-        num_warps=shape.warps, num_stages=shape.stages,
+        **launch.options(shape),
     )  # fmt: skip
     return grad_z0, grad_z1

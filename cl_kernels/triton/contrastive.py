@@ -33,12 +33,11 @@ def contrastive_forward(
         q, k, scale, exclude, row_labels, col_labels, among, label_positives, positive_index, positive_mask,
         key_bias, both_axes,
     )  # fmt: skip
-    none = q.new_empty(0, dtype=scale.dtype)
     if save_gradient and q.shape[1] <= configs.widest("lse_frozen", q):
         lse, positive_sum, positive_count, saved = log_sum_exp_and_residual(problem)
         return lse, lse.new_empty(0), positive_sum, positive_count, saved
     lse, lse_cols, positive_sum, positive_count = log_sum_exp(problem)
-    saved = residual(problem, lse) if save_gradient else none
+    saved = residual(problem, lse) if save_gradient else q.new_empty(0, dtype=scale.dtype)
     return lse, lse_cols, positive_sum, positive_count, saved
 
 

@@ -127,7 +127,7 @@ def masked_log_softmax_forward(
     _forward_kernel[(launch.cdiv(n, shape.block_m),)](
         logits, mask, out, n, m, *logits.stride(), *_strides(mask),
         MASKED=mask is not None, WHOLE=m <= shape.block_n, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
-        num_warps=shape.warps, num_stages=shape.stages,
+        **launch.options(shape),
     )  # fmt: skip
     return out
 
@@ -143,7 +143,7 @@ def masked_log_softmax_backward(
     _backward_kernel[(launch.cdiv(n, shape.block_m),)](
         grad, output, mask, out, n, m, *grad.stride(), *output.stride(), *_strides(mask),
         MASKED=mask is not None, WHOLE=m <= shape.block_n, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
-        num_warps=shape.warps, num_stages=shape.stages,
+        **launch.options(shape),
     )  # fmt: skip
     return out
 

@@ -287,6 +287,7 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         blocks_q, groups_q = 1, row_blocks
         groups_k = launch.splits(row_blocks, col_blocks, q)
         blocks_k = launch.cdiv(col_blocks, groups_k)
+    norms = None
     if mirrored or columns:
         norms = q.new_empty(row_blocks + col_blocks, dtype=torch.float32)
         _norms_kernel[(row_blocks + col_blocks,)](
@@ -298,10 +299,10 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cols = q.new_empty((groups_q, planes, m), dtype=torch.float32) if mirrored or columns else rows
     programs = groups_q * (groups_q + 1) // 2 if mirrored else groups_q * groups_k
     scale, exclude = launch.scalar(problem.scale), problem.offset
+    mask, *mask_layout = mask_arguments(problem.positive_mask)
     _lse_kernel[(programs,)](
-        q, k, scale, problem.key_bias, problem.row_labels, problem.col_labels,
-        mask_arguments(problem.positive_mask)[0], norms if mirrored or columns else None, rows, cols,
-        n, m, d, exclude or 0, *q.stride(), *k.stride(), *mask_arguments(problem.positive_mask)[1:],
+        q, k, scale, problem.key_bias, problem.row_labels, problem.col_labels, mask, norms, rows, cols,
+        n, m, d, exclude or 0, *q.stride(), *k.stride(), *mask_layout,
         groups_q, groups_k, blocks_q, blocks_k,
         MIRRORED=mirrored, COLUMNS=columns, SCALE_TENSOR=isinstance(scale, Tensor),
         EXCLUDE=exclude is not None, AMONG=problem.among, POSITIVES=positives,

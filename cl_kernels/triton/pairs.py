@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,26 +64,14 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def contrast(
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    exclude: int | None,
-    row_labels: Tensor | None,
-    col_labels: Tensor | None,
-    among: str,
-    label_positives: bool,
-    positive_index: Tensor | None,
-    positive_mask: Tensor | None,
-    key_bias: Tensor | None,
-    both_axes: bool,
-) -> Contrast:
+def contrast(*arguments: Any) -> Contrast:
     """The problem with its vectors contiguous, as kernels read them; labels that are the same stay so."""
-    rows = contiguous(row_labels)
-    cols = rows if same_memory(row_labels, col_labels) else contiguous(col_labels)
-    return Contrast(
-        q, k, scale, exclude, rows, cols, among, label_positives, contiguous(positive_index), positive_mask,
-        contiguous(key_bias), both_axes,
+    given = Contrast(*arguments)
+    rows = contiguous(given.row_labels)
+    cols = rows if same_memory(given.row_labels, given.col_labels) else contiguous(given.col_labels)
+    return replace(
+        given, row_labels=rows, col_labels=cols, positive_index=contiguous(given.positive_index),
+        key_bias=contiguous(given.key_bias),
     )  # fmt: skip
 
 

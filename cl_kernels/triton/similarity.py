@@ -64,7 +64,7 @@ def reciprocal_norm(x: Tensor) -> Tensor:
     _reciprocal_norm_kernel[(launch.cdiv(n, shape.block_m),)](
         x, rnorm, n, d, *x.stride(),
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
-        num_warps=shape.warps, num_stages=shape.stages,
+        **launch.options(shape),
     )  # fmt: skip
     return rnorm
 
@@ -91,6 +91,6 @@ def similarity_forward(
         NORMALIZE=normalize, SCALE_IS_TENSOR=isinstance(factor, Tensor), GROUP=GROUP,
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_D=d % shape.block_d == 0, PRECISION=launch.precision(q),
-        num_warps=shape.warps, num_stages=shape.stages,
+        **launch.options(shape),
     )  # fmt: skip
     return out, q_rnorm, k_rnorm

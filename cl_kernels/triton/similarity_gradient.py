@@ -123,7 +123,7 @@ def _products(grad: Tensor, y: Tensor, y_rnorm: Tensor, normalize: bool, both: b
         BOTH=both, NORMALIZE=normalize,
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_M=m % shape.block_n == 0, EVEN_D=d % shape.block_d == 0, PRECISION=launch.precision(y),
-        num_warps=shape.warps, num_stages=shape.stages,
+        **launch.options(shape),
     )  # fmt: skip
     return acc
 
@@ -149,7 +149,7 @@ def _rows(
         NORMALIZE=normalize, NEEDED=needed, SUMMED=share is not None,
         SCALE_IS_TENSOR=isinstance(factor, Tensor), WHOLE=d <= shape.block_d,
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
-        num_warps=shape.warps, num_stages=shape.stages,
+        **launch.options(shape),
     )  # fmt: skip
     return out, sums
 

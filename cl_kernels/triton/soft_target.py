@@ -166,6 +166,6 @@ def _walk(problem: Problem) -> Slots:
             EVEN_D=d % block_d == 0, EVEN_E=e % block_e == 0, WHOLE=whole, SAME_KEYS=problem.same_keys(i),
             PRECISION=launch.precision(q), SCALE_IS_TENSOR=isinstance(scale, Tensor),
             TARGET_SCALE_IS_TENSOR=isinstance(target_scale, Tensor),
-            num_warps=shape.warps, num_stages=shape.stages,
+            **launch.options(shape),
         )  # fmt: skip
     return slots

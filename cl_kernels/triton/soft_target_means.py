@@ -136,6 +136,6 @@ def walk(problem: Problem) -> Slots:
             HEADROOM=15.0 if q.dtype == torch.float16 else 0.0, PRECISION=launch.precision(q),
             SCALE_IS_TENSOR=isinstance(scale, Tensor),
             TARGET_SCALE_IS_TENSOR=isinstance(target_scale, Tensor),
-            num_warps=shape.warps, num_stages=shape.stages,
+            **launch.options(shape),
         )  # fmt: skip
     return slots

@@ -212,7 +212,7 @@ def _block(
         ZERO=problem.positive_in_target == "zero", REST_ONLY=wanted.rest_only,
         SCALE_IS_TENSOR=isinstance(scale, Tensor), TARGET_SCALE_IS_TENSOR=isinstance(target_scale, Tensor),
         FACTOR_IS_TENSOR=isinstance(factors.g, Tensor),
-        num_warps=shape.warps, num_stages=shape.stages,
+        **launch.options(shape),
     )  # fmt: skip
     nothing = q.new_empty(0, dtype=torch.float32)
     g, h = (nothing if x is None else x[:, :m] for x in (g, h))
