@@ -8,15 +8,16 @@ BENCH_FLAGS ?=
 GATE_FLAGS ?=
 GPU_FLAGS ?=
 CL_KERNELS_SKIP_BUILD ?=
+CL_KERNELS_SKIP_CUDA_BUILD ?=
 # Here a build that fails is an error; without a compiler: make demo CL_KERNELS_SKIP_BUILD=1
 CL_KERNELS_FORCE_BUILD ?= $(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),,1)
-export CL_KERNELS_SKIP_BUILD CL_KERNELS_FORCE_BUILD
+export CL_KERNELS_SKIP_BUILD CL_KERNELS_FORCE_BUILD CL_KERNELS_SKIP_CUDA_BUILD
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 SOURCES := $(shell find csrc -type f 2>/dev/null)
-CXX_FILES := $(filter %.h %.inl %.cpp,$(SOURCES))
+CXX_FILES := $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES))
 # Stamps of both kinds of install, so that changing the switch installs again.
 BUILT := $(VENV)/.built$(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),-pure)
 
@@ -30,6 +31,7 @@ help:  ## show this list
 	@echo "  PIP_FLAGS=...              passed to every pip install"
 	@echo "  PYTEST_FLAGS='-k supcon'   passed to pytest; likewise DEMO_, BENCH_, GATE_, GPU_FLAGS"
 	@echo "  CL_KERNELS_SKIP_BUILD=1    do without a C++ compiler"
+	@echo "  CL_KERNELS_SKIP_CUDA_BUILD=1    do without nvcc where torch has CUDA"
 
 demo: $(BUILT)  ## train on handwritten digits, eager against ours; plot time and memory
 	$(BIN)/python examples/digits.py $(DEMO_FLAGS)
@@ -54,22 +56,23 @@ bench: $(BUILT) $(VENV)/.dev  ## microbenchmarks (pytest-benchmark)
 acceptance: $(BUILT)  ## speed and memory measures against their targets
 	$(BIN)/python bench/acceptance.py $(BENCH_FLAGS)
 
-compile-gate: $(BUILT)  ## compile every Triton kernel for every GPU, without one
+compile-gate: $(BUILT)  ## compile every Triton and CUDA C++ kernel for every GPU, without one
 	$(BIN)/python tests/compile_gate.py $(GATE_FLAGS)
+	$(BIN)/python tests/cuda_gate.py
 
 # On a machine with a GPU and no network: $(PYTHON) as it is, with torch, triton and pytest, and no .venv.
 gpu-check:  ## tests, memory checkers and timings on this machine's GPU
 	$(PYTHON) bench/gpu_check.py $(GPU_FLAGS)
 
-build: $(BUILT)  ## install the package in .venv and compile its extension
+build: $(BUILT)  ## install the package in .venv and compile its extensions
 
 # python setup.py build_ext keeps its objects in build/, so that only changed files are compiled again.
-$(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
+$(VENV)/.built: $(VENV)/.installed setup.py cl_kernels/cuda_build.py $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@rm -f $(VENV)/.built-pure && touch $@
 
 $(VENV)/.built-pure: $(VENV)/.installed
-	rm -f cl_kernels/_C.*so $(VENV)/.built
+	rm -f cl_kernels/_C.*so cl_kernels/_cuda.*so $(VENV)/.built
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.demo pyproject.toml
@@ -90,7 +93,7 @@ $(BIN)/python:
 
 clean:  ## remove build products
 	rm -rf build dist demo_output gpu_check_output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
-	rm -f cl_kernels/_C.*so $(VENV)/.built* $(VENV)/.installed
+	rm -f cl_kernels/_C.*so cl_kernels/_cuda.*so $(VENV)/.built* $(VENV)/.installed
 	find cl_kernels tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## remove .venv as well

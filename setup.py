@@ -1,12 +1,18 @@
-"""Builds the C++ extension `cl_kernels._C` beside the pure-Python package that pyproject.toml describes.
+"""Builds the extensions `cl_kernels._C`, C++ for the CPU, and `cl_kernels._cuda`, CUDA C++ for GPUs, beside
+the pure-Python package that pyproject.toml describes.
 
-CL_KERNELS_SKIP_BUILD=1   do not compile: a pure-Python install, right on every input and slower
-CL_KERNELS_FORCE_BUILD=1  a build that cannot be made is an error
-neither                   compile where that works; otherwise print why not, and install pure Python
+CL_KERNELS_SKIP_BUILD=1        do not compile: a pure-Python install, right on every input and slower
+CL_KERNELS_FORCE_BUILD=1       an extension for the CPU that cannot be built is an error
+CL_KERNELS_SKIP_CUDA_BUILD=1   leave the extension for GPUs out
+CL_KERNELS_FORCE_CUDA_BUILD=1  an extension for GPUs that cannot be built is an error
+TORCH_CUDA_ARCH_LIST           the GPU architectures to compile for; by default those of the GPUs here
+MAX_JOBS                       compilers at once
+none of these                  compile where that works; otherwise print why not, and do without
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -14,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext as SetuptoolsBuildExt
@@ -28,6 +35,23 @@ def enabled(name: str) -> bool:
 
 SKIP = enabled("CL_KERNELS_SKIP_BUILD")
 FORCE = enabled("CL_KERNELS_FORCE_BUILD")
+SKIP_CUDA = enabled("CL_KERNELS_SKIP_CUDA_BUILD")
+FORCE_CUDA = enabled("CL_KERNELS_FORCE_CUDA_BUILD")
+CPU, CUDA = "cl_kernels._C", "cl_kernels._cuda"
+FORCED = {CPU: FORCE, CUDA: FORCE_CUDA}
+FORCING = {CPU: "CL_KERNELS_FORCE_BUILD", CUDA: "CL_KERNELS_FORCE_CUDA_BUILD"}
+
+
+def load_cuda_build() -> ModuleType:
+    """cl_kernels/cuda_build.py, without importing the package."""
+    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "cl_kernels" / "cuda_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_build = load_cuda_build()
+cuda_build.name_toolkit()  # before torch looks for it
 
 
 def compiler() -> str:
@@ -44,7 +68,7 @@ def uses_clang() -> bool:
 
 
 def obstacle() -> str | None:
-    """Why the extension cannot be built here, or None."""
+    """Why no extension can be built here, or None."""
     if not any(CSRC.rglob("*.cpp")):
         return f"there are no C++ sources in {CSRC.name}/"
     try:
@@ -61,20 +85,28 @@ def obstacle() -> str | None:
     return None
 
 
-def notice(reason: str) -> None:
-    print(
-        f"\ncl_kernels: installing WITHOUT compiled kernels: {reason}.\n"
-        "cl_kernels: every loss stays right and keeps its memory bounded, but is slower.\n",
-        file=sys.stderr,
-        flush=True,
-    )
+def notice(name: str, reason: str) -> None:
+    """Say that an extension is left out, and why."""
+    text = f"cl_kernels: installing without CUDA kernels: {reason}."
+    if name == CPU:
+        text = (
+            f"\ncl_kernels: installing WITHOUT compiled kernels: {reason}.\n"
+            "cl_kernels: every loss stays right and keeps its memory bounded, but is slower.\n"
+        )
+    print(text, file=sys.stderr, flush=True)
+
+
+def relative(paths) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
 def sources(*patterns: str) -> list[str]:
-    return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in CSRC.rglob(pattern))
+    """The CPU extension's."""
+    found = {path for pattern in patterns for path in (*CSRC.glob(pattern), *(CSRC / "cpu").rglob(pattern))}
+    return relative(found)
 
 
-def extension():
+def cpu_extension():
     from torch.utils.cpp_extension import CppExtension
 
     # The instruction set is chosen at run time: csrc/cpu/isa_*.cpp raise their target, the rest is baseline.
@@ -87,7 +119,7 @@ def extension():
         if uses_clang():
             link_args.append("-fopenmp")
     return CppExtension(
-        "cl_kernels._C",
+        CPU,
         sources=sources("*.cpp"),
         include_dirs=[str(CSRC)],
         depends=sources("*.h", "*.inl"),
@@ -96,50 +128,97 @@ def extension():
     )
 
 
+def cuda_extension():
+    from torch.utils.cpp_extension import CUDAExtension
+
+    return CUDAExtension(
+        CUDA,
+        sources=relative(cuda_build.sources(ROOT, ".cpp", ".cu")),
+        include_dirs=[str(folder) for folder in cuda_build.include_folders(ROOT)],
+        depends=relative((*CSRC.glob("*.h"), *cuda_build.sources(ROOT, ".h", ".cuh", ".inl"))),
+        extra_compile_args=cuda_build.flags(cuda_build.wanted()),
+    )
+
+
 def build_command(base: type) -> type:
-    """`base` (torch's BuildExtension) that falls back to pure Python where the compilation fails."""
+    """`base` (torch's BuildExtension) that does without an extension where its compilation fails."""
 
     class BuildExt(base):
         def run(self) -> None:
             version = self.distribution.get_version()
             for ext in self.extensions:
                 ext.define_macros.append(("CL_KERNELS_VERSION", f'"{version}"'))
-            try:
-                super().run()
-            except Exception as error:
-                if FORCE:
-                    raise
-                self.remove_stale()
-                self.extensions = []
-                self.distribution.ext_modules = []
-                summary = str(error).strip().splitlines()[0]
-                notice(f"the compilation failed ({summary}; the compiler's output is above)")
+            super().run()
 
-        def remove_stale(self) -> None:
+        def build_extensions(self) -> None:
+            """One at a time: where one fails, the other stays."""
+            self.compiler.object_filenames = with_objects_of_their_own(self.compiler.object_filenames)
+            built = []
+            for ext in self.extensions:
+                self.extensions = [ext]
+                try:
+                    super().build_extensions()
+                except Exception as error:
+                    if FORCED[ext.name]:
+                        raise
+                    self.remove_stale(ext)
+                    summary = str(error).strip().splitlines()[0]
+                    notice(ext.name, f"the compilation failed ({summary}; the compiler's output is above)")
+                else:
+                    built.append(ext)
+            self.extensions = self.distribution.ext_modules = built
+
+        def remove_stale(self, ext) -> None:
             """An extension of an earlier build must not outlive a failed one."""
+            stem = ext.name.rpartition(".")[2]
             for package in (ROOT / "cl_kernels", Path(self.build_lib) / "cl_kernels"):
-                for path in (*package.glob("_C*.so"), *package.glob("_C*.pyd")):
+                for path in (*package.glob(f"{stem}.*so"), *package.glob(f"{stem}.*pyd")):
                     path.unlink()
 
     return BuildExt
 
 
-def build_arguments() -> dict[str, object]:
-    if SKIP and FORCE:
-        raise SystemExit("cl_kernels: CL_KERNELS_SKIP_BUILD and CL_KERNELS_FORCE_BUILD contradict each other")
-    reason = "CL_KERNELS_SKIP_BUILD is set" if SKIP else obstacle()
-    if reason is None:
-        from torch.utils.cpp_extension import BuildExtension
+def with_objects_of_their_own(object_filenames):
+    """similarity.cu and similarity.cpp compile to different files."""
 
-        return {"ext_modules": [extension()], "cmdclass": {"build_ext": build_command(BuildExtension)}}
-    if FORCE:
-        raise SystemExit(f"cl_kernels: CL_KERNELS_FORCE_BUILD is set, but {reason}")
-    if any(
-        command in sys.argv
-        for command in ("bdist_wheel", "editable_wheel", "build_ext", "install", "develop")
-    ):
-        notice(reason)
-    return {"cmdclass": {"build_ext": SetuptoolsBuildExt}}
+    def names(sources, *args, **kwargs) -> list[str]:
+        objects = object_filenames(sources, *args, **kwargs)
+        return [
+            str(Path(name).with_suffix(".cuda.o")) if str(source).endswith(".cu") else name
+            for source, name in zip(sources, objects, strict=True)
+        ]
+
+    return names
+
+
+def obstacles() -> dict[str, str | None]:
+    """Why each extension is not built, or None."""
+    if SKIP:
+        return dict.fromkeys((CPU, CUDA), "CL_KERNELS_SKIP_BUILD is set")
+    common = obstacle()
+    if common is not None or SKIP_CUDA:
+        return {CPU: common, CUDA: common or "CL_KERNELS_SKIP_CUDA_BUILD is set"}
+    return {CPU: None, CUDA: cuda_build.obstacle(ROOT)}
+
+
+def build_arguments() -> dict[str, object]:
+    reasons = obstacles()
+    for name, reason in reasons.items():
+        if reason is None:
+            continue
+        if FORCED[name]:
+            raise SystemExit(f"cl_kernels: {FORCING[name]} is set, but {reason}")
+        if any(
+            command in sys.argv
+            for command in ("bdist_wheel", "editable_wheel", "build_ext", "install", "develop")
+        ):
+            notice(name, reason)
+    if reasons[CPU] is not None:
+        return {"cmdclass": {"build_ext": SetuptoolsBuildExt}}
+    from torch.utils.cpp_extension import BuildExtension
+
+    extensions = [cpu_extension()] + ([cuda_extension()] if reasons[CUDA] is None else [])
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": build_command(BuildExtension)}}
 
 
 setup(**build_arguments())

@@ -27,7 +27,7 @@ def _installed(package: str) -> str:
 
 
 def collect() -> dict[str, Any]:
-    build = extension.build_info()
+    build, on_gpu = extension.build_info(), extension.cuda_build_info()
     capability = build.get("cpu_capability") or f"{torch.backends.cpu.get_cpu_capability()} (torch's)"
     return {
         "versions": {
@@ -39,6 +39,8 @@ def collect() -> dict[str, Any]:
         "build": {
             "extension": "loaded" if extension.is_loaded() else f"none: {extension.missing_because}",
             **({"built with": _described(build)} if build else {}),
+            "CUDA extension": "loaded" if on_gpu else f"none: {extension.cuda_missing_because}",
+            **({"CUDA extension built with": _described(on_gpu)} if on_gpu else {}),
             "CPU instruction set": capability,
             "threads": str(torch.get_num_threads()),
             "float32 matmul precision": torch.get_float32_matmul_precision(),
@@ -66,7 +68,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def as_text(info: dict[str, Any]) -> str:
-    header = ("op", "device", "backend", "why not the others")
+    header = ("op", "device", "backend", "why")
     rows = [(row["op"], row["device"], row["backend"], row["reason"]) for row in info["ops"]]
     return "\n".join(
         [

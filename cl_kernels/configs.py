@@ -1,8 +1,12 @@
-"""The table of launch shapes: by architecture, dtype, padded width and kernel.
+"""Two tables for GPUs: which backend serves an op under "auto", and the launch shapes of Triton's kernels.
 
-A row is found for the architecture of a tensor's device, the kind of its dtype and its number of features
-rounded up to a power of two; where the table has no row for that width, the next wider one serves, and the
-widest row serves everything beyond, because such kernels walk the features in chunks of `block_d`.
+`SERVING` is read from the top, and the first row that fits decides. A row is marked "measured" where both
+backends ran on a GPU of that architecture, and "model" where docs/performance.md decides on paper.
+
+`TABLE` has launch shapes by kernel, architecture, dtype and padded width. A row is found for the architecture
+of a tensor's device, the kind of its dtype and its number of features rounded up to a power of two; where the
+table has no row for that width, the next wider one serves, and the widest row serves everything beyond,
+because such kernels walk the features in chunks of `block_d`.
 
 Rows for sm_80 keep to the 99 KiB of shared memory that sm_86, sm_89 and sm_120 have too. Every row is
 compiled ahead of time, and held to limits, by `make compile-gate`.
@@ -40,6 +44,47 @@ class Device(NamedTuple):
 
 # Small tiles, so that small tests see several of them, tails and splits.
 _INTERPRETED = Shape(32, 16, 32, 1, 1)
+
+
+class Serving(NamedTuple):
+    """Which backend serves an op; `ANY` fits all."""
+
+    op: str
+    variant: str  # of VARIANTS
+    kind: str  # of dtype: "half", "float32"
+    architecture: str
+    widest: int | None  # features, at most
+    backend: str  # "cuda", "triton"
+    basis: str  # "measured", "model"
+
+    def fits(self, op: str, variant: str, kind: str, architecture: str, width: int) -> bool:
+        fixed = zip(self[:4], (op, variant, kind, architecture), strict=True)
+        return all(wanted in (ANY, got) for wanted, got in fixed) and width <= (self.widest or width)
+
+
+ANY = "any"
+VARIANTS = {
+    # One axis of q with itself, of unfrozen keys; both axes; keys that get no gradient.
+    "contrastive": ("self", "keys", "both axes", "frozen keys", "transposed"),
+    "soft_target": ("plain", "transposed"),
+    "dimcl": ("plain", "transposed"),
+    "similarity": ("plain", "transposed"),
+    "masked_log_softmax": ("plain", "transposed"),
+}
+"""What the backends do differently; transposed: the stride along the features is not 1."""
+
+SERVING = (
+    # op, variant, kind of dtype, architecture, widest, backend, basis
+    Serving(ANY, ANY, ANY, "gfx942", None, "triton", "model"),
+    Serving(ANY, "transposed", ANY, ANY, None, "triton", "model"),  # cuda's kernels copy these
+    Serving("masked_log_softmax", ANY, ANY, ANY, None, "cuda", "model"),
+    Serving("contrastive", "self", "half", "sm_90", None, "cuda", "model"),
+    Serving("contrastive", "keys", "half", "sm_90", None, "cuda", "model"),
+    Serving("contrastive", "both axes", "half", "sm_90", None, "cuda", "model"),
+    Serving("similarity", ANY, "half", "sm_90", None, "cuda", "model"),
+    Serving("dimcl", ANY, "half", "sm_90", None, "cuda", "model"),
+    Serving(ANY, ANY, ANY, ANY, None, "triton", "model"),
+)
 
 Key = tuple[str, str, str]  # kernel, architecture, kind of dtype
 
@@ -307,6 +352,22 @@ def device_of(x: torch.Tensor) -> Device:
 
 def dtype_kind(dtype: torch.dtype) -> str:
     return "float32" if dtype == torch.float32 else "half"
+
+
+def row_serving(op: str, variant: str, kind: str, architecture: str, width: int) -> Serving:
+    """The row of SERVING that decides."""
+    return next(row for row in SERVING if row.fits(op, variant, kind, architecture, width))
+
+
+def rows_for(op: str, architecture: str) -> list[Serving]:
+    """The rows of SERVING that can decide for an op on an architecture."""
+    rows = []
+    for row in SERVING:
+        if row.op in (ANY, op) and row.architecture in (ANY, architecture):
+            rows.append(row)
+            if (row.variant, row.kind, row.widest) == (ANY, ANY, None):
+                break
+    return rows
 
 
 def padded(width: int) -> int:

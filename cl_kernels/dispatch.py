@@ -1,25 +1,27 @@
 """Which backend serves an op: the choice by name, the reasons why one cannot serve, and the call itself.
 
-Under "auto" PyTorch's dispatcher picks: a compiled kernel where there is one, else the chunked reference.
+Under "auto" PyTorch's dispatcher picks: a compiled kernel where there is one, else the chunked reference. For
+GPU tensors `serving` picks, by the table in `configs.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import typing
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cl_kernels import chunked, extension, ops
+from cl_kernels import chunked, configs, extension, ops
 from cl_kernels.validation import full_precision
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = typing.get_args(Backend)
 
-_NOT_BUILT = "not part of this build of cl_kernels yet"
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class BackendError(RuntimeError):
@@ -32,7 +34,14 @@ def _checked(name: object, source: str) -> str:
     return name
 
 
-_backend = _checked(os.environ.get("CL_KERNELS_BACKEND") or "auto", "CL_KERNELS_BACKEND")
+def _checked_and_ready(name: object, source: str) -> str:
+    checked = _checked(name, source)
+    if checked == "cuda":
+        extension.require_cuda()
+    return checked
+
+
+_backend = _checked_and_ready(os.environ.get("CL_KERNELS_BACKEND") or "auto", "CL_KERNELS_BACKEND")
 
 
 class use_backend:
@@ -42,17 +51,17 @@ class use_backend:
         with cl_kernels.use_backend("cpu"): ...        # inside, then back to what it was
 
     "auto" takes the fastest backend that can serve; "reference" is plain PyTorch in row chunks; "cpu" is the
-    compiled extension; "triton" runs on GPUs (and under Triton's interpreter, with TRITON_INTERPRET=1, on the
-    CPU, for tests); "cuda" is reserved. A backend asked for by name that cannot serve a call
-    raises `BackendError` there. The choice is the whole process's, and a backward keeps the backend of its
-    forward. The environment variable CL_KERNELS_BACKEND sets the initial choice. Raises `ValueError` for an
-    unknown name.
+    compiled extension; "triton" and "cuda" run on GPUs, the former under Triton's interpreter
+    (TRITON_INTERPRET=1) on the CPU as well, for tests. In a source checkout where the CUDA kernels were not
+    built, "cuda" compiles them. A backend asked for by name that cannot serve a call raises `BackendError`
+    there. The choice is the whole process's, and a backward keeps the backend of its forward. The environment
+    variable CL_KERNELS_BACKEND sets the initial choice. Raises `ValueError` for an unknown name.
     """
 
     def __init__(self, name: Backend) -> None:
         global _backend
         self._previous = _backend
-        _backend = _checked(name, "backend")
+        _backend = _checked_and_ready(name, "backend")
 
     def __enter__(self) -> None:
         return None
@@ -68,26 +77,48 @@ def requested() -> str:
 
 
 def obstacle(
-    backend: str, device_type: str, op_name: str | None = None, dtype: torch.dtype | None = None
+    backend: str,
+    device: str | torch.device,
+    op_name: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str | None:
-    """Why `backend` cannot serve tensors of this device type (and this op and dtype), or None."""
-    if backend == "cuda":
-        return _NOT_BUILT
-    if backend == "triton":
-        if not ops.has_triton():
-            return "the package triton is not installed"
-        if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
-            return f"takes GPU tensors, not {device_type} tensors"
-        if dtype is not None and dtype not in _TRITON_DTYPES:
-            return f"takes float16, bfloat16 and float32, not {dtype}"
+    """Why `backend` cannot serve tensors of this device (and this op and dtype), or None."""
+    device = torch.device(device)
     if backend == "cpu":
-        if not extension.is_loaded():
-            return extension.missing_because
-        if device_type != "cpu":
-            return f"takes CPU tensors only, not {device_type} tensors"
-        if op_name is not None and op_name not in extension.compiled_ops:
-            return f"the compiled extension has no kernel for {op_name}"
+        return _cpu_obstacle(device, op_name)
+    if backend not in ("triton", "cuda"):
+        return None
+    if backend == "triton" and not ops.has_triton():
+        return "the package triton is not installed"
+    on_cpu = interpreted() if backend == "triton" else bool(extension.emulated_ops)
+    if device.type != "cuda" and not (device.type == "cpu" and on_cpu):
+        return f"takes GPU tensors, not {device.type} tensors"
+    if dtype is not None and dtype not in _GPU_DTYPES:
+        return f"takes float16, bfloat16 and float32, not {dtype}"
+    return _cuda_obstacle(device, op_name) if backend == "cuda" else None
+
+
+def _cpu_obstacle(device: torch.device, op_name: str | None) -> str | None:
+    if not extension.is_loaded():
+        return extension.missing_because
+    if device.type != "cpu":
+        return f"takes CPU tensors only, not {device.type} tensors"
+    if op_name is not None and op_name not in extension.compiled_ops:
+        return f"the compiled extension has no kernel for {op_name}"
     return None
+
+
+def _cuda_obstacle(device: torch.device, op_name: str | None) -> str | None:
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "takes NVIDIA GPUs, not AMD GPUs"
+    if device.type == "cuda" and extension.cuda_module is None:
+        return extension.cuda_missing_because
+    compiled = extension.emulated_ops if device.type == "cpu" else extension.cuda_ops
+    if op_name is not None and op_name not in compiled:
+        return f"the compiled extension has no kernel for {op_name}"
+    if device.type == "cpu":
+        return None
+    return extension.cuda_unsuited(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def interpreted() -> bool:
@@ -97,20 +128,70 @@ def interpreted() -> bool:
 
 def select(op_name: str, tensor: Tensor) -> str:
     """The backend for an op on tensors like this one: the one asked for, or `BackendError`."""
-    reason = obstacle(_backend, tensor.device.type, op_name, tensor.dtype)
+    reason = obstacle(_backend, tensor.device, op_name, tensor.dtype)
     if reason is not None:
         raise BackendError(f"backend {_backend!r} cannot serve {op_name} here: {reason}")
     return "interpreter" if _backend == "triton" and tensor.device.type == "cpu" else _backend
 
 
+def serving(op_name: str, args: Sequence[Any]) -> str:
+    """The backend that serves an op on GPU tensors under "auto": the table's, else the next one that can. The
+    same for an op's forward and backward, which must see the same logits."""
+    features = ops.features(op_name, args)
+    architecture = configs.device_of(features).architecture
+    row = configs.row_serving(
+        _family(op_name), variant(op_name, args), configs.dtype_kind(features.dtype), architecture,
+        features.shape[1],
+    )  # fmt: skip
+    return _first_able(row.backend, op_name, features.device, features.dtype)
+
+
+def _first_able(
+    preferred: str, op_name: str, device: str | torch.device, dtype: torch.dtype | None = None
+) -> str:
+    order = dict.fromkeys((preferred, "triton", "cuda"))
+    return next((b for b in order if obstacle(b, device, op_name, dtype) is None), "reference")
+
+
+def _family(op_name: str) -> str:
+    return op_name.removesuffix("_forward").removesuffix("_backward")
+
+
+def variant(op_name: str, args: Sequence[Any]) -> str:
+    """What the table distinguishes within an op (`configs.VARIANTS`), by the arguments of its forward or
+    backward."""
+    given = ops.given(op_name, args)
+    matrices = [given.get(name) for name in ("q", "k", "z0", "z1", "logits", "output")]
+    tensors = [x for x in matrices if isinstance(x, Tensor)]
+    if any(x.stride(1) != 1 and x.shape[1] > 1 for x in tensors):
+        return "transposed"
+    if _family(op_name) != "contrastive":
+        return "plain"
+    if given["both_axes"]:
+        return "both axes"
+    if given["k"] is None:
+        return "self"
+    saved = given["save_gradient"] if "save_gradient" in given else given["residual"].numel() > 0
+    return "frozen keys" if saved else "keys"
+
+
+def implementation(op_name: str, backend: str) -> Callable[..., Any]:
+    """An op by one backend: a registered op, or plain PyTorch."""
+    if backend == "reference":
+        return getattr(chunked, op_name)
+    if backend == "interpreter":
+        return ops.triton_op(op_name)
+    if backend == "triton":
+        return getattr(torch.ops.cl_kernels_triton, op_name)
+    if backend == "cuda":
+        return getattr(torch.ops.cl_kernels_cuda, op_name)
+    return getattr(torch.ops.cl_kernels, op_name)
+
+
 @full_precision
 def call(op_name: str, backend: str, *args: Any) -> Any:
     """Run an op on a selected backend. The backward passes on the backend that its forward selected."""
-    if backend == "reference":
-        return getattr(chunked, op_name)(*args)
-    if backend == "interpreter":
-        return ops.triton_op(op_name)(*args)
-    return getattr(torch.ops.cl_kernels, op_name)(*args)
+    return implementation(op_name, backend)(*args)
 
 
 def require_engine(what: str) -> None:
@@ -143,11 +224,32 @@ def table() -> list[Row]:
 def _row(op: str, device: str) -> Row:
     compiled = ("cpu", "triton", "cuda")
     obstacles = {backend: obstacle(backend, device, op) for backend in compiled}
-    if device == "cpu" and obstacles["triton"] is None:
-        obstacles["triton"] = "serves CPU tensors by name only, under Triton's interpreter"
-    serving = next((backend for backend in compiled if obstacles[backend] is None), "reference")
+    if device == "cpu":
+        for backend, tool in (("triton", "Triton's interpreter"), ("cuda", "the emulator")):
+            if obstacles[backend] is None:
+                obstacles[backend] = f"serves CPU tensors by name only, under {tool}"
+    able = [backend for backend in compiled if obstacles[backend] is None]
     reasons: dict[str, list[str]] = {}
     for backend, reason in obstacles.items():
         if reason is not None:
             reasons.setdefault(reason, []).append(backend)
-    return Row(op, device, serving, "; ".join(f"{', '.join(who)}: {why}" for why, who in reasons.items()))
+    why = [f"{', '.join(who)}: {reason}" for reason, who in reasons.items()]
+    if device == "cuda" and len(able) > 1:
+        rows = configs.rows_for(_family(op), _architecture_here())
+        why = [_cases(list(part)) for _, part in itertools.groupby(rows, lambda row: row[-2:])] + why
+        return Row(op, device, ", ".join(dict.fromkeys(row.backend for row in rows)), "; ".join(why))
+    return Row(op, device, able[0] if able else "reference", "; ".join(why))
+
+
+def _architecture_here() -> str:
+    return configs.device_of(torch.empty(0, device="cuda")).architecture
+
+
+def _cases(rows: Sequence[configs.Serving]) -> str:
+    """Rows of one backend, in words."""
+    cases = []
+    for row in rows:
+        words = [word for word in (row.kind, row.variant) if word != configs.ANY]
+        words += [] if row.widest is None else [f"up to {row.widest} features"]
+        cases.append(" ".join(words) or "the rest")
+    return f"{rows[0].backend} for {', '.join(cases)} ({rows[0].basis})"

@@ -1,50 +1,61 @@
-"""Loads the compiled CPU kernels, `cl_kernels._C`, if they were built and fit the running PyTorch.
+"""Loads the compiled kernels, `cl_kernels._C` for the CPU and `cl_kernels._cuda` for GPUs, if they were built
+and fit the running PyTorch.
 
-Importing the extension registers its kernels for the ops of `ops.py`. Without it everything works through the
-chunked reference, and one `ExtensionWarning` says so. `CL_KERNELS_NO_EXTENSION=1` leaves the extension out on
+Importing an extension registers its kernels for the ops of `ops.py`. Without the CPU's everything works there
+through the chunked reference, and one `ExtensionWarning` says so. The GPU's are looked for where PyTorch has
+CUDA, and missed only where Triton is not there either. `CL_KERNELS_NO_EXTENSION=1` leaves both out on
 purpose, silently.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from cl_kernels import ops
+from cl_kernels import cuda_build, ops
 
 _BUILD_HINT = (
     "install cl_kernels with `pip install --no-build-isolation` into the environment that has this PyTorch, "
     "with a C++ compiler at hand"
 )
+_ROOT = Path(__file__).resolve().parents[1]  # of a source checkout
 
 
 class ExtensionWarning(RuntimeWarning):
-    """The compiled extension is missing or does not fit, so losses on the CPU run slower than they could."""
+    """A compiled extension is missing or does not fit, so losses run slower than they could."""
 
 
 def _release(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or None and the reason why there is none."""
-    if os.environ.get("CL_KERNELS_NO_EXTENSION", "") not in ("", "0"):
+def _is_built(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _switched_off() -> bool:
+    return os.environ.get("CL_KERNELS_NO_EXTENSION", "") not in ("", "0")
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """An extension, or None and the reason why there is none."""
+    if _switched_off():
         return None, "the compiled extension is switched off by CL_KERNELS_NO_EXTENSION"
-    name, running = f"{__package__}._C", torch.__version__
+    if not _is_built(name):
+        return None, f"the compiled extension {name} was not built"
     try:
         extension = importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
-            reason = f"the compiled extension {name} was not built"
-        else:
-            reason = f"the compiled extension {name} does not load under torch {running} ({error})"
-        _warn(f"{reason}: losses on the CPU run in plain PyTorch, with the same results but slower")
+        reason = f"the compiled extension {name} does not load under torch {torch.__version__} ({error})"
         return None, reason
-    built = extension.build_info()["torch"]
+    built, running = extension.build_info()["torch"], torch.__version__
     if _release(built) != _release(running):
         _warn(f"the compiled extension {name} was built against torch {built} and runs under torch {running}")
     return extension, ""
@@ -54,15 +65,41 @@ def _warn(message: str) -> None:
     warnings.warn(f"{message}. To get kernels that fit, {_BUILD_HINT}.", ExtensionWarning, stacklevel=2)
 
 
-module, missing_because = _load()
+def _load_cpu() -> tuple[ModuleType | None, str]:
+    extension, reason = _load(f"{__package__}._C")
+    if extension is None and not _switched_off():
+        _warn(f"{reason}: losses on the CPU run in plain PyTorch, with the same results but slower")
+    return extension, reason
 
 
-def _has_cpu_kernel(name: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{ops.NAMESPACE}::{name}", "CPU")
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} has no CUDA"
+    name = f"{__package__}._cuda"
+    extension, reason = _load(name)
+    missed = extension is None and not _switched_off() and (_is_built(name) or not ops.has_triton())
+    if missed and torch.cuda.is_available():
+        others = "by Triton's kernels" if ops.has_triton() else "in plain PyTorch"
+        _warn(f"{reason}: losses on the GPU run {others}, with the same results but slower")
+    return extension, reason
 
 
-compiled_ops: frozenset[str] = frozenset(filter(_has_cpu_kernel, ops.SCHEMAS))
+def _with_kernel(namespace: str, key: str) -> frozenset[str]:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(name for name in ops.SCHEMAS if has(f"{namespace}::{name}", key))
+
+
+module, missing_because = _load_cpu()
+compiled_ops = _with_kernel(ops.NAMESPACE, "CPU")
 """The ops that the extension has a CPU kernel for."""
+
+cuda_module, cuda_missing_because = _load_cuda()
+cuda_ops = _with_kernel(ops.CUDA_NAMESPACE, "CUDA")
+emulated_ops = _with_kernel(ops.CUDA_NAMESPACE, "CPU")
+"""The ops whose CUDA kernels run on CPU tensors, by the tests' emulator."""
+
+_unsuited: dict[int, str | None] = {}
+_required = False
 
 
 def is_loaded() -> bool:
@@ -74,3 +111,81 @@ def build_info() -> dict[str, str]:
     if module is None:
         return {}
     return {**module.build_info(), "cpu_capability": module.cpu_capability()}
+
+
+def cuda_build_info() -> dict[str, str]:
+    """What the CUDA kernels were built with; empty without them."""
+    return {} if cuda_module is None else dict(cuda_module.build_info())
+
+
+def cuda_unsuited(index: int) -> str | None:
+    """Why the CUDA kernels as compiled do not run on this GPU, or None."""
+    if index not in _unsuited:
+        compiled = cuda_build_info()["architectures"].split(",")
+        _unsuited[index] = unsuited(torch.cuda.get_device_capability(index), compiled)
+    return _unsuited[index]
+
+
+def unsuited(capability: tuple[int, int], compiled: list[str]) -> str | None:
+    """Why kernels compiled for these architectures do not run on a GPU of this capability, or None."""
+    here = "sm_{}{}".format(*capability)
+    if capability < cuda_build.LEAST:
+        return "takes GPUs from sm_{}{} on, not {}".format(*cuda_build.LEAST, here)
+    if not cuda_build.runs_on(compiled, capability):
+        return f"compiled for {', '.join(compiled)}, not for this GPU, {here}"
+    return None
+
+
+def require_cuda() -> None:
+    """Make the CUDA kernels ready as far as they can be: compile those of a source checkout where they were
+    not built, and look at the GPUs here, before a compiled graph asks about them."""
+    global cuda_module, cuda_missing_because, cuda_ops, emulated_ops, _required
+    if not _required:
+        _required = True
+        if _is_source_checkout() and torch.version.cuda is not None and cuda_module is None:
+            cuda_module, cuda_missing_because = _compile_where_possible()
+    cuda_ops = _with_kernel(ops.CUDA_NAMESPACE, "CUDA")
+    emulated_ops = _with_kernel(ops.CUDA_NAMESPACE, "CPU")
+    if cuda_module is not None:
+        for index in range(torch.cuda.device_count()):
+            cuda_unsuited(index)
+
+
+def _is_source_checkout() -> bool:
+    return (_ROOT / "setup.py").exists() and bool(cuda_build.sources(_ROOT, ".cu"))
+
+
+def _compile_where_possible() -> tuple[ModuleType | None, str]:
+    if _switched_off() or _is_built(f"{__package__}._cuda"):
+        return None, cuda_missing_because
+    cuda_build.name_toolkit()
+    obstacle = cuda_build.obstacle(_ROOT)
+    if obstacle is None and not torch.cuda.is_available():
+        obstacle = "there is no GPU"
+    if obstacle is not None:
+        return None, f"{cuda_missing_because}, and is not compiled now: {obstacle}"
+    try:
+        return _compile(), ""
+    except (ImportError, OSError, RuntimeError) as error:
+        return None, f"{cuda_missing_because}, and its compilation failed ({error})"
+
+
+def _compile() -> ModuleType:
+    """The CUDA kernels of this source checkout, by ninja, which compiles what has changed since last time."""
+    from torch.utils import cpp_extension
+
+    compiled = cuda_build.wanted()
+    flags = cuda_build.flags(compiled)
+    print(
+        f"cl_kernels: compiling the CUDA kernels of {_ROOT} for {', '.join(compiled)}, which takes minutes "
+        "the first time (`python setup.py build_ext --inplace` does it once and for all)",
+        file=sys.stderr,
+        flush=True,
+    )
+    return cpp_extension.load(
+        "cl_kernels_cuda",
+        [str(path) for path in cuda_build.sources(_ROOT, ".cpp", ".cu")],
+        extra_cflags=flags["cxx"],
+        extra_cuda_cflags=flags["nvcc"],
+        extra_include_paths=[str(folder) for folder in cuda_build.include_folders(_ROOT)],
+    )

@@ -1,8 +1,10 @@
 """The registered ops `torch.ops.cl_kernels.*`: schemas, formulas and fake kernels.
 
 The default implementation of every op is the function of the same name in `chunked.py`; the compiled
-extension registers faster CPU kernels for the same schemas, and this module those of `triton/ops.py` for
-GPUs. Gradients are attached in `autograd.py`: the ops themselves are not differentiable.
+extension registers faster CPU kernels for the same schemas. GPU tensors go on to one of two libraries, as
+`dispatch.serving` says: `torch.ops.cl_kernels_triton.*`, the functions of `triton/ops.py`, and
+`torch.ops.cl_kernels_cuda.*`, whose kernels the CUDA extension registers. Gradients are attached in
+`autograd.py`: the ops themselves are not differentiable.
 
 Common to all: N rows, M columns, D features; features are [N, D] and [M, D] of one dtype, and `k` None means
 `q` with itself. "acc" is float64 for float64 features and float32 otherwise. Scales are 0-dim acc tensors, on
@@ -63,6 +65,8 @@ from cl_kernels import chunked
 from cl_kernels.validation import accumulate_dtype, statistics_dtype
 
 NAMESPACE = "cl_kernels"
+TRITON_NAMESPACE = "cl_kernels_triton"
+CUDA_NAMESPACE = "cl_kernels_cuda"
 
 _PAIRS = (
     "int? exclude, Tensor? row_labels, Tensor? col_labels, str among, bool label_positives, "
@@ -127,29 +131,59 @@ def triton_op(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module("cl_kernels.triton.ops"), name)
 
 
-def _on_gpu(name: str) -> Callable[..., Any]:
-    """An op by Triton's kernels, by the chunked reference for what they do not take."""
-
+def _by_triton(name: str) -> Callable[..., Any]:
     def op(*args: Any) -> Any:
-        features = next(x for x in args if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2)
-        implementation = getattr(chunked, name) if features.dtype == torch.float64 else triton_op(name)
-        with torch.cuda.device_of(features):
-            return implementation(*args)
+        with torch.cuda.device_of(features(name, args)):
+            return triton_op(name)(*args)
 
     return op
 
 
+def _on_gpu(name: str) -> Callable[..., Any]:
+    """An op by the backend that serves these arguments."""
+
+    def op(*args: Any) -> Any:
+        from cl_kernels import dispatch  # which imports this module
+
+        return dispatch.implementation(name, dispatch.serving(name, args))(*args)
+
+    return op
+
+
+def given(name: str, args: Sequence[Any]) -> dict[str, Any]:
+    """The arguments of an op by their names."""
+    return dict(zip(_parameters(name), args, strict=True))
+
+
+@functools.cache
+def _parameters(name: str) -> tuple[str, ...]:
+    schema = getattr(getattr(torch.ops, NAMESPACE), name).default._schema
+    return tuple(argument.name for argument in schema.arguments)
+
+
+def features(name: str, args: Sequence[Any]) -> Tensor:
+    """The matrix that an op's work is sized by."""
+    by_name = given(name, args)
+    return next(by_name[key] for key in ("q", "z0", "logits", "output") if key in by_name)
+
+
 _library = torch.library.Library(NAMESPACE, "DEF")
+_triton_library = torch.library.Library(TRITON_NAMESPACE, "DEF")
+_cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
+_libraries = (_library, _triton_library, _cuda_library)
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _each in _libraries:
+        _each.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(chunked, _name), "CompositeExplicitAutograd")
-    if has_triton():
-        _library.impl(_name, _on_gpu(_name), "CUDA")
+    _library.impl(_name, _on_gpu(_name), "CUDA")
+    _triton_library.impl(_name, _by_triton(_name), "CUDA")
 
 
 def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
     name = function.__name__.removeprefix("_")
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=_library)
+    for library in _libraries:
+        torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
+    return function
 
 
 def _empty(like: Tensor, *shape: int, needed: bool = True) -> Tensor:

@@ -286,6 +286,6 @@ def test_backend_names() -> None:
     with pytest.raises(ValueError, match="backend must be one of"):
         clk.use_backend("gpu")
     with clk.use_backend("cuda"), pytest.raises(clk.BackendError, match="cuda"):
-        clk.nt_xent_loss(unit(4, 3), unit(4, 3))
+        clk.nt_xent_loss(unit(4, 3).double(), unit(4, 3).double())
     with clk.use_backend("triton"), pytest.raises(clk.BackendError, match="triton"):
         clk.nt_xent_loss(unit(4, 3).double(), unit(4, 3).double())
