@@ -1,0 +1,76 @@
+// Which tiles a program visits. Blocks of kBlock rows and of kBlock columns are gathered in groups; a program
+// takes one group of each and sums over it, so that partial sums take (groups) x (rows) floats.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#ifndef __host__
+#define __host__
+#define __device__
+#define __forceinline__ inline
+#endif
+
+namespace cl_kernels::cuda {
+
+constexpr int kBlock = 128;
+constexpr int kMostGroups = 96;  // their square fills any device, and they times N floats stay small
+
+// The blocks [row, row_end) x [column, column_end) of a program, and the groups that they are.
+struct Group {
+  int row, row_end, column, column_end, row_group, column_group;
+};
+
+struct Schedule {
+  int row_blocks, column_blocks;
+  int rows_each, columns_each;  // blocks of a group
+  int row_groups, column_groups;
+  bool mirrored;  // columns are the rows: only groups on and above the diagonal
+
+  __host__ __device__ __forceinline__ int64_t programs() const {
+    return mirrored ? static_cast<int64_t>(row_groups) * (row_groups + 1) / 2
+                    : static_cast<int64_t>(row_groups) * column_groups;
+  }
+
+  __host__ __device__ __forceinline__ Group group(int program) const {
+    int g, h;
+    if (mirrored) {
+      // Each unordered pair once: (one, one + step) around the circle.
+      const int one = program % row_groups, two = (one + program / row_groups) % row_groups;
+      g = one < two ? one : two, h = one < two ? two : one;
+    } else {
+      g = program / column_groups, h = program % column_groups;
+    }
+    const int row_end = (g + 1) * rows_each, column_end = (h + 1) * columns_each;
+    return {g * rows_each,
+            row_end < row_blocks ? row_end : row_blocks,
+            h * columns_each,
+            column_end < column_blocks ? column_end : column_blocks,
+            g,
+            h};
+  }
+};
+
+// Groups for n rows and m columns on a device with this many multiprocessors: the size of groups that takes
+// the fewest steps, of rounds of programs with a tile's time each to begin, and keeps partial sums few.
+inline Schedule schedule(int n, int m, bool mirrored, int processors) {
+  auto ceil = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
+  const int row_blocks = ceil(n, kBlock), column_blocks = ceil(m, kBlock);
+  Schedule best = {};
+  int64_t fewest = 0;
+  for (int each = 1;; ++each) {
+    Schedule s = {row_blocks, column_blocks, std::min(each, row_blocks), std::min(each, column_blocks), 0,
+                  0,          mirrored};
+    s.row_groups = ceil(row_blocks, s.rows_each), s.column_groups = ceil(column_blocks, s.columns_each);
+    const bool last = s.row_groups == 1 && s.column_groups == 1;
+    const int64_t partial = static_cast<int64_t>(s.column_groups) * row_blocks +
+                            static_cast<int64_t>(s.row_groups) * column_blocks;
+    if (!last && partial > int64_t{kMostGroups} * (row_blocks + column_blocks)) continue;
+    const int64_t rounds = ceil(s.programs(), processors);
+    const int64_t steps = rounds * (static_cast<int64_t>(s.rows_each) * s.columns_each + 1);
+    if (fewest == 0 || steps < fewest) fewest = steps, best = s;
+    if (last || s.programs() <= processors) return best;
+  }
+}
+
+}  // namespace cl_kernels::cuda

@@ -1,0 +1,22 @@
+// csrc/cuda/schedule.h for test_cuda_schedule.py, without CUDA's headers.
+#include "schedule.h"
+
+using cl_kernels::cuda::Group;
+using cl_kernels::cuda::Schedule;
+
+// schedule: row_blocks, column_blocks, row_groups, column_groups, programs.
+extern "C" void make_schedule(int n, int m, int mirrored, int processors, int64_t* schedule) {
+  const Schedule s = cl_kernels::cuda::schedule(n, m, mirrored != 0, processors);
+  const int64_t values[] = {s.row_blocks, s.column_blocks, s.row_groups, s.column_groups, s.programs()};
+  for (int i = 0; i < 5; ++i) schedule[i] = values[i];
+}
+
+// groups [programs, 6]: first and last row block, first and last column block, groups of rows and of columns.
+extern "C" void make_groups(int n, int m, int mirrored, int processors, int* groups) {
+  const Schedule s = cl_kernels::cuda::schedule(n, m, mirrored != 0, processors);
+  for (int64_t program = 0; program < s.programs(); ++program) {
+    const Group g = s.group(static_cast<int>(program));
+    const int values[] = {g.row, g.row_end, g.column, g.column_end, g.row_group, g.column_group};
+    for (int i = 0; i < 6; ++i) groups[6 * program + i] = values[i];
+  }
+}
