@@ -1,0 +1,69 @@
+#include "fragment_store.h"
+#include "gradient_tiles.h"
+#include "tiles_sm90.h"
+
+namespace cl_kernels::cuda {
+namespace {
+
+// Rows of the loop are those of the chunk.
+template <typename Loop>
+struct GradientEpilogue {
+  static constexpr bool kUnrolled = false;
+  static constexpr int kTiles = Loop::kTiles;
+  using T = typename Loop::Element;
+  const GradientTilesParams& p;
+  const float factor, lift;
+  OwnTerms own;
+
+  __device__ __forceinline__ explicit GradientEpilogue(const GradientTilesParams& p)
+      : p(p),
+        factor(p.rules.scale.value() * kLog2e),
+        lift(half_lift(p.rules.bound)),
+        own(p.rules, p.last_row) {}
+
+  __device__ __forceinline__ void begin_rows(const Visit&, int first_i) {
+    own = OwnTerms(p.rules, p.first_row + first_i);
+  }
+
+  __device__ __forceinline__ void tile(float (&c)[4 * kTiles], const Visit&, int, int first_i, int first_j) {
+    // In the blocks that share a level.
+    constexpr int kPart = kTermsBlock / 8;
+    float sums[2];
+#pragma unroll
+    for (int t = 0; t < kTiles; t += kPart) {
+      float (&part)[4 * kPart] = *reinterpret_cast<float (*)[4 * kPart]>(&c[4 * t]);
+      gradient_of_tile<kPart, false>(part, p.rules, own, p.first_row + first_i, first_j + 8 * t, factor, lift,
+                                     sums);
+    }
+    store_fragment<T, kTiles>(c, static_cast<T*>(p.out), p.out_stride, p.last_row - p.first_row, p.features.m,
+                              first_i, first_j);
+  }
+
+  __device__ __forceinline__ void end_rows(const Visit&, int) {}
+  __device__ __forceinline__ void end_strip(const Visit&, int) {}
+};
+
+template <typename Loop>
+__global__ void __launch_bounds__(Loop::kThreads, 1)
+    gradient_tiles_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ Schedule schedule,
+                          const __grid_constant__ GradientTilesParams p) {
+#ifdef CL_KERNELS_HOPPER
+  Loop::template run<GradientEpilogue<Loop>>(maps, schedule, p.features.d, p);
+#endif
+}
+
+}  // namespace
+
+void launch_gradient_tiles_sm90(const GradientTilesParams& p, Type type, cudaStream_t stream) {
+  Features chunk = p.features;
+  chunk.x = static_cast<const unsigned char*>(chunk.x) + p.first_row * chunk.x_stride * 2;
+  chunk.n = p.last_row - p.first_row;
+  const Schedule tiles = schedule(chunk.n, chunk.m, false, multiprocessors_here());
+  dispatch_hopper_loop(chunk, type, [&](auto loop, const TensorMaps& maps) {
+    using Loop = decltype(loop);
+    launch(gradient_tiles_kernel<Loop>, hopper_grid(tiles), Loop::kThreads, Loop::kShared, stream, maps,
+           tiles, p);
+  });
+}
+
+}  // namespace cl_kernels::cuda
