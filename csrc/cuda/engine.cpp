@@ -1,0 +1,430 @@
+#include "engine.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/zeros.h>
+
+#include "attention.h"
+#include "gradient_combine.h"
+#include "gradient_rows.h"
+#include "gradient_terms.h"
+#include "gradient_tiles.h"
+#include "positives.h"
+#include "residual.h"
+#include "tensors.h"
+
+namespace cl_kernels::cuda {
+
+Precision precision_of(const at::Tensor& features) {
+  if (features.scalar_type() != at::kFloat) return Precision::kHalf;
+  return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST
+             ? Precision::kTf32x3
+             : Precision::kTf32;
+}
+
+namespace {
+
+constexpr int64_t kChunkBytes = int64_t{1} << 29;  // of G; less where all of it is smaller
+
+template <typename T>
+const T* data_of(const at::Tensor& x) {
+  return x.defined() && x.numel() > 0 ? x.const_data_ptr<T>() : nullptr;
+}
+template <typename T>
+T* data_of(at::Tensor& x) {
+  return x.defined() && x.numel() > 0 ? x.mutable_data_ptr<T>() : nullptr;
+}
+
+Among parse_among(std::string_view among) {
+  if (among == "all") return kAll;
+  if (among == "same") return kSame;
+  TORCH_CHECK_VALUE(among == "different", "among must be 'all', 'same' or 'different', got '",
+                    std::string(among), "'");
+  return kDifferent;
+}
+
+// The problem with its tensors as the kernels read them.
+struct Problem {
+  at::Tensor q, k;  // row-major; k is q without keys of its own
+  Scalar scale;
+  at::Tensor scale_tensor;
+  Type type;
+  Precision precision;
+  std::optional<int> offset;
+  Among among;
+  std::optional<LabelIds> ids;
+  Positives positives;
+  at::Tensor index;           // int32
+  at::Tensor mask;            // as given
+  at::Tensor bias;            // float
+  bool self_keys, symmetric;  // symmetric: S and the denominators are
+
+  explicit Problem(const Contrast& c)
+      : q(row_major(c.q)),
+        k(c.k ? row_major(*c.k) : q),
+        scale(scalar_of(c.scale)),
+        scale_tensor(c.scale),
+        type(type_of(q)),
+        precision(precision_of(q)),
+        among(parse_among(c.pairs.among)),
+        self_keys(!c.k) {
+    const Pairs& pairs = c.pairs;
+    const int64_t most = std::numeric_limits<int>::max() - kBlock;
+    TORCH_CHECK_VALUE(n() < most && m() < most && q.size(1) < most,
+                      "q and k must have fewer than 2^31 rows and columns");
+    if (pairs.exclude && *pairs.exclude > -q.size(0) && *pairs.exclude < k.size(0))
+      offset = static_cast<int>(*pairs.exclude);
+    if (pairs.row_labels) ids = label_ids(*pairs.row_labels, *pairs.col_labels);
+    positives = pairs.label_positives  ? kLabels
+                : pairs.positive_index ? kIndex
+                : pairs.positive_mask  ? kMask
+                                       : kNoPositives;
+    if (pairs.positive_index) index = pairs.positive_index->to(at::kInt).contiguous();
+    if (pairs.positive_mask) mask = *pairs.positive_mask;
+    if (pairs.key_bias) bias = pairs.key_bias->to(at::kFloat).contiguous();
+    const bool same_labels = !pairs.row_labels || is_same(*pairs.row_labels, *pairs.col_labels);
+    symmetric =
+        self_keys && !pairs.both_axes && pairs.exclude.value_or(0) == 0 && !pairs.key_bias && same_labels;
+  }
+
+  int n() const { return static_cast<int>(q.size(0)); }
+  int m() const { return static_cast<int>(k.size(0)); }
+  int d() const { return static_cast<int>(q.size(1)); }
+
+  Features features() const {
+    return {q.const_data_ptr(), k.const_data_ptr(), row_stride(q), row_stride(k), n(), m(), d()};
+  }
+  PairRules rules(bool above = false) const {
+    return {n(),
+            m(),
+            offset.has_value(),
+            offset.value_or(0),
+            above,
+            among,
+            ids ? data_of<int>(ids->rows) : nullptr,
+            ids ? data_of<int>(ids->cols) : nullptr};
+  }
+  bool half() const { return type != Type::kFloat; }
+  bool hopper() const { return half() && architecture() == 90; }
+  bool in_registers() const { return half() && d() <= kWidestRows; }
+};
+
+Features transposed(const Features& f) {
+  return {f.y, f.x, f.y_stride, f.x_stride, f.m, f.n, f.d};
+}
+PairRules transposed(const PairRules& r) {
+  return {r.m, r.n, r.excludes, -r.offset, r.above, r.among, r.other_ids, r.own_ids};
+}
+
+at::Tensor floats(const Problem& p, at::IntArrayRef sizes) {
+  return at::empty(sizes, p.q.options().dtype(at::kFloat));
+}
+at::Tensor doubles(const Problem& p, int64_t n) {
+  return at::empty({n}, p.q.options().dtype(at::kDouble));
+}
+
+// The log-sum-exps of rows by launch_lse_online: all of them, or the untrusted.
+void log_sum_exp_online(const Problem& p, const Features& features, const PairRules& rules,
+                        const float* own_bias, const float* other_bias, bool only_untrusted,
+                        at::Tensor& lse) {
+  const int row_blocks = ceil_div(features.n, kBlock);
+  const int parts = only_untrusted ? 1 : splits(row_blocks, ceil_div(features.m, kBlock), 2);
+  at::Tensor memory = floats(p, {parts, features.n, 2});
+  at::Tensor tickets = at::zeros({row_blocks}, p.q.options().dtype(at::kInt));
+  launch_lse_online({features, rules, p.scale, own_bias, other_bias, parts,
+                     reinterpret_cast<float2*>(memory.mutable_data_ptr<float>()),
+                     tickets.mutable_data_ptr<int>(), only_untrusted, lse.mutable_data_ptr<double>()},
+                    p.type, p.precision, stream());
+}
+
+// lse [N] and, with both axes, lse_cols [M], else [0].
+std::pair<at::Tensor, at::Tensor> log_sum_exp(const Problem& p, bool both_axes) {
+  at::Tensor lse = doubles(p, p.n()), lse_cols = doubles(p, both_axes ? p.m() : 0);
+  const Features features = p.features(), across = transposed(features);
+  const PairRules rules = p.rules(), rules_across = transposed(rules);
+  const float* bias = data_of<float>(p.bias);
+  if (is_small(int64_t{p.n()} * p.m() * p.d())) {
+    log_sum_exp_online(p, features, rules, nullptr, bias, false, lse);
+    if (both_axes) log_sum_exp_online(p, across, rules_across, bias, nullptr, false, lse_cols);
+    return {lse, lse_cols};
+  }
+
+  const bool mirrored = p.symmetric && p.offset == 0, columns = mirrored || both_axes;
+  const Schedule s = schedule(p.n(), p.m(), mirrored, multiprocessors());
+  const int64_t of_rows = int64_t{s.column_groups} * p.n();
+  const int64_t of_columns = columns ? int64_t{s.row_groups} * p.m() : 0;
+  // Row sums, column sums, bounds.
+  at::Tensor memory = at::zeros({of_rows + of_columns + 3}, p.q.options().dtype(at::kFloat));
+  float* row_sums = memory.mutable_data_ptr<float>();
+  float* column_sums = columns ? row_sums + of_rows : nullptr;
+  Bounds* bounds = reinterpret_cast<Bounds*>(row_sums + of_rows + of_columns);
+  launch_bounds(features, bias, bounds, p.type, stream());
+  const LseParams params{features, p.rules(mirrored), p.scale, bias, bounds, s, row_sums, column_sums};
+  if (p.hopper())
+    launch_lse_sm90(params, p.type, stream());
+  else
+    launch_lse(params, p.type, p.precision, stream());
+
+  launch_lse_combine({row_sums, mirrored ? column_sums : nullptr, s.column_groups,
+                      mirrored ? s.row_groups : 0, p.n(), p.scale, bounds, lse.mutable_data_ptr<double>()},
+                     stream());
+  log_sum_exp_online(p, features, rules, nullptr, bias, true, lse);
+  if (both_axes) {
+    launch_lse_combine(
+        {column_sums, nullptr, s.row_groups, 0, p.m(), p.scale, bounds, lse_cols.mutable_data_ptr<double>()},
+        stream());
+    log_sum_exp_online(p, across, rules_across, bias, nullptr, true, lse_cols);
+  }
+  return {lse, lse_cols};
+}
+
+// The terms of rows (or columns) for the gradient, and the memory that they lie in.
+struct TermsMemory {
+  at::Tensor planes, ranges, index_ranges, grad, weight_grad;
+  Terms terms = {};
+};
+
+TermsMemory make_terms(const Problem& p, const at::Tensor& lse, const std::optional<at::Tensor>& grad,
+                       const std::optional<at::Tensor>& weight_grad, const at::Tensor& index,
+                       at::Tensor& bound, const at::Tensor& largest_weight) {
+  const int n = static_cast<int>(lse.size(0));
+  const int64_t padded = round_up(n, kTermsPadding), blocks = padded / kTermsBlock;
+  TermsMemory t;
+  t.planes = floats(p, {4, padded});
+  t.ranges = floats(p, {2, blocks});
+  t.index_ranges = at::empty({2, blocks}, p.q.options().dtype(at::kInt));
+  if (grad) t.grad = grad->to(at::kDouble);
+  if (weight_grad) t.weight_grad = weight_grad->to(at::kDouble);
+  float* planes = t.planes.mutable_data_ptr<float>();
+  float* ranges = t.ranges.mutable_data_ptr<float>();
+  int* index_ranges = t.index_ranges.mutable_data_ptr<int>();
+  t.terms = {planes,           planes + padded,        planes + 2 * padded, planes + 3 * padded,
+             ranges,           ranges + blocks,        index_ranges,        index_ranges + blocks,
+             grad.has_value(), weight_grad.has_value()};
+  launch_gradient_terms(
+      {data_of<double>(lse), data_of<double>(std::as_const(t.grad)),
+       data_of<double>(std::as_const(t.weight_grad)), grad ? t.grad.stride(0) : 0,
+       weight_grad ? t.weight_grad.stride(0) : 0, data_of<int>(index), planes, planes + padded,
+       planes + 2 * padded, planes + 3 * padded, ranges, ranges + blocks, index_ranges, index_ranges + blocks,
+       data_of<float>(bound), data_of<float>(largest_weight), n, static_cast<int>(padded)},
+      stream());
+  return t;
+}
+
+// What float16 needs to know of the size of G: [1] float, or undefined.
+at::Tensor make_bound(const Problem& p) {
+  return p.type == Type::kHalf ? at::zeros({1}, p.q.options().dtype(at::kFloat)) : at::Tensor();
+}
+
+at::Tensor largest_weight(const Problem& p) {
+  return p.type == Type::kHalf && p.mask.defined() ? p.mask.abs().amax() : at::Tensor();
+}
+
+GradientRules rules_of(const Problem& p, const Terms& rows, const Terms& cols, const at::Tensor& bound) {
+  const at::Tensor& mask = p.mask;
+  const bool masked = mask.defined();
+  return {p.rules(),
+          p.scale,
+          rows,
+          cols,
+          nullptr,
+          data_of<float>(p.bias),
+          p.positives,
+          data_of<int>(p.index),
+          nullptr,
+          masked ? mask.const_data_ptr<float>() : nullptr,
+          masked ? static_cast<int>(mask.size(0)) : 1,
+          masked ? static_cast<int>(mask.size(1)) : 1,
+          masked ? mask.stride(0) : 0,
+          masked ? mask.stride(1) : 0,
+          data_of<float>(bound)};
+}
+
+GradientRules transposed(const GradientRules& r) {
+  GradientRules t = r;
+  t.pairs = transposed(r.pairs);
+  std::swap(t.own, t.other);
+  std::swap(t.own_bias, t.other_bias);
+  std::swap(t.own_index, t.other_index);
+  return t;
+}
+
+// Parts [splits, n, d] of sum_j G_ij y_j.
+at::Tensor row_gradients(const Problem& p, const Features& f, const GradientRules& rules) {
+  const int parts = splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), 2);
+  at::Tensor out = floats(p, {parts, f.n, f.d});
+  const GradientRowsParams params{f, rules, parts, out.mutable_data_ptr<float>()};
+  if (p.hopper())
+    launch_gradient_rows_sm90(params, p.type, stream());
+  else
+    launch_gradient_rows(params, p.type, stream());
+  return out;
+}
+
+// (G y, G^T x), [1, n, D] and [1, m, D], by chunks of G and library products; times 2^lift for float16.
+std::pair<at::Tensor, at::Tensor> chunk_gradients(const Problem& p, const GradientRules& rules,
+                                                  bool into_rows, bool into_columns) {
+  const Features f = p.features();
+  const int64_t stride = round_up<int64_t>(f.m, 8), row_bytes = stride * p.q.element_size();
+  const int64_t rows = std::max<int64_t>(kBlock, kChunkBytes / row_bytes / kBlock * kBlock);
+  at::Tensor by_rows, by_columns;
+  if (into_rows) by_rows = floats(p, {1, f.n, f.d});
+  at::Tensor buffer = at::empty({std::min<int64_t>(rows, f.n), stride}, p.q.options());
+  for (int64_t first = 0; first < f.n; first += rows) {
+    const int64_t last = std::min<int64_t>(first + rows, f.n);
+    const GradientTilesParams params{
+        f, rules, static_cast<int>(first), static_cast<int>(last), buffer.mutable_data_ptr(), stride};
+    if (p.hopper())
+      launch_gradient_tiles_sm90(params, p.type, stream());
+    else
+      launch_gradient_tiles(params, p.type, p.precision, stream());
+    const at::Tensor g = buffer.narrow(0, 0, last - first).narrow(1, 0, f.m);
+    if (into_rows) by_rows[0].narrow(0, first, last - first).copy_(product(g, p.k));
+    if (into_columns) {
+      const at::Tensor more = product(g.t(), p.q.narrow(0, first, last - first));
+      by_columns = by_columns.defined() ? by_columns.add_(more) : more;
+    }
+  }
+  if (into_columns) by_columns = by_columns.unsqueeze(0);
+  return {by_rows, by_columns};
+}
+
+// The gradient of x from its parts, in `type`, and the sum of x . parts: the gradient of the scale.
+std::pair<at::Tensor, at::Tensor> combine(const Problem& p, const at::Tensor& parts, const at::Tensor& x,
+                                          const at::Tensor& unit, at::ScalarType type, double share) {
+  const int64_t n = parts.size(1), d = parts.size(2);
+  at::Tensor grad = at::empty({n, d}, p.q.options().dtype(type)), along = doubles(p, n);
+  launch_gradient_combine(
+      {parts.const_data_ptr<float>(), static_cast<int>(parts.size(0)), static_cast<int>(n),
+       static_cast<int>(d), x.const_data_ptr(), row_stride(x), p.scale, data_of<float>(unit),
+       static_cast<float>(share), grad.mutable_data_ptr(), along.mutable_data_ptr<double>()},
+      p.type, type_of(grad), stream());
+  return {grad, along.sum().to(at::kFloat)};
+}
+
+}  // namespace
+
+Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
+  const DeviceGuard guard(contrast.q);
+  const Problem p(contrast);
+  Statistics out;
+  out.residual = floats(p, {0});
+  if (save_gradient && p.in_registers()) {
+    // An attention over the keys.
+    const int parts = splits(ceil_div(p.n(), kBlock), ceil_div(p.m(), kBlock), 2);
+    at::Tensor peak = floats(p, {parts, p.n()}), total = floats(p, {parts, p.n()});
+    at::Tensor mean = floats(p, {parts, p.n(), p.d()});
+    at::Tensor logits = at::zeros({2, p.n()}, p.q.options().dtype(at::kFloat));
+    const bool indexed = p.index.defined();
+    const AttentionParams params{p.features(),
+                                 p.k.const_data_ptr(),
+                                 row_stride(p.k),
+                                 p.d(),
+                                 p.rules(),
+                                 p.scale,
+                                 data_of<float>(p.bias),
+                                 data_of<int>(p.index),
+                                 0,
+                                 false,
+                                 parts,
+                                 peak.mutable_data_ptr<float>(),
+                                 total.mutable_data_ptr<float>(),
+                                 mean.mutable_data_ptr<float>(),
+                                 logits.mutable_data_ptr<float>(),
+                                 logits.mutable_data_ptr<float>() + p.n()};
+    if (p.hopper())
+      launch_attention_sm90(params, p.type, stream());
+    else
+      launch_attention(params, p.type, stream());
+    out.lse = doubles(p, p.n());
+    out.lse_cols = doubles(p, 0);
+    out.positive_sum = doubles(p, indexed ? p.n() : 0);
+    out.positive_count = doubles(p, indexed ? p.n() : 0);
+    out.residual = floats(p, {p.n(), p.d()});
+    launch_residual({params.peak, params.total, params.mean, parts, p.n(), p.d(), params.index,
+                     params.index_logit, params.own_logit, p.k.const_data_ptr(), row_stride(p.k),
+                     out.lse.mutable_data_ptr<double>(), data_of<double>(out.positive_sum),
+                     data_of<double>(out.positive_count), out.residual.mutable_data_ptr<float>()},
+                    p.type, stream());
+    return out;
+  }
+  std::tie(out.lse, out.lse_cols) = log_sum_exp(p, contrast.pairs.both_axes);
+  std::tie(out.positive_sum, out.positive_count) =
+      positive_sums(contrast, p.ids ? &*p.ids : nullptr,
+                    p.precision == Precision::kTf32 ? Rounding::kTf32 : Rounding::kNone);
+  if (save_gradient) {
+    at::Tensor bound = make_bound(p);
+    const at::Tensor ones = at::ones_like(out.lse);
+    std::optional<at::Tensor> weights;
+    if (p.index.defined()) weights = -ones;
+    const TermsMemory rows = make_terms(p, out.lse, ones, weights, p.index, bound, {});
+    at::Tensor parts = chunk_gradients(p, rules_of(p, rows.terms, {}, bound), true, false).first;
+    const at::Tensor one = at::ones({}, at::kFloat);
+    Problem unscaled = p;
+    unscaled.scale = scalar_of(one);
+    out.residual = combine(unscaled, parts, p.q, bound, at::kFloat, 1).first;
+  }
+  return out;
+}
+
+Gradients engine_backward(const Contrast& contrast, const std::optional<at::Tensor>& grad_lse,
+                          const std::optional<at::Tensor>& grad_lse_cols,
+                          const std::optional<at::Tensor>& grad_positive_sum, const at::Tensor& lse,
+                          const at::Tensor& lse_cols, std::array<bool, 3> needs,
+                          std::optional<at::ScalarType> type) {
+  const DeviceGuard guard(contrast.q);
+  Problem p(contrast);
+  if (p.mask.defined()) p.mask = p.mask.to(at::kFloat);
+  const auto [needs_q, needs_k, needs_bias] = needs;
+  const at::ScalarType out_type = type.value_or(p.q.scalar_type());
+  at::Tensor bound = make_bound(p);
+  const at::Tensor nothing = floats(p, {0});
+  const at::Tensor unit = p.in_registers() ? at::Tensor() : bound;  // of chunks; the row kernels take it off
+  Gradients out{nothing, nothing, nothing, nothing};
+
+  const TermsMemory rows = make_terms(p, lse, grad_lse, grad_positive_sum, p.index, bound, largest_weight(p));
+  if (p.symmetric && !needs_bias) {
+    // G + G^T in one pass.
+    GradientRules both = rules_of(p, rows.terms, rows.terms, bound);
+    both.other_index = both.own_index;
+    const at::Tensor parts =
+        p.in_registers() ? row_gradients(p, p.features(), both) : chunk_gradients(p, both, true, false).first;
+    std::tie(out.q, out.scale) = combine(p, parts, p.q, unit, out_type, 0.5);
+    if (!needs_q) out.q = nothing;
+    return out;
+  }
+
+  TermsMemory cols;
+  if (grad_lse_cols) cols = make_terms(p, lse_cols, grad_lse_cols, std::nullopt, {}, bound, {});
+  const GradientRules rules = rules_of(p, rows.terms, cols.terms, bound);
+  const bool into_q = needs_q || !needs_k;  // one of them, for the gradient of the scale
+  const bool into_k = p.self_keys ? needs_q : needs_k;
+  at::Tensor by_rows, by_cols;
+  if (p.in_registers()) {
+    if (into_q) by_rows = row_gradients(p, p.features(), rules);
+    if (into_k) by_cols = row_gradients(p, transposed(p.features()), transposed(rules));
+  } else {
+    std::tie(by_rows, by_cols) = chunk_gradients(p, rules, into_q, into_k);
+  }
+  if (needs_bias) {
+    out.key_bias = floats(p, {p.m()});
+    launch_gradient_sums(
+        {transposed(p.features()), transposed(rules), out.key_bias.mutable_data_ptr<float>()}, p.type,
+        p.precision, stream());
+  }
+  if (p.self_keys && into_q && into_k) {
+    std::tie(out.q, out.scale) = combine(p, at::cat({by_rows, by_cols}), p.q, unit, out_type, 0.5);
+    return out;
+  }
+  if (into_k) std::tie(out.k, out.scale) = combine(p, by_cols, p.k, unit, out_type, 1);
+  if (into_q) std::tie(out.q, out.scale) = combine(p, by_rows, p.q, unit, out_type, 1);
+  if (!needs_q) out.q = nothing;
+  if (!needs_k) out.k = nothing;
+  return out;
+}
+
+}  // namespace cl_kernels::cuda

@@ -1,0 +1,155 @@
+#include "positives.h"
+
+#include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/take.h>
+
+#include <algorithm>
+
+#include "positive_rows.h"
+#include "tensors.h"
+
+namespace cl_kernels::cuda {
+namespace {
+
+constexpr int64_t kMaskElements = 1 << 26;  // of a mask that are widened at once
+
+// Prototypes by mask, and what they count: mask @ (k folded to the mask's columns), in float32.
+struct MaskedPrototypes {
+  at::Tensor prototypes;  // [R, stride]
+  at::Tensor counts;      // [R] double
+};
+
+MaskedPrototypes mask_prototypes(const at::Tensor& k, const at::Tensor& mask, bool tf32) {
+  const int64_t rows = mask.size(0), columns = mask.size(1), d = k.size(1), stride = round_up<int64_t>(d, 8);
+  at::Tensor folded = empty_like_device(k, {columns, stride}, at::kFloat);
+  launch_fold({k.const_data_ptr(), row_stride(k), static_cast<int>(k.size(0)), static_cast<int>(d),
+               static_cast<int>(columns), folded.mutable_data_ptr<float>(), stride},
+              type_of(k), tf32, stream());
+  MaskedPrototypes out{empty_like_device(k, {rows, stride}, at::kFloat),
+                       empty_like_device(k, {rows}, at::kDouble)};
+  const at::NoTF32Guard whole_floats;
+  const int64_t each = std::clamp<int64_t>(kMaskElements / columns, 1, rows);
+  for (int64_t first = 0; first < rows; first += each) {
+    const int64_t count = std::min(each, rows - first);
+    const at::Tensor weights = mask.narrow(0, first, count).to(at::kFloat).contiguous();
+    at::Tensor part = out.prototypes.narrow(0, first, count);
+    at::mm_out(part, weights, folded);
+    launch_mask_counts(
+        {weights.const_data_ptr<float>(), columns, static_cast<int>(count), static_cast<int>(columns),
+         static_cast<int>(k.size(0)), out.counts.mutable_data_ptr<double>() + first},
+        stream());
+  }
+  return out;
+}
+
+// The mask at (i, i + offset), as it is read there: [N] float.
+at::Tensor weights_at(const at::Tensor& mask, int64_t n, int64_t offset) {
+  const at::Tensor rows = at::arange(n, mask.options().dtype(at::kLong));
+  const at::Tensor place =
+      rows.remainder(mask.size(0)) * mask.size(1) + (rows + offset).remainder(mask.size(1));
+  return at::take(mask, place).to(at::kFloat);
+}
+
+at::Tensor class_prototypes(const at::Tensor& k, const LabelIds& ids, bool tf32) {
+  const int64_t m = k.size(0), d = k.size(1), stride = round_up<int64_t>(d, 8);
+  at::Tensor sums = empty_like_device(k, {m, stride}, at::kFloat);
+  at::Tensor carry = empty_like_device(k, {ceil_div<int64_t>(m, kClassChunk), d}, at::kDouble);
+  launch_class_sums({k.const_data_ptr(), row_stride(k), ids.order.const_data_ptr<int64_t>(),
+                     ids.sorted.const_data_ptr<int>(), static_cast<int>(m), static_cast<int>(d),
+                     sums.mutable_data_ptr<float>(), stride, carry.mutable_data_ptr<double>()},
+                    type_of(k), tf32, stream());
+  return sums;
+}
+
+}  // namespace
+
+LabelIds label_ids(const at::Tensor& row_labels, const at::Tensor& col_labels) {
+  const DeviceGuard guard(col_labels);
+  const int64_t n = row_labels.size(0), m = col_labels.size(0);
+  const auto [sorted, order] = at::sort(col_labels, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  LabelIds ids;
+  ids.order = order.contiguous();
+  ids.cols = empty_like_device(col_labels, {m}, at::kInt);
+  ids.sorted = empty_like_device(col_labels, {m}, at::kInt);
+  at::Tensor counts = empty_like_device(col_labels, {m}, at::kDouble);
+  const at::Tensor labels = sorted.contiguous();
+  const int64_t* of_columns = labels.const_data_ptr<int64_t>();
+  launch_classes({of_columns, of_columns, ids.order.const_data_ptr<int64_t>(), static_cast<int>(m),
+                  static_cast<int>(m), ids.cols.mutable_data_ptr<int>(), ids.sorted.mutable_data_ptr<int>(),
+                  counts.mutable_data_ptr<double>()},
+                 stream());
+  if (row_labels.is_same(col_labels)) {
+    ids.rows = ids.cols;
+    ids.counts = counts;
+    return ids;
+  }
+  ids.rows = empty_like_device(row_labels, {n}, at::kInt);
+  ids.counts = empty_like_device(row_labels, {n}, at::kDouble);
+  const at::Tensor rows = row_labels.contiguous();
+  launch_classes(
+      {of_columns, rows.const_data_ptr<int64_t>(), nullptr, static_cast<int>(n), static_cast<int>(m),
+       ids.rows.mutable_data_ptr<int>(), nullptr, ids.counts.mutable_data_ptr<double>()},
+      stream());
+  return ids;
+}
+
+std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast& contrast, const LabelIds* ids,
+                                                 Rounding rounding) {
+  const DeviceGuard guard(contrast.q);
+  const Pairs& pairs = contrast.pairs;
+  const bool any = pairs.label_positives || pairs.positive_index || pairs.positive_mask;
+  const int64_t n = contrast.q.size(0);
+  at::Tensor sum = empty_like_device(contrast.q, {any ? n : 0}, at::kDouble), count = at::empty_like(sum);
+  if (!any) return {sum, count};
+  const at::Tensor q = row_major(contrast.q), k = contrast.k ? row_major(*contrast.k) : q;
+  const bool tf32 = rounding == Rounding::kTf32;
+  PositiveRowsParams p{};
+  p.q = q.const_data_ptr();
+  p.k = k.const_data_ptr();
+  p.q_stride = row_stride(q);
+  p.k_stride = row_stride(k);
+  p.n = static_cast<int>(n);
+  p.m = static_cast<int>(k.size(0));
+  p.d = static_cast<int>(q.size(1));
+  p.scale = scalar_of(contrast.scale);
+  p.sum = sum.mutable_data_ptr<double>();
+  p.count = count.mutable_data_ptr<double>();
+  at::Tensor index, prototypes, counts, excluded_weight;
+  if (pairs.positive_index) {
+    index = pairs.positive_index->to(at::kInt).contiguous();
+    p.index = index.const_data_ptr<int>();
+    launch_positive_rows(p, type_of(q), tf32, stream());
+    return {sum, count};
+  }
+  p.excludes = pairs.exclude && *pairs.exclude > -n && *pairs.exclude < p.m;
+  p.offset = p.excludes ? static_cast<int>(*pairs.exclude) : 0;
+  if (pairs.label_positives) {
+    TORCH_CHECK_VALUE(ids != nullptr, "positives by label need labels");
+    prototypes = class_prototypes(k, *ids, tf32);
+    counts = ids->counts;
+    p.row_ids = ids->rows.const_data_ptr<int>();
+    p.col_ids = ids->cols.const_data_ptr<int>();
+  } else {
+    const at::Tensor& mask = *pairs.positive_mask;
+    MaskedPrototypes masked = mask_prototypes(k, mask, tf32);
+    prototypes = masked.prototypes;
+    counts = masked.counts;
+    p.groups = static_cast<int>(mask.size(0));
+    if (p.excludes) {
+      excluded_weight = weights_at(mask, n, p.offset);
+      p.excluded_weight = excluded_weight.const_data_ptr<float>();
+    }
+  }
+  p.prototypes = prototypes.const_data_ptr<float>();
+  p.prototype_stride = prototypes.stride(0);
+  p.counts = counts.const_data_ptr<double>();
+  launch_positive_rows(p, type_of(q), tf32, stream());
+  return {sum, count};
+}
+
+}  // namespace cl_kernels::cuda
