@@ -4,10 +4,11 @@ Steps run one after the other, each with a limit of its own and a log in the out
 gpu_check_output/); one that fails or runs out of time does not stop the rest, and the exit code is 1.
 
     environment   nvidia-smi, nvcc, versions, which backend serves which op
-    build         the C++ extension in place, where it is not built
-    cases         tests/sanitizer_cases.py: every op in every variant
-    parity        the Triton tests with real kernels (CL_KERNELS_TEST_DEVICE=cuda)
+    build         the extensions in place, where they are not built: CUDA C++ for this GPU
+    cases         tests/sanitizer_cases.py: every op in every variant, by Triton and by CUDA C++
+    parity        the tests of both with real kernels (CL_KERNELS_TEST_DEVICE=cuda)
     memcheck, racecheck, initcheck      compute-sanitizer over the cases
+    ncu           counters of the two main CUDA C++ kernels
     timings       bench/gpu_timings.py
 
 The results are bench/results/<device>-<date>.json and a table in Markdown, printed last. With --rehearse the
@@ -55,43 +56,45 @@ class Outcome:
 def steps(out: Path, rehearse: bool) -> list[Step]:
     """The limits together stay under ten minutes."""
     jobs = max(1, (os.cpu_count() or 1) // 2)
-    found = [Step("environment", [PYTHON, "bench/gpu_check.py", "--environment"], 25)]
-    if not any((ROOT / "cl_kernels").glob("_C*.so")):
-        build = {"MAX_JOBS": str(os.cpu_count() or 1)}
-        found.append(Step("build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 90, build))
+    found = [Step("environment", [PYTHON, "bench/gpu_check.py", "--environment"], 20)]
+    built = [any((ROOT / "cl_kernels").glob(f"{name}*.so")) for name in ("_C", "_cuda")]
+    if not all(built) and not (rehearse and built[0]):
+        build = {"MAX_JOBS": str(os.cpu_count() or 1), "CL_KERNELS_FORCE_CUDA_BUILD": "" if rehearse else "1"}
+        found.append(Step("build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 140, build))
 
     cases = [PYTHON, "tests/sanitizer_cases.py", "--jobs", str(jobs)]
+    by_cuda = [PYTHON, "tests/sanitizer_cases.py", "--backend", "cuda"]
     few = ["--dtypes", "float32", "--match", "softmax"] if rehearse else []
     # Without a checker first: it fills Triton's cache, so that the checkers do not watch compilers.
-    found.append(Step("cases", [*cases, *few], 75))
-    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton_*.py"))
-    if tests:
-        command = [PYTHON, "-m", "pytest", "-q", "--maxfail=20", *tests]
-        command += ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
-        command += ["-k", "log_softmax"] if rehearse else []
-        found.append(Step("parity", command, 110, {"CL_KERNELS_TEST_DEVICE": "cpu" if rehearse else "cuda"}))
+    found += [
+        Step("cases", [*cases, *few], 50),
+        Step("cases by cuda", [*by_cuda, *few], 600 if rehearse else 25),
+    ]
+    names = ("test_triton_*.py", "test_cuda_*.py", "test_gpu_*.py")
+    tests = sorted(str(path.relative_to(ROOT)) for name in names for path in (ROOT / "tests").glob(name))
+    command = [PYTHON, "-m", "pytest", "-q", "--maxfail=20", *tests]
+    command += ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
+    command += ["-k", "log_softmax"] if rehearse else []
+    found.append(Step("parity", command, 110, {"CL_KERNELS_TEST_DEVICE": "cpu" if rehearse else "cuda"}))
     if not rehearse:
         # Each tensor its own allocation, so that the checkers know its end.
         plain_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        for tool, limit, dtypes in (
-            ("memcheck", 60, []),
-            ("racecheck", 30, ["--dtypes", "bfloat16"]),
-            ("initcheck", 25, ["--dtypes", "float16"]),
+        checker = ["compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9", "--tool"]
+        for tool, limit, watched in (
+            ("memcheck", 45, cases),
+            ("memcheck by cuda", 25, by_cuda),
+            ("racecheck", 20, [*cases, "--dtypes", "bfloat16"]),
+            ("racecheck by cuda", 20, [*by_cuda, "--dtypes", "bfloat16"]),
+            ("initcheck by cuda", 15, [*by_cuda, "--dtypes", "float16"]),
         ):
-            checker = [
-                "compute-sanitizer",
-                "--tool",
-                tool,
-                "--target-processes",
-                "all",
-                "--error-exitcode",
-                "9",
-            ]
-            found.append(
-                Step(tool, [*checker, *cases, *dtypes], limit, plain_memory, needs="compute-sanitizer")
-            )
-    timings = [PYTHON, "bench/gpu_timings.py", "--out", str(out), "--budget", "150"]
-    found.append(Step("timings", timings + ["--rehearse"] * rehearse, 180))
+            command = [*checker, tool.split()[0], *watched]
+            found.append(Step(tool, command, limit, plain_memory, needs="compute-sanitizer"))
+        counters = ["ncu", "--clock-control", "none", "--section", "SpeedOfLight", "--section", "Occupancy",
+                    "--section", "WarpStateStats", "--kernel-name", "regex:lse_sm90|gradient_rows_sm90",
+                    "--launch-count", "4", PYTHON, "bench/gpu_timings.py", "--out", str(out)]  # fmt: skip
+        found.append(Step("ncu", [*counters, "--one-step", "E"], 25, needs="ncu"))
+    timings = [PYTHON, "bench/gpu_timings.py", "--out", str(out), "--budget", "75"]
+    found.append(Step("timings", timings + ["--rehearse"] * rehearse, 600 if rehearse else 90))
     return found
 
 

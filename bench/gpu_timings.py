@@ -1,4 +1,4 @@
-"""Times the workloads of the design on a GPU: ours, the authors' eager PyTorch, and torch.compile of it.
+"""Times the workloads of the design on a GPU: ours by each backend, eager PyTorch, and torch.compile of it.
 
     python bench/gpu_timings.py --out DIR [--budget SECONDS] [--rehearse]         (part of `make gpu-check`)
 
@@ -33,6 +33,7 @@ if "--rehearse" in sys.argv:
 import peers
 import torch
 import torch.nn.functional as F
+from emulator import build
 from peers import Result
 from torch import Tensor
 from workloads import differentiate, relative_error
@@ -296,7 +297,7 @@ def measure(
             line.error = largest_error(result, truth)
             half = work.dtype == torch.bfloat16
             # The authors' formulas round logits to half; their answer is allowed what that does to it.
-            allowed = (2e-2 if half else 1e-3) * (1 if variant == "cl_kernels" else 20)
+            allowed = (2e-2 if half else 1e-3) * (1 if variant in OURS else 20)
             if not line.error <= allowed:
                 line.note = "wrong answer"
                 return line
@@ -332,11 +333,25 @@ def product_rate() -> float:
     return 2 * n**3 / median_seconds(lambda: torch.mm(a, b, out=out)) / 1e12
 
 
+OURS = ("cuda", "triton", "auto")  # backends of cl_kernels
+
+
 def variants(work: Work) -> Iterator[tuple[str, Loss]]:
-    yield "cl_kernels", work.ours
+    for backend in OURS:
+        if REHEARSAL and backend == "auto":  # the CPU's own kernels
+            continue
+        yield backend, by_backend(backend, work.ours)
     yield "eager", work.eager
     if work.compiled and not REHEARSAL:
         yield "torch.compile", torch.compile(work.eager, dynamic=False)
+
+
+def by_backend(backend: str, loss: Loss) -> Loss:
+    def step(*inputs: Tensor) -> Tensor:
+        with cl_kernels.use_backend(backend):
+            return loss(*inputs)
+
+    return step
 
 
 def table(lines: list[Line]) -> str:
@@ -362,14 +377,23 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=200, help="seconds")
     parser.add_argument("--only", nargs="+", help="ids of workloads")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument(
+        "--one-step", metavar="ID", help="only one step of a workload by CUDA C++, for a profiler"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.one_step:
+        work = next(work for work in works() if work.id == args.one_step)
+        differentiate(by_backend("cuda", work.ours), *work.inputs())()
+        _synchronize()
+        return 0
+    if REHEARSAL:
+        build.load()
     torch.set_num_threads(1 if REHEARSAL else torch.get_num_threads())
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.budget
     reached = {"copy_gb_s": copy_rate(), "mm_bf16_tflops": product_rate()}
     lines: list[Line] = []
-    cl_kernels.use_backend("triton")
     for work in works():
         if args.only and work.id not in args.only:
             continue
@@ -385,7 +409,7 @@ def main() -> int:
         result = {"ceilings": reached, "lines": [asdict(line) for line in lines]}
         (args.out / "timings.json").write_text(json.dumps(result, indent=1))
         (args.out / "timings.md").write_text(table(lines) + "\n")
-    failed = [line for line in lines if line.variant == "cl_kernels" and line.ms is None]
+    failed = [line for line in lines if line.variant in OURS and line.ms is None]
     return 1 if failed else 0
 
 

@@ -50,9 +50,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests of Triton's kernels make their tensors on CL_KERNELS_TEST_DEVICE; on the CPU, by default, the
+    """Tests of the kernels for GPUs make their tensors on CL_KERNELS_TEST_DEVICE; on the CPU, by default, the
     kernels run under Triton's interpreter."""
-    if not request.module.__name__.startswith("test_triton"):
+    if not request.module.__name__.startswith(("test_triton", "test_cuda", "test_gpu")):
         yield
         return
     torch.set_default_device(os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu"))

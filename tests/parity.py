@@ -130,8 +130,9 @@ def exact(problem: Problem) -> dict[str, Tensor]:
 
 
 def ours(problem: Problem) -> dict[str, Tensor]:
-    """On CL_KERNELS_TEST_DEVICE where Triton's kernels serve."""
-    device = os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu") if dispatch.requested() == "triton" else "cpu"
+    """On CL_KERNELS_TEST_DEVICE where kernels for GPUs serve."""
+    on_gpu = dispatch.requested() in ("triton", "cuda")
+    device = os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu") if on_gpu else "cpu"
     return run(getattr(clk, problem.function), problem, device=device)
 
 

@@ -1,7 +1,7 @@
 """Every op in every variant once, small and odd, in each dtype: what the memory checkers watch.
 
     compute-sanitizer --tool memcheck python tests/sanitizer_cases.py            (on a GPU; `make gpu-check`)
-    python tests/sanitizer_cases.py                                              (Triton's interpreter, CPU)
+    python tests/sanitizer_cases.py [--backend cuda]             (Triton's interpreter, the emulator; CPU)
 
 Each result is also held loosely to the chunked reference. Exits with 1 if one is off. For the checkers set
 PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor is an allocation of its own.
@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
     interpreter.repair()
 
 import op_cases
+from emulator import build
 from torch import Tensor
 
 from cl_kernels import chunked, ops
@@ -35,6 +36,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 def with_triton(name: str, *args: Any) -> Any:
     return ops.triton_op(name)(*args)
+
+
+def with_cuda(name: str, *args: Any) -> Any:
+    return getattr(torch.ops.cl_kernels_cuda, name)(*args)
 
 
 def with_reference(name: str, *args: Any) -> Any:
@@ -68,6 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Every op in every variant once, small and odd.")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--match", default="", help="only ops with this in their name")
+    parser.add_argument("--backend", choices=["triton", "cuda"], default="triton")
     parser.add_argument("--jobs", type=int, default=1, help="processes; compiling takes most of the time")
     parser.add_argument("--share", type=int, help="the cases of one of the processes")
     args = parser.parse_args()
@@ -76,11 +82,14 @@ def main() -> int:
         command = [sys.executable, *sys.argv, "--share"]
         started = [subprocess.Popen([*command, str(share)]) for share in range(args.jobs)]
         return max(process.wait() for process in started)
+    if args.backend == "cuda" and not torch.cuda.is_available():
+        build.load()
+    call = with_triton if args.backend == "triton" else with_cuda
     count, faults = 0, 0
     for number, (name, case, tolerance) in enumerate(selected(args.match, args.dtypes)):
         if args.share is None or number % args.jobs == args.share:
             count += 1
-            problem = compare(case, number, tolerance)
+            problem = compare(case, call, number, tolerance)
             if problem:
                 faults += 1
                 print(f"{name}: {problem}", flush=True)
@@ -88,13 +97,13 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def compare(case: op_cases.Case, seed: int, tolerance: float) -> str | None:
-    """What is wrong with a case by Triton, or None; its error where it does not run."""
+def compare(case: op_cases.Case, call: op_cases.Call, seed: int, tolerance: float) -> str | None:
+    """What is wrong with a case, or None; its error where it does not run."""
     torch.manual_seed(seed)
     truth = case.run(with_reference)
     torch.manual_seed(seed)
     try:
-        results = case.run(with_triton)
+        results = case.run(call)
     except Exception as error:
         return f"does not run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     for i, (result, expected) in enumerate(zip(results, truth, strict=True)):

@@ -1,9 +1,11 @@
-"""Every loss on Triton's kernels: at most twice the error of plain torch in the same dtype."""
+"""Every loss on the kernels for GPUs, Triton's and CUDA C++: at most twice the error of plain torch in the
+same dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import op_checks
 import parity
 import pytest
 import torch
@@ -13,12 +15,15 @@ import cl_kernels as clk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-pytestmark = pytest.mark.usefixtures("triton", "poisoned", "one_thread")
+pytestmark = pytest.mark.usefixtures("kernels", "poisoned", "one_thread")
 
 
-@pytest.fixture
-def triton() -> Iterator[None]:
-    with clk.use_backend("triton"):
+@pytest.fixture(params=["triton", *(f"cuda {architecture}" for architecture in op_checks.ARCHITECTURES)])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    backend, _, architecture = request.param.partition(" ")
+    if backend == "cuda":
+        op_checks.prepare_cuda(architecture, monkeypatch)
+    with clk.use_backend(backend):
         yield
 
 
