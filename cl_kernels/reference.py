@@ -7,7 +7,8 @@ what the engine's operators return, `supcon_rows` the losses of some of the anch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +21,27 @@ from cl_kernels.validation import accumulate_dtype, full_precision
 INF = float("inf")
 Scalar = float | Tensor
 
+_sums: Callable[[torch.dtype], torch.dtype] = accumulate_dtype
+
+
+@contextmanager
+def plain_sums() -> Iterator[None]:
+    """Inside, products and sums keep the dtype of the inputs, as plain PyTorch code would: what our errors
+    are measured against (`parity.py`)."""
+    global _sums
+    _sums = _as_it_is
+    try:
+        yield
+    finally:
+        _sums = accumulate_dtype
+
+
+def _as_it_is(dtype: torch.dtype) -> torch.dtype:
+    return dtype
+
 
 def _accumulate(x: Tensor) -> Tensor:
-    return x.to(accumulate_dtype(x.dtype))
+    return x.to(_sums(x.dtype))
 
 
 def _scalar(value: Scalar, like: Tensor) -> Scalar:

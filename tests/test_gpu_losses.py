@@ -38,8 +38,7 @@ def some(kind: str, n: int, d: int, tau: float) -> list[Problem]:
     views = torch.stack([first, second], dim=1)
     labels = {"labels": torch.arange(n) % max(1, n // 3)}
     if kind == "converged":
-        centres = unit(max(1, n // 3), d)[labels["labels"]]
-        views = parity.near(centres[:, None].expand(n, 2, d).contiguous())
+        views = parity.clustered(labels["labels"], 2, d)
     pair, queue = {"q": first, "k": second}, {"queue": unit(2 * n, d)}
     found = [
         Problem("supcon_loss", {"features": torch.stack([first, second], dim=1)}),
