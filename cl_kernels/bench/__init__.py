@@ -1,1 +1,1 @@
-"""Microbenchmarks of the losses: `python -m cl_kernels bench`; docs/benchmarking.md says how it is measured."""
+"""Microbenchmarks, `python -m cl_kernels bench`; docs/benchmarking.md says how they are made."""

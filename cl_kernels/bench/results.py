@@ -8,11 +8,12 @@ the variants without a time and why, and the errors over temperatures and dtypes
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,8 @@ class Accuracy:
 @dataclass
 class Results:
     """`machine` has at least device, kind ("cpu" or "cuda"), cores, threads, memory_bytes, torch, python;
-    `ceilings` are the rates that this machine reached: operations a second of `torch.mm` by dtype, and "copy",
-    bytes a second read and written."""
+    `ceilings` are the rates that this machine reached: operations a second of `torch.mm` by dtype, and
+    "copy", bytes a second read and written."""
 
     machine: dict[str, Any] = field(default_factory=dict)
     command: str = ""
@@ -156,16 +157,11 @@ _VERSION = 1
 
 
 def _entries(line: Line) -> list[dict[str, Any]]:
-    from pytest_benchmark.stats import Stats
-
     found = []
     for phase in _TIMES:
         samples = getattr(line, phase)
         if not samples:
             continue
-        stats = Stats()
-        for sample in samples:
-            stats.update(sample)
         name = f"{line.work} {line.dtype}, {line.variant}, {phase}"
         extra = {key: value for key, value in asdict(line).items() if key not in _TIMES}
         found.append(
@@ -177,26 +173,48 @@ def _entries(line: Line) -> list[dict[str, Any]]:
                 "param": None,
                 "extra_info": {**extra, "phase": phase},
                 "options": {},
-                "stats": {**stats.as_dict(), "data": list(samples), "iterations": 1},
+                "stats": {**_stats(samples), "data": list(samples), "iterations": 1},
             }
         )
     return found
 
 
-def to_json(results: Results) -> dict[str, Any]:
-    import pytest_benchmark
-    from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
-    from pytest_benchmark.utils import get_commit_info
+def _stats(samples: Sequence[float]) -> dict[str, Any]:
+    """pytest-benchmark's, where it is installed."""
+    try:
+        from pytest_benchmark.stats import Stats
+    except ImportError:
+        return {"rounds": len(samples), "median": median(samples), "min": min(samples), "max": max(samples)}
+    stats = Stats()
+    for sample in samples:
+        stats.update(sample)
+    return stats.as_dict()
 
+
+@functools.cache
+def _surroundings() -> dict[str, Any]:
+    """What pytest-benchmark says of the machine and the commit, but for the machine's name."""
+    try:
+        import pytest_benchmark
+        from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
+        from pytest_benchmark.utils import get_commit_info
+    except ImportError:
+        return {"machine_info": {}, "commit_info": {}, "version": ""}
     machine = pytest_benchmark_generate_machine_info()
-    machine.pop("node", None)
-    absent = [line for line in results.lines if not any(getattr(line, phase) for phase in _TIMES)]
+    del machine["node"]
     return {
         "machine_info": machine,
         "commit_info": get_commit_info(),
+        "version": pytest_benchmark.__version__,
+    }
+
+
+def to_json(results: Results) -> dict[str, Any]:
+    absent = [line for line in results.lines if not any(getattr(line, phase) for phase in _TIMES)]
+    return {
+        **_surroundings(),
         "benchmarks": [entry for line in results.lines for entry in _entries(line)],
         "datetime": results.date,
-        "version": pytest_benchmark.__version__,
         "cl_kernels": {
             "format": _VERSION,
             "machine": results.machine,
@@ -209,23 +227,24 @@ def to_json(results: Results) -> dict[str, Any]:
     }
 
 
+def _line(values: dict[str, Any]) -> Line:
+    counts = {key: math.nan for key in ("flops", "bytes") if values[key] is None}
+    return Line(**{**values, **counts})
+
+
 def from_json(data: dict[str, Any]) -> Results:
     """Raises ValueError where the data are not of this format."""
     own = data.get("cl_kernels")
     if not isinstance(own, dict) or own.get("format") != _VERSION:
         raise ValueError("these are not results of `python -m cl_kernels bench` (no cl_kernels, format 1)")
-    known = {entry.name for entry in fields(Line)}
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in data["benchmarks"]:
         extra = dict(entry["extra_info"])
         phase = extra.pop("phase")
-        line = lines.setdefault(
-            tuple(sorted((k, str(v)) for k, v in extra.items())),
-            {k: v for k, v in extra.items() if k in known},
-        )
+        line = lines.setdefault(tuple(sorted((k, str(v)) for k, v in extra.items())), extra)
         line[phase] = tuple(entry["stats"]["data"])
-    timed = [Line(**line) for line in lines.values()]
-    absent = [Line(**{**line, **{p: () for p in _TIMES}}) for line in own["absent"]]
+    timed = [_line(line) for line in lines.values()]
+    absent = [_line({**line, **dict.fromkeys(_TIMES, ())}) for line in own["absent"]]
     return Results(
         machine=own["machine"],
         command=own["command"],
@@ -240,7 +259,9 @@ def from_json(data: dict[str, Any]) -> Results:
 def save(results: Results, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite(to_json(results)), indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    whole = path.with_name(path.name + ".part")  # so that what is there is never half a file
+    whole.write_text(text + "\n", encoding="utf-8")
+    whole.replace(path)
 
 
 def load(path: Path) -> Results:

@@ -1,0 +1,183 @@
+"""What each loss and its gradients are in float64: the truth to which variants are held before being timed.
+
+Rows are walked in chunks, so that they fit in memory; no code is shared with the package. Arguments are those
+of `eager`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_kernels.bench import eager
+
+Result = tuple[Tensor, list[Tensor]]
+"""A loss and its gradients."""
+
+ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Of a chunk of the matrix of similarities."""
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def _mean_over_rows(
+    rows: int,
+    columns: int,
+    leaves: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    losses: Callable[..., Tensor],
+) -> Result:
+    """The mean of `losses(chunk, *operands)`, a loss for each row of a slice, and the gradients of `leaves`,
+    of which the operands are made."""
+    inner = [x.detach().requires_grad_() for x in operands]
+    total = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
+    chunk = max(1, ELEMENTS[total.device.type] // columns)
+    for start in range(0, rows, chunk):
+        loss = losses(slice(start, min(start + chunk, rows)), *inner).sum() / rows
+        loss.backward()
+        total += loss.detach()
+    torch.autograd.backward(list(operands), [x.grad for x in inner])
+    return total, [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def _others(chunk: slice, z: Tensor) -> Tensor:
+    """Which pairs of a chunk's rows with all rows are not a row with itself."""
+    index = torch.arange(len(z), device=z.device)
+    return index[chunk, None] != index
+
+
+def supcon(temperature: float, features: Tensor, labels: Tensor) -> Result:
+    (leaf,) = _leaves(features)
+    z = leaf.transpose(0, 1).flatten(0, 1)
+    label = labels.repeat(features.shape[1])
+
+    def losses(chunk: slice, z: Tensor) -> Tensor:
+        others = _others(chunk, z)
+        logits = z[chunk] @ z.T / temperature
+        log_prob = logits - logits.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
+        positives = (label[chunk, None] == label) & others
+        per_row = (log_prob * positives).sum(1) / positives.sum(1).clamp(min=1)
+        return -temperature / eager.BASE_TEMPERATURE * per_row
+
+    return _mean_over_rows(len(z), len(z), [leaf], [z], losses)
+
+
+def multilevel(temperature: float, *levels_and_labels: Tensor) -> Result:
+    *levels, labels = levels_and_labels
+    results = [supcon(temperature, level, labels) for level in levels]
+    return torch.stack([loss for loss, _ in results]).sum(), [grads[0] for _, grads in results]
+
+
+def _nt_xent_of(temperature: float, leaves: list[Tensor], z: Tensor) -> Result:
+    partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+
+    def losses(chunk: slice, z: Tensor) -> Tensor:
+        logits = (z[chunk] @ z.T / temperature).masked_fill(~_others(chunk, z), -torch.inf)
+        return F.cross_entropy(logits, partner[chunk], reduction="none")
+
+    return _mean_over_rows(len(z), len(z), leaves, [z], losses)
+
+
+def nt_xent(temperature: float, z0: Tensor, z1: Tensor) -> Result:
+    leaves = _leaves(z0, z1)
+    return _nt_xent_of(temperature, leaves, F.normalize(torch.cat(leaves), dim=1))
+
+
+def dimcl(temperature: float, z0: Tensor, z1: Tensor) -> Result:
+    leaves = _leaves(z0, z1)
+    return _nt_xent_of(temperature, leaves, eager.columns(*leaves))
+
+
+def sce(temperature: float, q: Tensor, k: Tensor, queue: Tensor) -> Result:
+    (leaf,), k, queue = _leaves(q), k.double(), queue.double()
+
+    def losses(chunk: slice, q: Tensor) -> Tensor:
+        return eager.sce(temperature, q[chunk], k[chunk], queue) * len(k[chunk])
+
+    return _mean_over_rows(len(q), len(queue), [leaf], [leaf], losses)
+
+
+def sce_multicrop(temperature: float, *views_k_queue: Tensor) -> Result:
+    *views, k, queue = views_k_queue
+    results = [sce(temperature, q, k, queue) for q in views]
+    loss = torch.stack([loss for loss, _ in results]).mean()
+    return loss, [grads[0] / len(views) for _, grads in results]
+
+
+def info_nce(temperature: float, q: Tensor, k: Tensor, queue: Tensor) -> Result:
+    (leaf,), k, queue = _leaves(q), k.double(), queue.double()
+
+    def losses(chunk: slice, q: Tensor) -> Tensor:
+        return eager.info_nce(temperature, q[chunk], k[chunk], queue) * len(k[chunk])
+
+    return _mean_over_rows(len(q), len(queue), [leaf], [leaf], losses)
+
+
+def clip(temperature: float, image: Tensor, text: Tensor, scale: Tensor) -> Result:
+    leaves = _leaves(image, text, scale)
+    own = torch.arange(len(image), device=image.device)
+
+    def losses(chunk: slice, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        rows = F.cross_entropy(scale * image[chunk] @ text.T, own[chunk], reduction="none")
+        cols = F.cross_entropy(scale * text[chunk] @ image.T, own[chunk], reduction="none")
+        return (rows + cols) / 2
+
+    return _mean_over_rows(len(image), len(text), leaves, leaves, losses)
+
+
+def dcl(temperature: float, z0: Tensor, z1: Tensor) -> Result:
+    leaves = _leaves(z0, z1)
+
+    def losses(chunk: slice, z0: Tensor, z1: Tensor) -> Tensor:
+        within, cross = z0[chunk] @ z0.T / temperature, z0[chunk] @ z1.T / temperature
+        positive = (z0[chunk] * z1[chunk]).sum(1) / temperature
+        negatives = _others(chunk, z0).repeat(1, 2)
+        return torch.cat((within, cross), 1).masked_fill(~negatives, -torch.inf).logsumexp(1) - positive
+
+    return _mean_over_rows(len(z0), 2 * len(z0), leaves, leaves, losses)
+
+
+def nt_xent_with_self(temperature: float, z0: Tensor, z1: Tensor) -> Result:
+    """NT-Xent without its mask of a row with itself."""
+    leaves = _leaves(z0, z1)
+    return _with_self(temperature, leaves, F.normalize(torch.cat(leaves), dim=1))
+
+
+def dimcl_with_self(temperature: float, z0: Tensor, z1: Tensor) -> Result:
+    leaves = _leaves(z0, z1)
+    return _with_self(temperature, leaves, eager.columns(*leaves))
+
+
+def supcon_with_self(temperature: float, features: Tensor, labels: Tensor) -> Result:
+    """The other view as the only positive."""
+    (leaf,) = _leaves(features)
+    return _with_self(temperature, [leaf], leaf.transpose(0, 1).flatten(0, 1))
+
+
+def _with_self(temperature: float, leaves: list[Tensor], z: Tensor) -> Result:
+    """Of rows z against all rows, themselves included: what a cross-entropy over classes computes."""
+    target = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+
+    def losses(chunk: slice, z: Tensor) -> Tensor:
+        return F.cross_entropy(z[chunk] @ z.T / temperature, target[chunk], reduction="none")
+
+    return _mean_over_rows(len(z), len(z), leaves, [z], losses)
+
+
+LOSSES: dict[str, Callable[..., Result]] = {
+    "supcon": supcon,
+    "selfcon": supcon,
+    "multilevel": multilevel,
+    "nt_xent": nt_xent,
+    "dimcl": dimcl,
+    "sce": sce,
+    "sce_multicrop": sce_multicrop,
+    "info_nce": info_nce,
+    "clip": clip,
+    "dcl": dcl,
+}

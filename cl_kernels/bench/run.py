@@ -1,0 +1,323 @@
+"""Runs a benchmark: every variant of every workload, checked, measured for memory, then timed in turn."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_kernels.bench import exact, fresh, machine, timing, variants
+from cl_kernels.bench.peers import PEERS, Truth
+from cl_kernels.bench.results import FLOOR, Accuracy, Line, Results
+from cl_kernels.bench.workloads import LOSSES, Inputs, Workload, differentiate
+
+LARGEST_TRUTH = {"cpu": 1 << 28, "cuda": 1 << 35}
+"""Pairs up to which a workload is held to float64; beyond, that would take longer than all the rest."""
+
+GRAPH_ROWS = 4096
+"""Up to which a step is also replayed from a CUDA graph: larger ones are not bound by launches."""
+
+STUDY_ROWS, STUDY_WIDTH = 512, 128
+STUDY_TEMPERATURES = (0.5, 0.1, 0.07, 0.01)
+VANISHED = 1e-6
+"""A loss below which nothing is left to learn."""
+STUDY_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`seconds` bound the timing of all workloads, beyond a few rounds of each."""
+
+    workloads: Sequence[Workload]
+    device: str = "cpu"
+    backends: Sequence[str] = ("auto",)
+    peers: Sequence[str] = tuple(PEERS)
+    rounds: int = 21
+    seconds: float = 150.0
+    memory: bool = True
+    study: bool = True  # errors over temperatures and dtypes
+    static_curves: bool = False  # what compiles for every size also at the sizes that are not headlines
+
+
+Progress = Callable[[str, int, int], None]
+"""What is being done, steps done and steps in all."""
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def run(
+    plan: Plan, progress: Progress = lambda *_: None, keep: Callable[[Results], None] = lambda _: None
+) -> Results:
+    """`keep` gets the results after each workload, so that a run that is stopped loses nothing."""
+    started = time.monotonic()
+    dtypes = tuple(dict.fromkeys(work.dtype for work in plan.workloads))
+    found = Results(
+        machine=machine.describe(plan.device),
+        command=machine.command(),
+        date=now(),
+    )
+    found.machine["load_before"] = machine.load()
+    study = _study(plan) if plan.study else []
+    total = len(plan.workloads) + len(study) + 1
+    shares = sum(3 if work.headline else 1 for work in plan.workloads)  # headlines get three times the time
+    progress("what this machine reaches", 0, total)
+    found.ceilings = timing.ceilings(plan.device, dtypes)
+    for i, work in enumerate(plan.workloads):
+        progress(work.name, 1 + i, total)
+        found.lines += measure(plan, work, plan.seconds * (3 if work.headline else 1) / shares)
+        found.seconds = time.monotonic() - started
+        keep(found)
+    for i, (loss, dtype, temperature, inputs) in enumerate(study):
+        progress(f"errors of {LOSSES[loss].title}, {dtype}", 1 + len(plan.workloads) + i, total)
+        found.accuracy += errors(plan, loss, dtype, temperature, inputs)
+    found.machine["load_after"] = machine.load()
+    found.seconds = time.monotonic() - started
+    progress("done", total, total)
+    return found
+
+
+# One workload
+
+
+def measure(plan: Plan, work: Workload, seconds: float) -> list[Line]:
+    """The lines of all variants of a workload, those without a time among them."""
+    try:
+        return _measured(plan, work, seconds)
+    except Exception as error:  # such as inputs or a truth that do not fit; the other workloads go on
+        _free(plan.device)
+        status = fresh.MEMORY if isinstance(error, torch.OutOfMemoryError) else _message(error)
+        return [line_of(work, name, status=status, note=note) for name, note in variants_of(plan, work)]
+
+
+def _measured(plan: Plan, work: Workload, seconds: float) -> list[Line]:
+    lines = {line.variant: line for line in checked(plan, work)}
+    copies = timing.copies(work, plan.device, machine.cache(plan.device))
+    steps = {name: _steps(plan, work, name, copies) for name, line in lines.items() if line.status == "ok"}
+    often = [name for name, line in lines.items() if line.is_ours or name == FLOOR]
+    found = timing.interleaved(steps, plan.device, plan.rounds, seconds=seconds, often=often)
+    for name, samples in found.items():
+        lines[name] = _timed(plan, work, lines[name], samples)
+    del steps, copies
+    _free(plan.device)
+    return list(lines.values())
+
+
+def in_turn(plan: Plan, works: Sequence[Workload], variant: str) -> list[Line]:
+    """The lines of one variant on several workloads, which take turns as variants do."""
+    lines = [next(x for x in checked(plan, work) if x.variant == variant) for work in works]
+    cache = machine.cache(plan.device)
+    steps = {
+        str(i): _steps(plan, work, variant, timing.copies(work, plan.device, cache))
+        for i, work in enumerate(works)
+        if lines[i].status == "ok"
+    }
+    for i, samples in timing.interleaved(steps, plan.device, plan.rounds).items():
+        lines[int(i)] = _timed(plan, works[int(i)], lines[int(i)], samples)
+    return lines
+
+
+def checked(plan: Plan, work: Workload) -> list[Line]:
+    """A line for each variant, with memory and errors, and the reason if it gets no time."""
+    inputs = work.inputs(plan.device)
+    moved = float(sum(x.numel() * x.element_size() for x in (*inputs.leaves, *inputs.leaves, *inputs.rest)))
+    truths: dict[Truth, exact.Result] = {}
+    lines = []
+    for name, note in variants_of(plan, work):
+        line = line_of(work, name, bytes=moved, note=note)
+        lines.append(line if name == FLOOR else _checked(plan, work, line, inputs, truths))
+    return lines
+
+
+def _steps(plan: Plan, work: Workload, name: str, copies: Sequence[Inputs]) -> timing.Step:
+    if name == FLOOR:
+        return timing.Products(work, plan.device)
+    return timing.Steps(variants.implementation(name, work.loss), work.temperature, copies)
+
+
+def _timed(plan: Plan, work: Workload, line: Line, samples: timing.Samples) -> Line:
+    if line.variant == FLOOR:
+        return replace(line, both=tuple(samples.both))
+    graph: list[float] = []
+    if plan.device == "cuda" and work.rows <= GRAPH_ROWS and line.is_ours:
+        implementation = variants.implementation(line.variant, work.loss)
+        graph = timing.graph_samples(implementation, work, plan.device, plan.rounds)
+    return replace(
+        line,
+        forward=tuple(samples.forward),
+        backward=tuple(samples.backward),
+        both=tuple(samples.both),
+        graph=tuple(graph),
+    )
+
+
+def line_of(work: Workload, variant: str, **fields: Any) -> Line:
+    return Line(
+        loss=work.loss,
+        title=work.spec.title,
+        rows=work.rows,
+        columns=work.columns,
+        width=work.width,
+        dtype=work.dtype,
+        temperature=work.temperature,
+        variant=variant,
+        headline=work.headline,
+        flops=work.flops,
+        **fields,
+    )
+
+
+def variants_of(plan: Plan, work: Workload) -> Iterator[tuple[str, str]]:
+    """Their names and notes."""
+    for name in variants.our_names(plan.backends):
+        yield name, ""
+    for name in plan.peers:
+        peer = PEERS[name]
+        if work.loss in peer.losses and (work.headline or plan.static_curves or not peer.static):
+            yield name, peer.notes.get(work.loss, "")
+    yield FLOOR, f"{work.spec.products} plain products"
+
+
+def _checked(
+    plan: Plan, work: Workload, line: Line, inputs: Inputs, truths: dict[Truth, exact.Result]
+) -> Line:
+    """The line with memory and errors, and the reason if it gets no time."""
+    missing = PEERS[line.variant].missing(plan.device) if line.variant in PEERS else None
+    if missing:
+        return replace(line, status=missing)
+    if plan.memory and plan.device == "cpu":
+        limit = int(0.9 * fresh.available_memory())
+        found = fresh.measure(fresh.Task(work, line.variant, limit, torch.get_num_threads()))
+        if found.status != "ok":
+            return replace(line, status=found.status)
+        gradients = sum(x.numel() * x.element_size() for x in inputs.leaves)
+        line = replace(line, memory=float(max(0, found.peak - gradients)))
+    try:
+        result, peak = _first(plan, work, line.variant, inputs)
+    except torch.OutOfMemoryError:
+        _free(plan.device)
+        return replace(line, status=fresh.MEMORY)
+    except Exception as error:
+        _free(plan.device)
+        return replace(line, status=_message(error))
+    if peak is not None:
+        line = replace(line, memory=peak)
+    if work.rows * work.columns > LARGEST_TRUTH[plan.device]:
+        return replace(line, note="; ".join(filter(None, (line.note, "too large to be held to float64"))))
+    truth = variants.truth(line.variant, work.loss)
+    if truth not in truths:
+        truths[truth] = truth(work.temperature, *inputs.leaves, *inputs.rest)
+    return _judged(line, result, truths[truth])
+
+
+def _message(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+Answer = tuple[Tensor, list[Tensor | None]]
+
+
+def _first(plan: Plan, work: Workload, variant: str, inputs: Inputs) -> tuple[Answer, float | None]:
+    """The answer of a variant, and on a GPU the peak of its second step beyond inputs and gradients."""
+    step = differentiate(variants.implementation(variant, work.loss), work.temperature, inputs)
+    result = step()
+    if plan.device != "cuda":
+        return result, None
+    del result
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()  # with the gradients of the step before, which are freed first
+    result = step()
+    torch.cuda.synchronize()
+    return result, float(torch.cuda.max_memory_allocated() - before)
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+# Errors
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """In the Euclidean norm; NaN and infinity where the value is not finite."""
+    return float((value.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def errors_of(result: Answer, truth: exact.Result) -> tuple[float, float]:
+    """Of the loss, and the largest of the gradients; a gradient that an implementation does not have is left
+    out."""
+    gradients = [relative_error(x, y) for x, y in zip(result[1], truth[1], strict=True) if x is not None]
+    largest = math.nan if any(map(math.isnan, gradients)) else max(gradients)
+    return relative_error(result[0], truth[0]), largest
+
+
+def allowed(dtype: str, temperature: float) -> tuple[float, float]:
+    """Relative errors of loss and gradients up to which an answer is right.
+
+    A logit of up to 1 / temperature that is rounded to eps moves a probability by eps / temperature; four
+    times that is granted, since the published formulas round logits to the dtype of their inputs.
+    """
+    rounding = 4 * torch.finfo(getattr(torch, dtype)).eps / temperature
+    return max(1e-5, rounding), max(1e-4, 2 * rounding)
+
+
+def _judged(line: Line, result: Answer, truth: exact.Result) -> Line:
+    of_loss, of_gradients = errors_of(result, truth)
+    line = replace(line, loss_error=of_loss, gradient_error=of_gradients)
+    for what, error, limit in zip(
+        ("loss", "gradient"), (of_loss, of_gradients), allowed(line.dtype, line.temperature), strict=True
+    ):
+        if not error <= limit:
+            return replace(line, status=f"wrong answer: relative error of the {what} is {error:.1e}")
+    return line
+
+
+Study = tuple[str, str, float, str]
+"""Loss, dtype, temperature, and which inputs."""
+
+
+def _study(plan: Plan) -> list[Study]:
+    losses = dict.fromkeys(work.loss for work in plan.workloads)
+    return list(itertools.product(losses, STUDY_DTYPES, STUDY_TEMPERATURES, ("random", "converged")))
+
+
+def errors(plan: Plan, loss: str, dtype: str, temperature: float, kind: str) -> list[Accuracy]:
+    """Of every variant that runs, on small inputs. There are none where the loss has vanished: relative
+    errors of nothing mean nothing."""
+    columns = LOSSES[loss].shape(STUDY_ROWS, STUDY_ROWS)[1]
+    work = Workload(loss, STUDY_ROWS, columns, STUDY_WIDTH, dtype, temperature)
+    inputs = work.inputs(plan.device, converged=kind == "converged")
+    found, truths = [], {}
+    for name, _ in variants_of(replace(plan, static_curves=False), replace(work, headline=False)):
+        if name == FLOOR or (name in PEERS and PEERS[name].missing(plan.device)):
+            continue
+        truth = variants.truth(name, loss)
+        if truth not in truths:
+            truths[truth] = truth(temperature, *inputs.leaves, *inputs.rest)
+        if float(truths[truth][0].abs()) < VANISHED:
+            continue
+        try:
+            step = differentiate(variants.implementation(name, loss), temperature, inputs)
+            both = errors_of(step(), truths[truth])
+        except Exception:  # such as a peer that does not take the dtype
+            continue
+        of_loss, of_gradients = (x if math.isfinite(x) else None for x in both)
+        found.append(
+            Accuracy(
+                loss, LOSSES[loss].title, work.rows, work.width, name, dtype, temperature, kind, of_loss,
+                of_gradients,
+            )
+        )  # fmt: skip
+    return found

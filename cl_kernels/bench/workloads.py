@@ -1,0 +1,323 @@
+"""The workloads: which loss, of which size, on which inputs, and what its work amounts to."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cl_kernels
+from cl_kernels.bench import eager
+
+LABELS = 10
+COSINE = 0.99  # of converged positives
+VIEWS = 10  # of multi-crop
+LEVELS = (0.25, 0.5, 1.0)  # widths of the levels of the multi-level loss, of the widest
+
+Implementation = Callable[..., Tensor]
+"""Of a temperature, the tensors that get a gradient, and those that do not; gives the mean loss."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    leaves: tuple[Tensor, ...]  # what gets a gradient
+    rest: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A loss and the size of its matrix of similarities, `rows` x `columns` over `width` features.
+
+    DimCL's rows are the columns of both views and its width is the batch. The width of a multi-level loss is
+    that of its widest level.
+    """
+
+    loss: str  # a key of LOSSES
+    rows: int
+    columns: int
+    width: int
+    dtype: str = "float32"
+    temperature: float = 0.1
+    headline: bool = True
+
+    @property
+    def spec(self) -> Loss:
+        return LOSSES[self.loss]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def name(self) -> str:
+        return f"{self.spec.title} {self.rows} × {self.columns} × {self.width} {self.dtype}"
+
+    @property
+    def contraction(self) -> int:
+        """Features summed over by all products."""
+        return sum(_levels(self.width)) if self.loss == "multilevel" else self.width
+
+    @property
+    def flops(self) -> float:
+        """The fewest that loss and gradients can be had with, as docs/benchmarking.md counts them."""
+        return 2.0 * self.spec.products * self.rows * self.columns * self.contraction
+
+    def inputs(self, device: str = "cpu", seed: int = 0, converged: bool = False) -> Inputs:
+        """The same for the same seed and device."""
+        generator = torch.Generator(device).manual_seed(seed)
+        made = self.spec.inputs(self, Maker(generator, converged))
+        cast = self.torch_dtype
+
+        def moved(x: Tensor) -> Tensor:
+            wanted = cast if x.is_floating_point() and x.dim() > 0 else x.dtype
+            return x.to(device=device, dtype=wanted)
+
+        return Inputs(tuple(map(moved, made.leaves)), tuple(map(moved, made.rest)))
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Random unit vectors; `near` are their positives, at a cosine of 0.99 if the inputs are converged."""
+
+    generator: torch.Generator
+    converged: bool
+
+    def unit(self, rows: int, width: int) -> Tensor:
+        device = self.generator.device
+        return F.normalize(torch.randn(rows, width, generator=self.generator, device=device), dim=1)
+
+    def near(self, x: Tensor) -> Tensor:
+        other = self.unit(*x.shape)
+        if not self.converged:
+            return other
+        across = F.normalize(other - (other * x).sum(1, keepdim=True) * x, dim=1)
+        return F.normalize(COSINE * x + math.sqrt(1 - COSINE**2) * across, dim=1)
+
+    def labels(self, rows: int) -> Tensor:
+        device = self.generator.device
+        return torch.randint(LABELS, (rows,), generator=self.generator, device=device)
+
+    def of_classes(self, labels: Tensor, width: int) -> Tensor:
+        """Two views [B, 2, D]; converged ones are near the centre of their class."""
+        centres = self.unit(LABELS, width)[labels]
+        return torch.stack((self.near(centres), self.near(centres)), 1)
+
+
+def _supcon_inputs(work: Workload, make: Maker) -> Inputs:
+    labels = make.labels(work.rows // 2)
+    return Inputs((make.of_classes(labels, work.width),), (labels,))
+
+
+def _levels(width: int) -> list[int]:
+    return [max(1, round(width * share)) for share in LEVELS]
+
+
+def _multilevel_inputs(work: Workload, make: Maker) -> Inputs:
+    labels = make.labels(work.rows // 2)
+    return Inputs(tuple(make.of_classes(labels, width) for width in _levels(work.width)), (labels,))
+
+
+def _pair_inputs(work: Workload, make: Maker) -> Inputs:
+    first = make.unit(work.rows // 2, work.width)
+    return Inputs((first, make.near(first)), ())
+
+
+def _one_way_inputs(work: Workload, make: Maker) -> Inputs:
+    first = make.unit(work.rows, work.width)
+    return Inputs((first, make.near(first)), ())
+
+
+def _dimcl_inputs(work: Workload, make: Maker) -> Inputs:
+    first = make.unit(work.rows // 2, work.width)
+    views = (first, make.near(first))
+    return Inputs(tuple(math.sqrt(work.width) * x.T.contiguous() for x in views), ())
+
+
+def _queue_inputs(work: Workload, make: Maker) -> Inputs:
+    """The own key of a row is one of its columns."""
+    q = make.unit(work.rows, work.width)
+    return Inputs((q,), (make.near(q), make.unit(work.columns - 1, work.width)))
+
+
+def _multicrop_inputs(work: Workload, make: Maker) -> Inputs:
+    """Student views of the same samples, which share the teacher's rows."""
+    q = make.unit(work.rows, work.width)
+    views = tuple(make.near(q) for _ in range(VIEWS))
+    return Inputs(views, (q, make.unit(work.columns - 1, work.width)))
+
+
+def _clip_inputs(work: Workload, make: Maker) -> Inputs:
+    image = make.unit(work.rows, work.width)
+    return Inputs((image, make.near(image), torch.tensor(1 / work.temperature)), ())
+
+
+# Ours, with the arguments of an Implementation.
+
+
+def _supcon(tau: float, features: Tensor, labels: Tensor) -> Tensor:
+    return cl_kernels.supcon_loss(features, labels, temperature=tau)
+
+
+def _selfcon(tau: float, features: Tensor, labels: Tensor) -> Tensor:
+    return cl_kernels.selfcon_loss(features, labels, temperature=tau)
+
+
+def _multilevel(tau: float, *levels_and_labels: Tensor) -> Tensor:
+    *levels, labels = levels_and_labels
+    return cl_kernels.multilevel_loss(levels, labels, temperature=tau)
+
+
+def _nt_xent(tau: float, z0: Tensor, z1: Tensor) -> Tensor:
+    return cl_kernels.nt_xent_loss(z0, z1, temperature=tau)
+
+
+def _dimcl(tau: float, z0: Tensor, z1: Tensor) -> Tensor:
+    return cl_kernels.dimcl_loss(z0, z1, temperature=tau)
+
+
+def _sce(tau: float, q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    return cl_kernels.sce_loss(
+        q, k, queue=queue, temperature=tau, target_temperature=eager.TARGET_TEMPERATURE, coeff=eager.COEFF
+    )
+
+
+def _sce_multicrop(tau: float, *views_k_queue: Tensor) -> Tensor:
+    *views, k, queue = views_k_queue
+    targets = cl_kernels.sce_targets(k, queue=queue, target_temperature=eager.TARGET_TEMPERATURE)
+    losses = [
+        cl_kernels.sce_loss(q, k, queue=queue, temperature=tau, coeff=eager.COEFF, targets=targets)
+        for q in views
+    ]
+    return torch.stack(losses).mean()
+
+
+def _info_nce(tau: float, q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    return cl_kernels.info_nce_loss(q, k, queue, temperature=tau)
+
+
+def _clip(tau: float, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    return cl_kernels.clip_loss(image, text, scale)
+
+
+def _dcl(tau: float, z0: Tensor, z1: Tensor) -> Tensor:
+    return cl_kernels.dcl_loss(z0, z1, temperature=tau)
+
+
+@dataclass(frozen=True)
+class Loss:
+    title: str
+    ours: Implementation
+    inputs: Callable[[Workload, Maker], Inputs]
+    products: int  # the fewest N x M x D products that loss and gradients are worth, 2NMD operations each
+    shape: Callable[[int, int], tuple[int, int]]  # rows and columns of the matrix, of rows and queue size
+
+
+def _square(rows: int, queue: int) -> tuple[int, int]:
+    return rows, rows
+
+
+def _own_key_and_queue(rows: int, queue: int) -> tuple[int, int]:
+    return rows, queue + 1
+
+
+LOSSES: dict[str, Loss] = {
+    "supcon": Loss("SupCon", _supcon, _supcon_inputs, 2, _square),
+    "nt_xent": Loss("NT-Xent", _nt_xent, _pair_inputs, 2, _square),
+    "sce": Loss("SCE", _sce, _queue_inputs, 4, _own_key_and_queue),
+    "dimcl": Loss("DimCL", _dimcl, _dimcl_inputs, 2, _square),
+    "clip": Loss("CLIP", _clip, _clip_inputs, 4, _square),
+    "sce_multicrop": Loss(
+        "SCE multi-crop", _sce_multicrop, _multicrop_inputs, 2 + 2 * VIEWS, _own_key_and_queue
+    ),
+    "selfcon": Loss("SelfCon", _selfcon, _supcon_inputs, 2, _square),
+    "multilevel": Loss("Multi-level", _multilevel, _multilevel_inputs, 2, _square),
+    "info_nce": Loss("InfoNCE", _info_nce, _queue_inputs, 2, _own_key_and_queue),
+    "dcl": Loss("DCL", _dcl, _one_way_inputs, 3, lambda rows, queue: (rows, 2 * rows)),
+}
+"""By name; the first five make the standard report."""
+
+STANDARD = ("supcon", "nt_xent", "sce", "dimcl", "clip")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one loss on one kind of machine: the rows of its curve, the last of which is the headline."""
+
+    rows: Sequence[int]
+    width: int
+    queue: int = 0
+
+
+SIZES: dict[str, dict[str, Sizes]] = {
+    "cpu": {
+        "supcon": Sizes((512, 1024, 2048, 4096, 8192), 128),
+        "nt_xent": Sizes((512, 1024, 2048, 4096, 8192), 128),
+        "sce": Sizes((64, 128, 256, 512), 256, 65536),
+        "dimcl": Sizes((512, 1024, 2048, 4096), 256),
+        "clip": Sizes((512, 1024, 2048, 4096), 512),
+        "sce_multicrop": Sizes((32, 64), 256, 16384),
+        "selfcon": Sizes((512, 1024, 2048, 4096), 128),
+        "multilevel": Sizes((512, 1024, 2048, 4096), 256),
+        "info_nce": Sizes((64, 128, 256), 128, 65536),
+        "dcl": Sizes((512, 1024, 2048, 4096), 128),
+    },
+    "cuda": {
+        "supcon": Sizes((2048, 4096, 8192, 12288, 32768), 128),
+        "nt_xent": Sizes((256, 1024, 4096, 16384, 65536, 131072), 128),
+        "sce": Sizes((64, 256, 512), 256, 65536),
+        "dimcl": Sizes((512, 4096, 16384), 256),
+        "clip": Sizes((2048, 8192, 32768), 512),
+        "sce_multicrop": Sizes((64, 256), 256, 65536),
+        "selfcon": Sizes((2048, 4096), 128),
+        "multilevel": Sizes((2048, 8192), 256),
+        "info_nce": Sizes((256, 1024), 128, 65536),
+        "dcl": Sizes((2048, 8192), 128),
+    },
+}
+"""By kind of machine: those of the papers (docs/benchmarking.md), as far as they take seconds."""
+
+
+def planned(
+    kind: str,
+    losses: Sequence[str] = STANDARD,
+    dtypes: Sequence[str] = ("float32",),
+    rows: Sequence[int] | None = None,
+    width: int | None = None,
+    queue: int | None = None,
+    temperature: float = 0.1,
+) -> list[Workload]:
+    """Headlines first, of every loss and dtype, then the rest of the curves; given sizes replace the standard
+    ones. Raises ValueError where a size makes no sense."""
+    found = []
+    for loss, dtype in ((loss, dtype) for dtype in dtypes for loss in losses):
+        sizes, spec = SIZES[kind][loss], LOSSES[loss]
+        chosen = sorted(rows or sizes.rows)
+        for n in chosen:
+            if n < 2 or n % 2:
+                raise ValueError(f"rows must be even and at least 2 (two views), got {n}")
+            shape = spec.shape(n, queue or sizes.queue)
+            made = Workload(loss, *shape, width or sizes.width, dtype, temperature, headline=n == chosen[-1])
+            found.append(made)
+    return sorted(found, key=lambda work: not work.headline)
+
+
+def differentiate(
+    implementation: Implementation, temperature: float, inputs: Inputs
+) -> Callable[[], tuple[Tensor, list[Tensor | None]]]:
+    """Forward and backward: a step that gives the loss and the gradients of the leaves."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs.leaves]
+    of_leaves = functools.partial(implementation, temperature)
+
+    def step() -> tuple[Tensor, list[Tensor | None]]:
+        for leaf in leaves:
+            leaf.grad = None
+        loss = of_leaves(*leaves, *inputs.rest)
+        loss.backward()
+        return loss.detach(), [leaf.grad for leaf in leaves]
+
+    return step
