@@ -1,5 +1,8 @@
 """`python -m cl_kernels info`: versions, the build, and which backend serves which op here, and why.
 
+`python -m cl_kernels bench`: measures the losses beside other implementations, and writes a report.
+`python -m cl_kernels compare`: what became slower between two of its results.
+`python -m cl_kernels check`: every loss and option on this machine's backends against float64.
 `python -m cl_kernels tune`: times launch shapes on this machine's GPU.
 """
 
@@ -10,13 +13,14 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import cl_kernels
-from cl_kernels import dispatch, extension, tune
+from cl_kernels import check, dispatch, extension, tables, tune
+from cl_kernels.bench import cli as bench
+from cl_kernels.bench import compare
 
 
 def _installed(package: str) -> str:
@@ -59,14 +63,6 @@ def _section(title: str, entries: dict[str, str]) -> list[str]:
     return [title, *(f"  {key:<{width}}  {value}" for key, value in entries.items()), ""]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    padded = [
-        [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)] for row in (header, *rows)
-    ]
-    return ["  " + "  ".join(cells).rstrip() for cells in padded]
-
-
 def as_text(info: dict[str, Any]) -> str:
     header = ("op", "device", "backend", "why")
     rows = [(row["op"], row["device"], row["backend"], row["reason"]) for row in info["ops"]]
@@ -75,9 +71,12 @@ def as_text(info: dict[str, Any]) -> str:
             *_section("versions", info["versions"]),
             *_section("build", info["build"]),
             f"ops under backend 'auto' (now: {info['backend']!r})",
-            *_table(header, rows),
+            *tables.aligned(header, rows),
         ]
     )
+
+
+MAINS = {"bench": bench.main, "check": check.main, "compare": compare.main, "tune": tune.main}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,10 +86,17 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, the build, and which backend serves which op, and why")
     info.add_argument("--json", action="store_true", help="print JSON")
+    check.add_arguments(
+        commands.add_parser(
+            "check", help="compare every loss and option with float64", description=check.DESCRIPTION
+        )
+    )
     tune.add_arguments(commands.add_parser("tune", help="time launch shapes on this machine's GPU"))
+    bench.add_arguments(commands.add_parser("bench", help="measure the losses beside others; write a report"))
+    compare.add_arguments(commands.add_parser("compare", help="what became slower between two bench results"))
     options = parser.parse_args(arguments)
-    if options.command == "tune":
-        return tune.main(options)
+    if options.command != "info":
+        return MAINS[options.command](options)
     collected = collect()
     print(json.dumps(collected, indent=2) if options.json else as_text(collected))
     return 0

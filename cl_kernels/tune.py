@@ -1,8 +1,9 @@
-"""`python -m cl_kernels tune`: times launch shapes around those of configs.TABLE on this machine's GPU.
+"""`python -m cl_kernels tune`: launch shapes for this machine's GPU, and which backend serves, by timing.
 
-A workload runs a public loss forward and backward once, to see which rows of the table it uses. Each of them
+A workload runs a public loss forward and backward once, to see which rows of configs.TABLE it uses. Each
 is then replaced by its neighbours, one row at a time, and the whole step is timed; what does not compile,
-does not fit, or gives another answer is passed over. The best shapes are printed as rows of the table.
+does not fit, or gives another answer is passed over. The best shapes are printed as rows of the table. With
+--serving, the step is timed by CUDA C++ and by Triton in turn instead, for rows of configs.SERVING.
 """
 
 from __future__ import annotations
@@ -13,79 +14,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import cl_kernels
 from cl_kernels import configs
-from cl_kernels.configs import Shape
+from cl_kernels.bench import timing
+from cl_kernels.bench.results import median
+from cl_kernels.bench.variants import by_backend
+from cl_kernels.bench.workloads import LOSSES, Implementation, Workload, differentiate
+from cl_kernels.configs import Serving, Shape
 
 Key = configs.Key
-Step = Callable[[], list[Tensor]]
+Step = Callable[[], tuple[Tensor, list[Tensor | None]]]
 """Forward and backward: a loss and its gradients."""
 
 TOLERANCE = 2e-2  # between the answers of two launch shapes, relative
 
-
-def unit(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    return F.normalize(torch.randn(rows, width, device="cuda"), dim=1).to(dtype)
-
-
-def step_of(loss: Callable[..., Tensor], *inputs: Tensor) -> Step:
-    leaves = [x.requires_grad_() for x in inputs]
-
-    def step() -> list[Tensor]:
-        value = loss(*leaves)
-        return [value.detach(), *torch.autograd.grad(value, leaves)]
-
-    return step
+SIMILARITY = "similarity"
+WORKLOADS = (*LOSSES, SIMILARITY)
 
 
-def _supcon(rows: int, width: int, dtype: torch.dtype) -> Step:
-    features = unit(rows, width, dtype).view(-1, 2, width)
-    labels = torch.randint(10, (rows // 2,), device="cuda")
-    return step_of(lambda x: cl_kernels.supcon_loss(x, labels, temperature=0.1), features)
+def _mean_similarity(temperature: float, q: Tensor, k: Tensor) -> Tensor:
+    return cl_kernels.similarity(q, k).float().mean()
 
 
-def _nt_xent(rows: int, width: int, dtype: torch.dtype) -> Step:
-    return step_of(cl_kernels.nt_xent_loss, unit(rows // 2, width, dtype), unit(rows // 2, width, dtype))
-
-
-def _info_nce(rows: int, width: int, dtype: torch.dtype) -> Step:
-    return step_of(cl_kernels.info_nce_loss, unit(rows, width, dtype), unit(rows, width, dtype))
-
-
-def _clip(rows: int, width: int, dtype: torch.dtype) -> Step:
-    scale = torch.tensor(20.0, device="cuda")
-    return step_of(cl_kernels.clip_loss, unit(rows, width, dtype), unit(rows, width, dtype), scale)
-
-
-def _sce(rows: int, width: int, dtype: torch.dtype) -> Step:
-    """A sixteenth of the rows against a queue of eight times as many."""
-    q, k, queue = (unit(n, width, dtype) for n in (rows // 16, rows // 16, 8 * rows))
-    return step_of(lambda x: cl_kernels.sce_loss(x, k, queue=queue), q)
-
-
-def _dimcl(rows: int, width: int, dtype: torch.dtype) -> Step:
-    """`width` is the batch, over which the correlations run; `rows` are the columns of both views."""
-    views = (torch.randn(width, rows // 2, device="cuda").to(dtype) for _ in range(2))
-    return step_of(cl_kernels.dimcl_loss, *views)
-
-
-def _similarity(rows: int, width: int, dtype: torch.dtype) -> Step:
-    pair = unit(rows, width, dtype), unit(rows, width, dtype)
-    return step_of(lambda q, k: cl_kernels.similarity(q, k).float().mean(), *pair)
-
-
-WORKLOADS: dict[str, Callable[[int, int, torch.dtype], Step]] = {
-    "supcon": _supcon,
-    "nt_xent": _nt_xent,
-    "info_nce": _info_nce,
-    "clip": _clip,
-    "sce": _sce,
-    "dimcl": _dimcl,
-    "similarity": _similarity,
-}
+def work_of(name: str, rows: int, width: int, dtype: str) -> tuple[Workload, Implementation]:
+    """A workload and our loss; with a queue, a sixteenth of the rows against eight times as many keys."""
+    if name == SIMILARITY:
+        return Workload("dcl", rows, rows, width, dtype), _mean_similarity
+    loss = LOSSES[name]
+    shape = loss.shape(rows, 0)
+    if shape == (rows, 1):
+        shape = loss.shape(rows // 16, 8 * rows)
+    return Workload(name, *shape, width, dtype), loss.ours
 
 
 def candidates(row: Shape) -> list[Shape]:
@@ -130,7 +91,7 @@ def _table_with(key: Key, width: int, shape: Shape) -> Iterator[None]:
         configs.TABLE[key] = before
 
 
-def rows_used(step: Step) -> list[tuple[Key, int]]:
+def rows_used(step: Callable[[], object]) -> list[tuple[Key, int]]:
     """The rows of the table that a step looks up."""
     used: dict[tuple[Key, int], None] = {}
     original = configs.shape
@@ -146,6 +107,11 @@ def rows_used(step: Step) -> list[tuple[Key, int]]:
     finally:
         configs.shape = original
     return list(used)
+
+
+def _flat(step: Step) -> list[Tensor]:
+    loss, gradients = step()
+    return [loss, *(x for x in gradients if x is not None)]
 
 
 def _agree(results: list[Tensor], truth: list[Tensor]) -> bool:
@@ -165,7 +131,7 @@ def best(step: Step, key: Key, width: int) -> tuple[Shape, str] | None:
     for shape in candidates(row):
         with _table_with(key, width, shape):
             try:
-                results = step()
+                results = _flat(step)
                 torch.cuda.synchronize()
                 if truth is None:
                     truth = results
@@ -184,6 +150,47 @@ def best(step: Step, key: Key, width: int) -> tuple[Shape, str] | None:
     return fastest, f"{times[fastest]:.4f} ms{before}"
 
 
+def decisions(step: Callable[[], object]) -> list[Serving]:
+    """The rows of SERVING that decide for a step under "auto", narrowed to what they decided for."""
+    used: dict[Serving, None] = {}
+    original = configs.row_serving
+
+    def row_serving(op: str, variant: str, kind: str, architecture: str, width: int) -> Serving:
+        row = original(op, variant, kind, architecture, width)
+        used[Serving(op, variant, kind, architecture, width, row.backend, row.basis)] = None
+        return row
+
+    configs.row_serving = row_serving
+    try:
+        step()
+    finally:
+        configs.row_serving = original
+    return list(used)
+
+
+def serving_rows(work: Workload, ours: Implementation) -> list[str]:
+    """Lines to paste into SERVING: the faster backend of a whole step, with both times."""
+    rows = decisions(differentiate(ours, work.temperature, work.inputs("cuda")))
+    copies = [work.inputs("cuda", seed) for seed in range(4)]
+    steps, lines = {}, []
+    for backend in ("cuda", "triton"):
+        try:
+            implementation = by_backend(backend, ours)
+            differentiate(implementation, work.temperature, copies[0])()
+            steps[backend] = timing.Steps(implementation, work.temperature, copies)
+        except Exception as error:  # cannot serve; says why
+            lines.append(f"# {backend}: {' '.join(str(error).split())[:100]}")
+    times = {name: median(x.both) for name, x in timing.interleaved(steps, "cuda", rounds=11).items()}
+    if not times:
+        return lines
+    fastest = min(times, key=lambda name: times[name])
+    shown = ", ".join(f"{name} {1e3 * seconds:.4f} ms" for name, seconds in times.items())
+    for row in rows:
+        names = ", ".join(f'"{x}"' for x in row[:4])
+        lines.append(f'Serving({names}, {row.widest}, "{fastest}", "measured"),  # {work.name}: {shown}')
+    return lines
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "workloads", nargs="+", choices=WORKLOADS, metavar="workload", help=", ".join(WORKLOADS)
@@ -192,24 +199,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"]
     )
-    parser.add_argument("--width", nargs="+", type=int, default=[128], help="features (dimcl: the batch)")
+    parser.add_argument("--width", nargs="+", type=int, default=[128], help="features (DimCL: the batch)")
     parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument(
+        "--serving", action="store_true", help="which backend serves, in place of Triton's launch shapes"
+    )
 
 
 def main(options: argparse.Namespace) -> int:
+    """0, or 2 without a GPU."""
     if not torch.cuda.is_available():
         print("tune: there is no GPU here; shapes are timed on the GPU that they are for", file=sys.stderr)
         return 2
+    print(f"# {torch.cuda.get_device_name()}")
+    cases = [(name, dtype, width) for name in options.workloads for dtype in options.dtype
+             for width in options.width]  # fmt: skip
     tuned: dict[Key, dict[int, tuple[Shape, str]]] = {}
-    for name in options.workloads:
-        for dtype in options.dtype:
-            for width in options.width:
-                step = WORKLOADS[name](options.rows, width, getattr(torch, dtype))
-                for key, row in rows_used(step):
-                    if options.kernel in key[0]:
-                        found = best(step, key, row)
-                        if found is not None:
-                            shape, note = found
-                            tuned.setdefault(key, {})[row] = shape, f"{note}, {name} {options.rows} x {width}"
-    print(f"# {torch.cuda.get_device_name()}\n{rows_text(tuned)}")
+    for name, dtype, width in cases:
+        work, ours = work_of(name, options.rows, width, dtype)
+        if options.serving:
+            print("\n".join(serving_rows(work, ours)), flush=True)
+            continue
+        step = differentiate(by_backend("triton", ours), work.temperature, work.inputs("cuda"))
+        for key, row in rows_used(step):
+            found = best(step, key, row) if options.kernel in key[0] else None
+            if found is not None:
+                shape, note = found
+                tuned.setdefault(key, {})[row] = shape, f"{note}, {work.name}"
+    if tuned:
+        print(rows_text(tuned))
     return 0

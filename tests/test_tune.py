@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cl_kernels import __main__, configs, tune
+from cl_kernels.bench.workloads import differentiate
 from cl_kernels.configs import Shape
 
 ROW = Shape(128, 64, 64, 8, 3)
@@ -52,6 +53,27 @@ def test_rows_used_are_those_that_a_step_looks_up(monkeypatch: pytest.MonkeyPatc
     before = configs.shape
     assert tune.rows_used(step) == [(key, 256)]
     assert configs.shape is before
+
+
+def test_decisions_are_those_that_a_step_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step() -> None:
+        assert configs.row_serving("contrastive", "self", "half", "sm_90", 128).backend == "cuda"
+        configs.row_serving("contrastive", "frozen keys", "half", "sm_80", 64)
+
+    before = configs.row_serving
+    assert [row[:6] for row in tune.decisions(step)] == [
+        ("contrastive", "self", "half", "sm_90", 128, "cuda"),
+        ("contrastive", "frozen keys", "half", "sm_80", 64, "triton"),
+    ]
+    assert configs.row_serving is before
+
+
+@pytest.mark.parametrize("name", tune.WORKLOADS)
+def test_every_workload_can_be_tuned(name: str) -> None:
+    """Its step by the CPU's kernels, at a size that keeps the proportions."""
+    work, ours = tune.work_of(name, 64, 8, "float32")
+    loss, gradients = differentiate(ours, work.temperature, work.inputs())()
+    assert loss.isfinite() and all(x is not None and x.isfinite().all() for x in gradients)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,125 @@
+"""`python -m cl_kernels bench`: from one command to a report."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+from cl_kernels.bench import compare, html, markdown, results, run, terminal, variants, workloads
+from cl_kernels.bench.peers import COMPILED, PEERS
+from cl_kernels.bench.workloads import LOSSES, STANDARD
+from cl_kernels.dispatch import BACKENDS, obstacle
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--losses", nargs="+", choices=(*LOSSES, "all"), metavar="LOSS", default=list(STANDARD),
+        help=f"of {', '.join(LOSSES)}, or all (default: {', '.join(STANDARD)})",
+    )  # fmt: skip
+    parser.add_argument("--rows", nargs="+", type=int, help="sizes of the curves; the last is the headline")
+    parser.add_argument("--width", type=int, help="features (DimCL: the batch)")
+    parser.add_argument("--queue", type=int, help="keys in the queue of SCE and InfoNCE")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: float32; bfloat16 on a GPU")
+    parser.add_argument("--temperature", type=float, default=0.1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    parser.add_argument(
+        "--backends", nargs="+", choices=BACKENDS,
+        help="of cl_kernels; default: auto on the CPU, triton and cuda on a GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, metavar="PEER", default=list(PEERS),
+        help=f"default: all that are installed, of {', '.join(PEERS)}; none: --peers alone",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=21, help="samples of a variant, at most (default 21)")
+    parser.add_argument(
+        "--seconds", type=float, default=150.0,
+        help="for the times of all workloads, beyond three rounds of each (default 150)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, help="of torch; default: as many as it takes by itself")
+    parser.add_argument("--no-memory", action="store_true", help="no peak memory, which costs a process each")
+    parser.add_argument("--no-study", action="store_true", help="no errors over temperatures and dtypes")
+    parser.add_argument(
+        "--compile-all", action="store_true",
+        help=f"{COMPILED} at every size, not only at the headlines: minutes more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench_output"), metavar="DIR",
+        help="folder for results.json, report.md and report.html (default bench_output)",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="bench_command", title="with stored results")
+    report = commands.add_parser("report", help="results.json to report.md and report.html again")
+    report.add_argument("file", type=Path, metavar="RESULTS.json")
+    report.add_argument("--output", type=Path, metavar="DIR", help="default: the file's folder")
+    compare.add_arguments(commands.add_parser("compare", help="what became slower between two runs"))
+
+
+def main(options: argparse.Namespace) -> int:
+    """0: every variant of ours that was asked for has a time; 1: one has none; 2: bad usage."""
+    if options.bench_command == "compare":
+        return compare.main(options)
+    try:
+        if options.bench_command == "report":
+            write_reports(results.load(options.file), options.output or options.file.parent)
+            return 0
+        plan = _plan(options)
+        options.output.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    stored = options.output / "results.json"
+    with terminal.progress() as progress:
+        found = run.run(plan, progress, keep=functools.partial(results.save, path=stored))
+    results.save(found, stored)
+    terminal.show(found)
+    print(stored)
+    write_reports(found, options.output)
+    lost = [line for line in found.lines if line.is_ours and not line.timed]
+    for line in lost:
+        print(f"bench: no time for {line.variant}, {line.work} {line.dtype}: {line.status}", file=sys.stderr)
+    return 1 if lost else 0
+
+
+def _plan(options: argparse.Namespace) -> run.Plan:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here")
+    if options.rounds < 1 or options.temperature <= 0:
+        raise ValueError("--rounds must be at least 1 and --temperature above 0")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    backends = options.backends or variants.serving_backends(device)
+    for backend in backends:
+        reason = obstacle(backend, device)
+        if reason:
+            raise ValueError(f"--backends {backend}: {reason}")
+    losses = list(LOSSES) if "all" in options.losses else options.losses
+    default = ("bfloat16",) if device == "cuda" else ("float32",)
+    return run.Plan(
+        workloads.planned(
+            device, losses, options.dtypes or default, options.rows, options.width, options.queue,
+            options.temperature,
+        ),
+        device, backends, options.peers, options.rounds, options.seconds, not options.no_memory,
+        not options.no_study, options.compile_all,
+    )  # fmt: skip
+
+
+def write_reports(found: results.Results, folder: Path) -> None:
+    """report.md, and report.html where what it is drawn with is installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, module in (("report.md", markdown), ("report.html", html)):
+        try:
+            text = module.render(found)
+        except ImportError as error:
+            print(f"bench: no {name}: {error}; `bench report` makes it from results.json", file=sys.stderr)
+            continue
+        (folder / name).write_text(text, encoding="utf-8")
+        print(folder / name)
