@@ -21,7 +21,8 @@ CXX_FILES := $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES))
 # Stamps of both kinds of install, so that changing the switch installs again.
 BUILT := $(VENV)/.built$(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),-pure)
 
-.PHONY: help demo test lint format bench acceptance compile-gate gpu-check build clean distclean
+.PHONY: help demo test lint format bench bench-report acceptance regression figures compile-gate gpu-check
+.PHONY: build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -50,8 +51,17 @@ format: $(VENV)/.dev  ## rewrite the sources to the style that lint checks
 	$(BIN)/ruff format .
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
-bench: $(BUILT) $(VENV)/.dev  ## microbenchmarks (pytest-benchmark)
+bench: $(BUILT) $(VENV)/.dev $(VENV)/.bench  ## microbenchmarks of every loss, variant and phase (pytest-benchmark)
 	$(BIN)/python -m pytest bench -q --benchmark-columns=min,median,rounds --benchmark-sort=fullname $(BENCH_FLAGS)
+
+bench-report: $(BUILT) $(VENV)/.bench  ## ours beside other implementations: bench_output/report.html
+	$(BIN)/python -m cl_kernels bench $(BENCH_FLAGS)
+
+regression: $(BUILT) $(VENV)/.bench  ## what became slower since the stored results of this kind of machine
+	$(BIN)/python bench/regression.py
+
+figures: $(BUILT) $(VENV)/.bench  ## the documents' figures from the stored results
+	$(BIN)/python bench/docs.py
 
 acceptance: $(BUILT)  ## speed and memory measures against their targets
 	$(BIN)/python bench/acceptance.py $(BENCH_FLAGS)
@@ -83,6 +93,10 @@ $(VENV)/.dev: $(VENV)/.demo requirements/dev.txt
 	$(PIP) --requirement requirements/dev.txt
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.demo requirements/bench.txt
+	$(PIP) --requirement requirements/bench.txt
+	@touch $@
+
 $(VENV)/.demo: $(BIN)/python requirements/demo.txt
 	$(PIP) --requirement requirements/demo.txt
 	@touch $@
@@ -92,7 +106,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:  ## remove build products
-	rm -rf build dist demo_output gpu_check_output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist demo_output bench_output gpu_check_output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -f cl_kernels/_C.*so cl_kernels/_cuda.*so $(VENV)/.built* $(VENV)/.installed
 	find cl_kernels tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

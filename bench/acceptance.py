@@ -1,11 +1,11 @@
 """The speed and memory measures that a release is held to, in one table: `python bench/acceptance.py`.
 
-Every ratio comes from one run in which the variants take turns; a figure is the median over the rounds. A
+Every ratio comes from one run in which the variants take turns, as the median of the ratios round by round. A
 variant's loss and gradients are checked against float64 first: a wrong answer gets no time. Exits with 1 if a
 line misses its target. Wait for an idle machine: the load is printed with the result.
 
-The floor of a measure is as many plain `torch.mm` as its fewest operations are worth, into a preallocated
-matrix; with the allocation, which a user of eager PyTorch pays, it is shown for information.
+The floor of a measure is as many plain `torch.mm`, into memory that is there, as its fewest operations are
+worth.
 """
 
 from __future__ import annotations
@@ -14,26 +14,22 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import harness
 import torch
-import workloads
-from workloads import Workload
 
-from cl_kernels import extension
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-
-from ladder import Task, measure
+from cl_kernels.bench import fresh, machine, peers, run
+from cl_kernels.bench.results import FLOOR, OURS, Line, ratio
+from cl_kernels.bench.workloads import Workload
 
 MB = 1e6
+EAGER, COMPILED, CHUNKED = peers.EAGER, peers.COMPILED, peers.LINEAR_CROSS_ENTROPY
 
 
 @dataclass(frozen=True)
-class Line:
-    """One measure. `target` None: for information."""
+class Measure:
+    """One line of the table. `target` None: for information."""
 
     group: str
     measure: str
@@ -54,88 +50,72 @@ class Line:
         target = "" if self.target is None else f"{self.relation} {self.target:g}"
         value = "none" if math.isnan(self.value) else f"{self.value:.2f}"
         figure = f"{value:>9} {self.unit:<4}{target:>9}  {self.verdict:<5}"
-        return f"{self.group:<31}{self.measure:<40}{figure}{self.note}".rstrip()
+        return f"{self.group:<36}{self.measure:<40}{figure}{self.note}".rstrip()
 
 
 class Report:
-    def __init__(self) -> None:
-        self.lines: list[Line] = []
+    def __init__(self, rounds: int) -> None:
+        self.plan = run.Plan((), peers=(), rounds=rounds, memory=False, study=False)
+        self.measures: list[Measure] = []
 
-    def add(self, line: Line) -> None:
-        self.lines.append(line)
-        print(line.show(), flush=True)
+    def add(self, measure: Measure) -> None:
+        self.measures.append(measure)
+        print(measure.show(), flush=True)
+
+    def times(self, work: Workload, *names: str) -> dict[str, Line]:
+        """Lines of ours, of the peers of these names and of the floor, with the median of each."""
+        plan = replace(self.plan, peers=names)
+        lines = {line.variant: line for line in run.measure(plan, work, seconds=300.0)}
+        for line in lines.values():
+            note = line.status if line.status != "ok" else line.note
+            self.add(Measure(work.name, line.variant, 1e3 * line.seconds, "ms", note=note))
+        return lines
 
     def ratio(
-        self,
-        group: str,
-        what: str,
-        over: list[float],
-        under: list[float],
-        relation: str,
-        target: float | None,
+        self, work: Workload, what: str, over: Line | None, under: Line | None, relation: str, target: float
     ) -> None:
-        """The ratio of two medians; without samples (a wrong answer, no such peer) there is no figure."""
-        value = harness.median(over) / harness.median(under) if over and under else math.nan
-        self.add(Line(group, what, value, "x", relation, target))
-
-    def times(
-        self, workload: Workload, rounds: int, at_least: float = 0.01, skip: tuple[str, ...] = ()
-    ) -> dict[str, list[float]]:
-        """Samples of every variant that answers right, with a line for each; no samples for the others."""
-        names = [name for name in workload.variants if name not in skip]
-        problems = {name: workload.problem(name) for name in names}
-        steps = {name: workload.variants[name].step for name in names if problems[name] is None}
-        samples = harness.interleaved(steps, rounds, at_least)
-        for name in names:
-            group = f"{workload.name} {short(workload.dtype)}"
-            ms = 1e3 * harness.median(samples[name]) if name in samples else math.nan
-            self.add(Line(group, name, ms, "ms", note=problems[name] or ""))
-        return {name: samples.get(name, []) for name in workload.variants}
+        """Without samples (a wrong answer, no such peer) there is no figure, and the measure is missed."""
+        value = ratio(over.both, under.both) if over and under else math.nan
+        self.add(Measure(work.name, what, value, "x", relation, target))
 
 
-def short(dtype: torch.dtype) -> str:
-    return {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}[dtype]
+def supcon_work(rows: int, dtype: str = "float32") -> Workload:
+    return Workload("supcon", rows, rows, 128, dtype)
 
 
-def supcon(report: Report, rounds: int) -> None:
+def supcon(report: Report) -> None:
+    work = supcon_work(4096)
+    lines = report.times(work, EAGER)
+    report.ratio(work, "ours / 2 mm", lines[OURS], lines[FLOOR], "<=", 1.1)
+    work = supcon_work(8192)
+    lines = report.times(work, EAGER, COMPILED, CHUNKED)
+    report.ratio(work, "ours / 2 mm", lines[OURS], lines[FLOOR], "<=", 1.1)
+    for name, target in ((EAGER, 8.0), (COMPILED, 2.5), (CHUNKED, 1.8)):
+        report.ratio(work, f"{name} / ours", lines.get(name), lines[OURS], ">=", target)
+
+
+def half(report: Report) -> None:
+    """Both dtypes take turns."""
+    fast = machine.multiplies_bfloat16("cpu")
     for rows in (4096, 8192):
-        workload, half = workloads.supcon(rows), workloads.supcon(rows, dtype=torch.bfloat16)
-        workload.variants["cl_kernels, bf16"] = half.variants["cl_kernels"]
-        problem = half.problem("cl_kernels")
-        if problem:
-            report.add(Line(f"{half.name} bf16", "cl_kernels", math.nan, "ms", note=problem))
-        # The half-precision answer is checked above, by its own tolerance.
-        workload.variants["cl_kernels, bf16"] = workloads.Variant(half.variants["cl_kernels"].step)
-        skip = ("torch.compile",) * (rows == 4096) + ("cl_kernels, bf16",) * bool(problem)
-        times = report.times(workload, rounds, skip=skip)
-        ours, name = times["cl_kernels"], workload.name
-        report.ratio(name, "ours / 2 mm", ours, times["floor"], "<=", 1.1)
-        report.ratio(name, "ours / 2 mm that allocate", ours, times["floor, allocating"], "", None)
-        if rows == 8192:
-            report.ratio(name, "eager / ours", times["eager"], ours, ">=", 8)
-            report.ratio(name, "torch.compile / ours", times["torch.compile"], ours, ">=", 2.5)
-            other = times.get("linear_cross_entropy", [])
-            report.ratio(name, "linear_cross_entropy, chunked / ours", other, ours, ">=", 1.8)
-        target = 1.4 if harness.has_bf16_dot_products() else 1.0
-        report.ratio(name, "ours f32 / ours bf16", ours, times["cl_kernels, bf16"], ">=", target)
+        work = supcon_work(rows, "bfloat16")
+        single, rounded = run.in_turn(report.plan, [supcon_work(rows), work], OURS)
+        note = rounded.status if rounded.status != "ok" else ""
+        report.add(Measure(work.name, OURS, 1e3 * rounded.seconds, "ms", note=note))
+        report.ratio(work, "ours f32 / ours bf16", single, rounded, ">=", 1.4 if fast else 1.0)
 
 
-def small(report: Report, rounds: int) -> None:
+def small(report: Report) -> None:
     for rows in (32, 64, 128, 256, 512):
-        workload = workloads.supcon(rows)
-        times = report.times(
-            workload, rounds, skip=("torch.compile", "linear_cross_entropy", "floor", "floor, allocating")
-        )
-        report.ratio(workload.name, "ours / eager", times["cl_kernels"], times["eager"], "<=", 1.0)
+        work = supcon_work(rows)
+        lines = report.times(work, EAGER)
+        report.ratio(work, "ours / eager", lines[OURS], lines[EAGER], "<=", 1.0)
 
 
-def several_products(report: Report, rounds: int) -> None:
-    for workload in (workloads.sce(), workloads.clip()):
-        times = report.times(workload, rounds)
-        ours, name = times["cl_kernels"], workload.name
-        report.ratio(name, "ours / 4 mm", ours, times["floor"], "<=", 1.3)
-        report.ratio(name, "ours / 4 mm that allocate", ours, times["floor, allocating"], "", None)
-        report.ratio(name, "eager / ours", times["eager"], ours, "", None)
+def several_products(report: Report) -> None:
+    for work in (Workload("sce", 512, 65537, 256), Workload("clip", 4096, 4096, 512)):
+        lines = report.times(work, EAGER)
+        report.ratio(work, "ours / 4 mm", lines[OURS], lines[FLOOR], "<=", 1.3)
 
 
 def memory(report: Report) -> None:
@@ -145,19 +125,20 @@ def memory(report: Report) -> None:
     """
     before = math.nan
     for rows in (16384, 32768, 65536):
-        result = measure(Task("cl_kernels", rows, threads=torch.get_num_threads(), seconds=0))
+        work = supcon_work(rows)
+        result = fresh.measure(fresh.Task(work, OURS, threads=torch.get_num_threads()))
         features = 4 * rows * 128
         extra = (result.peak - features) / MB if result.status == "ok" else math.nan
-        group = f"SupCon {rows} x {rows} x 128 f32"
+        last = rows == 65536
+        limit = 64 + 2 * features / MB if last else None
         note = "" if result.status == "ok" else result.status
-        if rows == 65536:
-            report.add(
-                Line(group, "peak - inputs - gradients", extra, "MB", "<=", 64 + 2 * features / MB, note)
-            )
-            report.add(Line(group, "growth over half of the rows", extra / before, "x", "<=", 2.05))
-        else:
-            report.add(Line(group, "peak - inputs - gradients", extra, "MB", note=note))
+        report.add(Measure(work.name, "peak - inputs - gradients", extra, "MB", "<=", limit, note))
+        if last:
+            report.add(Measure(work.name, "growth over half of the rows", extra / before, "x", "<=", 2.05))
         before = extra
+
+
+GROUPS = {"supcon": supcon, "half": half, "small": small, "products": several_products, "memory": memory}
 
 
 def main() -> int:
@@ -167,33 +148,21 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=("supcon", "small", "products", "memory"))
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    chosen = args.only or ("supcon", "small", "products", "memory")
 
-    machine = harness.machine() | {"extension": extension.build_info() or "not loaded"}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
-    report = Report()
-    if "supcon" in chosen:
-        supcon(report, args.rounds)
-    if "small" in chosen:
-        small(report, args.rounds)
-    if "products" in chosen:
-        several_products(report, args.rounds)
-    if "memory" in chosen:
-        memory(report)
-
-    judged = [line for line in report.lines if line.target is not None]
-    failed = [line for line in judged if line.verdict != "pass"]
-    print(
-        f"\n{len(judged) - len(failed)} of {len(judged)} measures met, load now {harness.machine()['load']}"
-    )
+    here = machine.describe("cpu") | {"load_before": machine.load()}
+    print(", ".join(f"{key} {value}" for key, value in here.items()), flush=True)
+    report = Report(args.rounds)
+    for name in args.only:
+        GROUPS[name](report)
+    judged = [measure for measure in report.measures if measure.target is not None]
+    failed = [measure for measure in judged if measure.verdict != "pass"]
+    print(f"\n{len(judged) - len(failed)} of {len(judged)} measures met, load now {machine.load()}")
     if args.json:
-        lines = [asdict(line) | {"verdict": line.verdict} for line in report.lines]
-        args.json.write_text(
-            json.dumps({"machine": machine, "rounds": args.rounds, "lines": lines}, indent=1)
-        )
+        lines = [asdict(measure) | {"verdict": measure.verdict} for measure in report.measures]
+        args.json.write_text(json.dumps({"machine": here, "rounds": args.rounds, "lines": lines}, indent=1))
     return 1 if failed else 0
 
 

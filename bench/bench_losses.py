@@ -1,64 +1,79 @@
-"""pytest-benchmark of every variant of every workload: `make bench`, or `make bench BENCH_FLAGS='-k sce'`."""
+"""pytest-benchmark over every loss, size, variant and phase: `make bench BENCH_FLAGS='-k sce'`.
+
+The variants of a workload are checked and timed in turn, all at once, when its first test runs; each test
+then reports its own samples. A variant that is not installed here is skipped, one with a wrong answer fails.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
-import workloads
 from pytest_benchmark.fixture import BenchmarkFixture
-from workloads import Workload
 
-SMALL = (32, 64, 128, 256, 512)
-LARGE = (4096, 8192)
-FLOORS = ("floor", "floor, allocating")
+from cl_kernels.bench import fresh, machine, run, variants
+from cl_kernels.bench.peers import PEERS
+from cl_kernels.bench.results import FLOOR, PHASES, Line
+from cl_kernels.bench.workloads import LOSSES, SIZES, Workload
 
-BUILDERS: dict[str, Callable[[], Workload]] = {
-    **{f"supcon-{n}-f32": functools.partial(workloads.supcon, n) for n in SMALL + LARGE},
-    **{f"supcon-{n}-bf16": functools.partial(workloads.supcon, n, dtype=torch.bfloat16) for n in LARGE},
-    "sce-f32": workloads.sce,
-    "sce-bf16": functools.partial(workloads.sce, dtype=torch.bfloat16),
-    "clip-f32": workloads.clip,
-    "clip-bf16": functools.partial(workloads.clip, dtype=torch.bfloat16),
-}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [*variants.serving_backends(DEVICE), "reference"]
+SECONDS = 20.0  # for a workload, beyond three rounds
+SMALL = 256
 
 
-def cases() -> list[tuple[str, str]]:
+def workloads() -> list[Workload]:
+    """The headline of every loss, and a small size, in the dtypes that the machine is used with."""
     found = []
-    for name in BUILDERS:
-        variants = ["cl_kernels"]
-        if not name.endswith("bf16"):
-            variants.append("eager")
-        if name in {f"supcon-{n}-f32" for n in LARGE}:
-            variants += ["torch.compile", "linear_cross_entropy"]
-        if name not in {f"supcon-{n}-f32" for n in SMALL}:
-            variants += FLOORS
-        found += [(name, variant) for variant in variants]
+    for dtype in ("float32", "bfloat16") if machine.multiplies_bfloat16(DEVICE) else ("float32",):
+        for name, loss in LOSSES.items():
+            sizes = SIZES[DEVICE][name]
+            for rows in (SMALL, sizes.rows[-1]):
+                found.append(Workload(name, *loss.shape(rows, sizes.queue), sizes.width, dtype))
+    return found
+
+
+def cases() -> list[tuple[Workload, str, str]]:
+    found = []
+    for work in workloads():
+        names = variants.our_names(BACKENDS)
+        names += [peer.name for peer in PEERS.values() if work.loss in peer.losses]
+        found += [(work, name, phase) for name in names for phase in PHASES]
+        found.append((work, FLOOR, "both"))
     return found
 
 
 @functools.lru_cache(maxsize=1)
-def build(name: str) -> Workload:
-    return BUILDERS[name]()
+def measured(work: Workload) -> dict[str, Line]:
+    plan = run.Plan((work,), DEVICE, BACKENDS, study=False)
+    return {line.variant: line for line in run.measure(plan, work, SECONDS)}
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def name_of(value: object) -> str:
+    return str(getattr(value, "name", value)).replace(" ", "-")
 
 
-@pytest.mark.parametrize(("name", "variant"), cases(), ids=lambda value: value.replace(" ", "-"))
-def test_step(benchmark: BenchmarkFixture, name: str, variant: str) -> None:
-    workload = build(name)
-    if variant not in workload.variants:
-        pytest.skip(f"this torch has no {variant}")
-    problem = workload.problem(variant)
-    if problem:
-        pytest.fail(problem)
-    benchmark.group = workload.name + (" bf16" if workload.dtype == torch.bfloat16 else "")
-    benchmark(workload.variants[variant].step)
+@pytest.mark.parametrize(("work", "variant", "phase"), cases(), ids=name_of)
+def test_step(benchmark: BenchmarkFixture, work: Workload, variant: str, phase: str) -> None:
+    missing = PEERS[variant].missing(DEVICE) if variant in PEERS else None
+    if missing:
+        pytest.skip(missing)
+    line = measured(work)[variant]
+    if line.status == fresh.MEMORY:
+        pytest.skip(line.status)
+    if line.status != "ok":
+        pytest.fail(line.status)
+    benchmark.group = f"{work.name}, {phase}"
+    times = {"forward", "backward", "both", "graph"}
+    benchmark.extra_info.update({k: v for k, v in asdict(line).items() if k not in times} | {"phase": phase})
+    record(benchmark, getattr(line, phase))
+
+
+def record(benchmark: BenchmarkFixture, samples: tuple[float, ...]) -> None:
+    """Samples that were taken elsewhere, as the fixture records its own."""
+    benchmark._mode = "interleaved"
+    stats = benchmark._make_stats(iterations=1)
+    for sample in samples:
+        stats.update(sample)

@@ -150,7 +150,7 @@ def print_environment() -> None:
 
 def save(outcomes: list[Outcome], out: Path, rehearse: bool) -> Path:
     timings = out / "timings.json"
-    measured = json.loads(timings.read_text()) if timings.exists() else {}
+    measured = json.loads(timings.read_text()) if timings.exists() else {}  # as `python -m cl_kernels bench`
     here, today = environment(), datetime.date.today().isoformat()
     device = "rehearsal" if rehearse else "-".join(here["device"].lower().split())
     folder = out if rehearse else ROOT / "bench" / "results"

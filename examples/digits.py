@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from ladder import GIB, MIB, Measurement, Task, available_memory, make_loss, measure, predict
+from eager_supcon import EagerSupConLoss
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,6 +23,13 @@ from rich.syntax import Syntax
 from rich.table import Table
 from training import Digits, Encoder, Run, accuracy, disagreement, load_digits, train
 
+import cl_kernels
+from cl_kernels import extension
+from cl_kernels.bench.fresh import MEMORY, Measurement, Task, available_memory, measure, predict
+from cl_kernels.bench.workloads import Workload
+
+GIB, MIB = 2**30, 2**20
+VIEWS = 2
 TEMPERATURE = 0.1
 GRADIENT_TOLERANCE = 1e-5
 CURVE_TOLERANCE = 5e-3
@@ -46,8 +53,6 @@ def arguments() -> argparse.Namespace:
 
 
 def kernels_in_use() -> str:
-    from cl_kernels import extension
-
     if not extension.is_loaded():
         return "no compiled kernels (plain PyTorch, in chunks)"
     return f"compiled CPU kernels, {extension.build_info().get('cpu_capability', 'unknown instruction set')}"
@@ -66,10 +71,11 @@ def progress_bar(console: Console) -> Progress:
 
 def train_both(data: Digits, args: argparse.Namespace, progress: Progress) -> dict[str, Run]:
     runs = {}
-    for name in ("eager", "cl_kernels"):
+    criteria = {"eager": EagerSupConLoss(TEMPERATURE), "cl_kernels": cl_kernels.SupConLoss(TEMPERATURE)}
+    for name, criterion in criteria.items():
         bar = progress.add_task(f"train, {name}", total=args.steps, note="")
         runs[name] = train(
-            make_loss(name, TEMPERATURE),
+            criterion,
             data,
             steps=args.steps,
             batch=args.batch,
@@ -86,7 +92,8 @@ def climb(args: argparse.Namespace, limit: int, progress: Progress) -> dict[str,
     bar = progress.add_task("ladder of batch sizes", total=2 * len(sizes), note="")
     for rows in sizes:
         for name, measurements in results.items():
-            task = Task(name, rows, temperature=TEMPERATURE, limit=limit, threads=torch.get_num_threads())
+            work = Workload("supcon", rows, rows, 128, temperature=TEMPERATURE)
+            task = Task(work, name, limit, torch.get_num_threads(), seconds=1.0)
             progress.update(bar, note=f"{name}, batch {rows // 2:,}")
             measurements.append(_measure_unless_hopeless(task, measurements, args.patience))
             progress.advance(bar)
@@ -96,14 +103,14 @@ def climb(args: argparse.Namespace, limit: int, progress: Progress) -> dict[str,
 
 def _measure_unless_hopeless(task: Task, before: list[Measurement], patience: float) -> Measurement:
     done = [m for m in before if m.status == "ok"]
-    if any(m.status == "memory" for m in before):
-        return Measurement(task, "memory")
+    if any(m.status == MEMORY for m in before):
+        return Measurement(task, MEMORY)
     if not done:
         return measure(task)
-    ms, peak = predict(done[-1], task.rows)
-    too_large = task.loss == "eager" and task.limit is not None and peak > task.limit
+    ms, peak = predict(done[-1], task.work.rows)
+    too_large = task.variant == "eager" and task.limit is not None and peak > task.limit
     if too_large and sys.platform != "linux":  # only there is the limit enforced
-        return Measurement(task, "memory")
+        return Measurement(task, MEMORY)
     if ms > 1e3 * patience and not too_large:
         return Measurement(task, f"skipped: over {patience:.0f} s")
     return measure(task)
@@ -136,23 +143,23 @@ def ladder_table(results: dict[str, list[Measurement]], limit: int) -> Table:
         table.add_column(column, justify="right")
     fitted = [m for m in results["eager"] if m.status == "ok"]
     for eager, ours in zip(results["eager"], results["cl_kernels"], strict=True):
-        rows = ours.task.rows
+        rows = ours.task.work.rows
         needed = f"; needs ~{show_bytes(predict(fitted[-1], rows)[1])}" if fitted else ""
         both = eager.status == ours.status == "ok"
         table.add_row(
-            f"{rows // ours.task.views:,}",
+            f"{rows // VIEWS:,}",
             f"{rows:,}",
             show_time(eager),
             show_time(ours),
             f"{eager.ms / ours.ms:.1f}x" if both else "",
-            f"[red]over {limit / GIB:.0f} GiB{needed}" if eager.status == "memory" else show_peak(eager),
+            f"[red]over {limit / GIB:.0f} GiB{needed}" if eager.status == MEMORY else show_peak(eager),
             show_peak(ours),
         )
     return table
 
 
 def show_time(m: Measurement) -> str:
-    if m.status == "memory":
+    if m.status == MEMORY:
         return "[red]does not fit"
     if m.status != "ok":
         return f"[yellow]{m.status}"

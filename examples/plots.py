@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ladder import GIB, MIB, Measurement, predict
+from cl_kernels.bench.fresh import MEMORY, Measurement, predict
 
+GIB, MIB = 2**30, 2**20
+VIEWS = 2
 COLOURS = {"eager": "#c4472f", "cl_kernels": "#1f5fa8"}
 
 
@@ -29,7 +31,7 @@ def draw(
     left.set(title="Training loss, same seed", xlabel="step", ylabel="SupCon loss")
     left.legend(frameon=False)
 
-    batches = sorted({m.task.rows // m.task.views for ms in results.values() for m in ms})
+    batches = sorted({_batch(m) for ms in results.values() for m in ms})
     for axis, title, label in (
         (middle, "Time, forward and backward", "milliseconds"),
         (right, "Peak memory, forward and backward", "MiB"),
@@ -38,9 +40,9 @@ def draw(
             done = [m for m in measurements if m.status == "ok"]
             ys = [m.ms if axis is middle else max(m.peak / MIB, 0.1) for m in done]
             axis.plot([_batch(m) for m in done], ys, "o-", color=COLOURS[name], lw=2.2, label=name)
-            missing = [m for m in measurements if m.status == "memory"]
+            missing = [m for m in measurements if m.status == MEMORY]
             if done and missing:
-                expected = [predict(done[-1], m.task.rows) for m in missing]
+                expected = [predict(done[-1], m.task.work.rows) for m in missing]
                 beyond = [ms if axis is middle else peak / MIB for ms, peak in expected]
                 xs = [_batch(m) for m in missing]
                 axis.plot([_batch(done[-1]), *xs], [ys[-1], *beyond], ":", color=COLOURS[name], lw=1.6)
@@ -69,4 +71,4 @@ def draw(
 
 
 def _batch(measurement: Measurement) -> int:
-    return measurement.task.rows // measurement.task.views
+    return measurement.task.work.rows // VIEWS

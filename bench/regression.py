@@ -1,0 +1,90 @@
+"""Has anything become slower than the stored results of this kind of machine? `python bench/regression.py`.
+
+Runs points of the stored curves again, ours beside the floor, and compares the multiples of the floor: ratios
+within one run, since machines of a kind differ and are shared. The threshold is wide, and what looks slower
+counts if it does so a second time. Exits with 1 then, with 0 where no stored results are of this kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from cl_kernels.bench import compare, machine, results, run
+from cl_kernels.bench.results import Results
+from cl_kernels.bench.workloads import LOSSES, SIZES, STANDARD, Workload
+
+STORED = Path(__file__).resolve().parent / "results"
+THRESHOLD = 1.8
+ROUNDS = 7
+ROWS = {"supcon": 2048, "nt_xent": 2048, "sce": 128, "dimcl": 2048, "clip": 1024}
+
+
+def works() -> list[Workload]:
+    """Of each standard loss a point of its curve that takes a fraction of a second."""
+    found = []
+    for name in STANDARD:
+        sizes = SIZES["cpu"][name]
+        rows = ROWS[name]
+        found.append(
+            Workload(
+                name, *LOSSES[name].shape(rows, sizes.queue), sizes.width, headline=rows == sizes.rows[-1]
+            )
+        )
+    return found
+
+
+def baseline(here: dict[str, object], folder: Path = STORED) -> tuple[str, Results] | None:
+    """The newest stored results of this kind of machine, with their name."""
+    found = []
+    for path in folder.glob("*.json"):
+        try:
+            stored = results.load(path)
+        except ValueError:  # another program's
+            continue
+        if machine.same_kind(stored.machine, here):
+            found.append((stored.date, path.name, stored))
+    return max(found)[1:] if found else None
+
+
+def measured(here: dict[str, object], chosen: Collection[Workload]) -> Results:
+    plan = run.Plan((), peers=(), rounds=ROUNDS, memory=False, study=False)
+    lines = [line for work in works() if work in chosen for line in run.measure(plan, work, seconds=30.0)]
+    return Results(dict(here), machine.command(), run.now(), lines=lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threshold", type=float, default=THRESHOLD)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    here = machine.describe("cpu")
+    before = baseline(here)
+    if before is None:
+        print(
+            f"regression: skipped, no stored results are of this kind: {here['device']}, {here['capability']}"
+        )
+        return 0
+    print(f"regression: against {before[0]}")
+    slower = set(works())
+    for _ in range(2):
+        after = measured(here, slower)
+        changes = compare.compare(before[1], after, args.threshold)
+        print(compare.text(before[1], after, changes, results.FLOOR))
+        if len(changes) < len(slower):
+            print("regression: the stored results lack a workload", file=sys.stderr)
+            return 1
+        keys = {change.line.key for change in changes if change.is_regression}
+        slower = {work for work in slower if run.line_of(work, results.OURS).key in keys}
+        if not slower:
+            return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
