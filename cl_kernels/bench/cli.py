@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=21, help="samples of a variant, at most (default 21)")
     parser.add_argument(
-        "--seconds", type=float, default=150.0,
-        help="for the times of all workloads, beyond three rounds of each (default 150)",
+        "--seconds", type=float, default=120.0,
+        help="for the times of all workloads, beyond three rounds of each (default 120)",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, help="of torch; default: as many as it takes by itself")
     parser.add_argument("--no-memory", action="store_true", help="no peak memory, which costs a process each")

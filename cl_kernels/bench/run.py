@@ -41,7 +41,7 @@ class Plan:
     backends: Sequence[str] = ("auto",)
     peers: Sequence[str] = tuple(PEERS)
     rounds: int = 21
-    seconds: float = 150.0
+    seconds: float = 120.0
     memory: bool = True
     study: bool = True  # errors over temperatures and dtypes
     static_curves: bool = False  # what compiles for every size also at the sizes that are not headlines
