@@ -26,7 +26,6 @@ def describe(device: str) -> dict[str, Any]:
     found = {
         "kind": device,
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
-        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": capability(device),
@@ -42,7 +41,7 @@ def describe(device: str) -> dict[str, Any]:
         "extension": ", ".join(f"{k} {v}" for k, v in build.items()) or "none",
     }
     if on_gpu:
-        found["cuda"] = torch.version.cuda
+        found |= {"cpu": cpu_name(), "cuda": torch.version.cuda}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
