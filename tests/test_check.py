@@ -169,7 +169,7 @@ def test_float64_agrees() -> None:
 def test_triton_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
     if check.places(None, torch.device("cpu"))[-1].backend != "triton":
-        pytest.skip("Triton's kernels run on the GPU in this session")
+        pytest.skip("Triton's kernels run on the GPU here")
     chosen = ["--losses", "info_nce", "similarity", "--backends", "triton", "--inputs", "random"]
     assert run(*chosen, "--rows", "3", "--dtype", "float32", "bfloat16") == 0
     out = capsys.readouterr().out
