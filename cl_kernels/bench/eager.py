@@ -15,7 +15,6 @@ from torch import Tensor
 BASE_TEMPERATURE = 0.07
 TARGET_TEMPERATURE = 0.07
 COEFF = 0.5
-SIGMA = 0.5
 
 
 def supcon(temperature: float, features: Tensor, labels: Tensor) -> Tensor:

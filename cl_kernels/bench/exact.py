@@ -73,33 +73,54 @@ def multilevel(temperature: float, *levels_and_labels: Tensor) -> Result:
     return torch.stack([loss for loss, _ in results]).sum(), [grads[0] for _, grads in results]
 
 
-def _nt_xent_of(temperature: float, leaves: list[Tensor], z: Tensor) -> Result:
+def _nt_xent_of(temperature: float, leaves: list[Tensor], z: Tensor, with_self: bool = False) -> Result:
+    """Of unit rows, the second half the other views of the first. With a row's similarity to itself it is
+    what a cross-entropy over classes computes."""
     partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
 
     def losses(chunk: slice, z: Tensor) -> Tensor:
-        logits = (z[chunk] @ z.T / temperature).masked_fill(~_others(chunk, z), -torch.inf)
+        logits = z[chunk] @ z.T / temperature
+        if not with_self:
+            logits = logits.masked_fill(~_others(chunk, z), -torch.inf)
         return F.cross_entropy(logits, partner[chunk], reduction="none")
 
     return _mean_over_rows(len(z), len(z), leaves, [z], losses)
 
 
-def nt_xent(temperature: float, z0: Tensor, z1: Tensor) -> Result:
+def nt_xent(temperature: float, z0: Tensor, z1: Tensor, with_self: bool = False) -> Result:
     leaves = _leaves(z0, z1)
-    return _nt_xent_of(temperature, leaves, F.normalize(torch.cat(leaves), dim=1))
+    return _nt_xent_of(temperature, leaves, F.normalize(torch.cat(leaves), dim=1), with_self)
 
 
-def dimcl(temperature: float, z0: Tensor, z1: Tensor) -> Result:
+def dimcl(temperature: float, z0: Tensor, z1: Tensor, with_self: bool = False) -> Result:
     leaves = _leaves(z0, z1)
-    return _nt_xent_of(temperature, leaves, eager.columns(*leaves))
+    return _nt_xent_of(temperature, leaves, eager.columns(*leaves), with_self)
 
 
-def sce(temperature: float, q: Tensor, k: Tensor, queue: Tensor) -> Result:
+def supcon_with_self(temperature: float, features: Tensor, labels: Tensor) -> Result:
+    """The other view as the only positive, and a row's similarity to itself not masked."""
+    (leaf,) = _leaves(features)
+    return _nt_xent_of(temperature, [leaf], leaf.transpose(0, 1).flatten(0, 1), with_self=True)
+
+
+def _beside_queue(
+    loss: Callable[..., Tensor], temperature: float, q: Tensor, k: Tensor, queue: Tensor
+) -> Result:
+    """Of an eager loss of rows that do not see one another."""
     (leaf,), k, queue = _leaves(q), k.double(), queue.double()
 
     def losses(chunk: slice, q: Tensor) -> Tensor:
-        return eager.sce(temperature, q[chunk], k[chunk], queue) * len(k[chunk])
+        return loss(temperature, q[chunk], k[chunk], queue) * len(k[chunk])
 
     return _mean_over_rows(len(q), len(queue), [leaf], [leaf], losses)
+
+
+def sce(temperature: float, q: Tensor, k: Tensor, queue: Tensor) -> Result:
+    return _beside_queue(eager.sce, temperature, q, k, queue)
+
+
+def info_nce(temperature: float, q: Tensor, k: Tensor, queue: Tensor) -> Result:
+    return _beside_queue(eager.info_nce, temperature, q, k, queue)
 
 
 def sce_multicrop(temperature: float, *views_k_queue: Tensor) -> Result:
@@ -107,15 +128,6 @@ def sce_multicrop(temperature: float, *views_k_queue: Tensor) -> Result:
     results = [sce(temperature, q, k, queue) for q in views]
     loss = torch.stack([loss for loss, _ in results]).mean()
     return loss, [grads[0] / len(views) for _, grads in results]
-
-
-def info_nce(temperature: float, q: Tensor, k: Tensor, queue: Tensor) -> Result:
-    (leaf,), k, queue = _leaves(q), k.double(), queue.double()
-
-    def losses(chunk: slice, q: Tensor) -> Tensor:
-        return eager.info_nce(temperature, q[chunk], k[chunk], queue) * len(k[chunk])
-
-    return _mean_over_rows(len(q), len(queue), [leaf], [leaf], losses)
 
 
 def clip(temperature: float, image: Tensor, text: Tensor, scale: Tensor) -> Result:
@@ -140,33 +152,6 @@ def dcl(temperature: float, z0: Tensor, z1: Tensor) -> Result:
         return torch.cat((within, cross), 1).masked_fill(~negatives, -torch.inf).logsumexp(1) - positive
 
     return _mean_over_rows(len(z0), 2 * len(z0), leaves, leaves, losses)
-
-
-def nt_xent_with_self(temperature: float, z0: Tensor, z1: Tensor) -> Result:
-    """NT-Xent without its mask of a row with itself."""
-    leaves = _leaves(z0, z1)
-    return _with_self(temperature, leaves, F.normalize(torch.cat(leaves), dim=1))
-
-
-def dimcl_with_self(temperature: float, z0: Tensor, z1: Tensor) -> Result:
-    leaves = _leaves(z0, z1)
-    return _with_self(temperature, leaves, eager.columns(*leaves))
-
-
-def supcon_with_self(temperature: float, features: Tensor, labels: Tensor) -> Result:
-    """The other view as the only positive."""
-    (leaf,) = _leaves(features)
-    return _with_self(temperature, [leaf], leaf.transpose(0, 1).flatten(0, 1))
-
-
-def _with_self(temperature: float, leaves: list[Tensor], z: Tensor) -> Result:
-    """Of rows z against all rows, themselves included: what a cross-entropy over classes computes."""
-    target = torch.arange(len(z), device=z.device).roll(len(z) // 2)
-
-    def losses(chunk: slice, z: Tensor) -> Tensor:
-        return F.cross_entropy(z[chunk] @ z.T / temperature, target[chunk], reduction="none")
-
-    return _mean_over_rows(len(z), len(z), leaves, [z], losses)
 
 
 LOSSES: dict[str, Callable[..., Result]] = {

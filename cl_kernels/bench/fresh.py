@@ -27,6 +27,13 @@ MEMORY = "out of memory"
 """The status of what does not fit."""
 
 
+def message(error: Exception) -> str:
+    """The status of what raised."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return MEMORY
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 @dataclass(frozen=True)
 class Task:
     """`limit` is on the bytes beyond what the process has when it starts; `seconds` and `repeats` bound the
@@ -94,7 +101,7 @@ def _work(sender: Connection, task: Task) -> None:
         if isinstance(error, MemoryError) or "memory" in str(error):
             sender.send({"status": MEMORY})
         else:
-            sender.send({"status": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+            sender.send({"status": message(error)})
         return
     peak = _peak() - before
     deadline = time.perf_counter() + task.seconds - times[0]

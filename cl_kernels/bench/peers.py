@@ -177,8 +177,8 @@ PEERS: dict[str, Peer] = {
             notes=dict.fromkeys(("supcon", "nt_xent", "dimcl"), _WITHOUT_MASK),
             truths={
                 "supcon": exact.supcon_with_self,
-                "nt_xent": exact.nt_xent_with_self,
-                "dimcl": exact.dimcl_with_self,
+                "nt_xent": functools.partial(exact.nt_xent, with_self=True),
+                "dimcl": functools.partial(exact.dimcl, with_self=True),
             },
         ),
         Peer(

@@ -95,7 +95,7 @@ def measure(plan: Plan, work: Workload, seconds: float) -> list[Line]:
         return _measured(plan, work, seconds)
     except Exception as error:  # such as inputs or a truth that do not fit; the other workloads go on
         _free(plan.device)
-        status = fresh.MEMORY if isinstance(error, torch.OutOfMemoryError) else _message(error)
+        status = fresh.message(error)
         return [line_of(work, name, status=status, note=note) for name, note in variants_of(plan, work)]
 
 
@@ -129,7 +129,7 @@ def in_turn(plan: Plan, works: Sequence[Workload], variant: str) -> list[Line]:
 def checked(plan: Plan, work: Workload) -> list[Line]:
     """A line for each variant, with memory and errors, and the reason if it gets no time."""
     inputs = work.inputs(plan.device)
-    moved = float(sum(x.numel() * x.element_size() for x in (*inputs.leaves, *inputs.leaves, *inputs.rest)))
+    moved = float(sum(x.nbytes for x in (*inputs.leaves, *inputs.leaves, *inputs.rest)))
     truths: dict[Truth, exact.Result] = {}
     lines = []
     for name, note in variants_of(plan, work):
@@ -199,16 +199,13 @@ def _checked(
         found = fresh.measure(fresh.Task(work, line.variant, limit, torch.get_num_threads()))
         if found.status != "ok":
             return replace(line, status=found.status)
-        gradients = sum(x.numel() * x.element_size() for x in inputs.leaves)
+        gradients = sum(x.nbytes for x in inputs.leaves)
         line = replace(line, memory=float(max(0, found.peak - gradients)))
     try:
         result, peak = _first(plan, work, line.variant, inputs)
-    except torch.OutOfMemoryError:
-        _free(plan.device)
-        return replace(line, status=fresh.MEMORY)
     except Exception as error:
         _free(plan.device)
-        return replace(line, status=_message(error))
+        return replace(line, status=fresh.message(error))
     if peak is not None:
         line = replace(line, memory=peak)
     if work.rows * work.columns > LARGEST_TRUTH[plan.device]:
@@ -217,10 +214,6 @@ def _checked(
     if truth not in truths:
         truths[truth] = truth(work.temperature, *inputs.leaves, *inputs.rest)
     return _judged(line, result, truths[truth])
-
-
-def _message(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 Answer = tuple[Tensor, list[Tensor | None]]

@@ -6,8 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import figures
-from .results import FLOOR, OURS, PHASES, Accuracy, Line, Results, median, named, ours, quartiles, ratio
+from cl_kernels.bench import figures
+from cl_kernels.bench.results import (
+    FLOOR,
+    OURS,
+    PHASES,
+    Accuracy,
+    Line,
+    Results,
+    median,
+    named,
+    ours,
+    quartiles,
+    ratio,
+)
 
 BUSY = 0.25
 """The load a core, before the first measurement, from which on a machine counts as busy."""

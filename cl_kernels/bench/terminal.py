@@ -12,6 +12,10 @@ from cl_kernels.bench.run import Progress
 from cl_kernels.tables import aligned
 
 
+def _print(what: str, done: int, total: int) -> None:
+    print(f"{done}/{total} {what}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress() -> Iterator[Progress]:
     """What tells a person how far the run is, on standard error."""
@@ -19,11 +23,11 @@ def progress() -> Iterator[Progress]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
-        yield lambda what, done, total: print(f"{done}/{total} {what}", file=sys.stderr, flush=True)
+        yield _print
         return
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda what, done, total: print(f"{done}/{total} {what}", file=sys.stderr, flush=True)
+        yield _print
         return
     with Progress(
         BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),

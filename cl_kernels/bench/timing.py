@@ -97,7 +97,7 @@ class Samples:
 def copies(work: Workload, device: str, cache: int) -> list[Inputs]:
     """As many inputs as twice the last cache holds, but at most 16."""
     first = work.inputs(device)
-    one = sum(x.numel() * x.element_size() for x in (*first.leaves, *first.rest))
+    one = sum(x.nbytes for x in (*first.leaves, *first.rest))
     count = max(1, min(COPIES, -(-2 * cache // one)))
     return [first, *(work.inputs(device, seed) for seed in range(1, count))]
 
