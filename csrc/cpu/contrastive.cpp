@@ -1,8 +1,6 @@
 #include "../contrastive.h"
 
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mv.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
@@ -115,11 +113,14 @@ class Engine {
   std::tuple<at::Tensor, at::Tensor> log_sum_exp() {
     at::Tensor lse = at::empty({n()}, at::kDouble);
     at::Tensor lse_cols = at::empty({pairs_.both_axes ? m() : 0}, at::kDouble);
-    if (index_.defined()) index_logit_.assign(n(), T(0));
     q_.make_rows();
     key().make_col_panels();
+    start_positives();
     const bool shared_exp = (symmetric_ || pairs_.both_axes) && !bias_.defined();
-    if (!shared_exp || !fixed_shift(lse, lse_cols)) {
+    // The log-sum-exp of a single column is its logit to the last bit where the shift is that logit.
+    const bool single = std::min(n(), m()) <= 2;
+    if (!shared_exp || single || !fixed_shift(lse, lse_cols)) {
+      start_positives();
       online(lse);
       if (pairs_.both_axes) transposed().online(lse_cols);
       if (pairs_.both_axes && bias_.defined()) lse_cols.add_(bias_, kLn2);
@@ -127,14 +128,13 @@ class Engine {
     return {lse, lse_cols};
   }
 
-  // After log_sum_exp, whose tiles hold the logit of a positive given by index.
+  // After log_sum_exp, whose tiles hold the logits of the positives: the very ones that the log-sum-exps were
+  // made of, so that lse - S of a converged row keeps its digits.
   std::tuple<at::Tensor, at::Tensor> positives() {
-    const bool any = pairs_.label_positives || index_.defined() || mask_.defined();
-    at::Tensor sum = at::empty({any ? n() : 0}, at::kDouble), count = at::empty_like(sum);
-    if (index_.defined())
-      index_positives(sum, count);
-    else if (any)
-      prototype_positives(sum_rows(q_), sum_rows(key()), sum, count);
+    at::Tensor sum = at::empty({has_positives() ? n() : 0}, at::kDouble), count = at::empty_like(sum);
+    double* out = sum.mutable_data_ptr<double>();
+    for (int64_t i = 0; i < sum.numel(); ++i) out[i] = positive_sum_[i] * kLn2;
+    if (has_positives()) count_positives(count.mutable_data_ptr<double>());
     return {sum, count};
   }
 
@@ -222,21 +222,20 @@ class Engine {
     if (pairs.exclude) pairs.exclude = -*pairs.exclude;
     std::swap(pairs.row_labels, pairs.col_labels);
     pairs.positive_index = pairs.positive_mask = pairs.key_bias = std::nullopt;
-    pairs.both_axes = false;
+    pairs.label_positives = pairs.both_axes = false;
     Engine other(key().tensor(), q_.tensor(), at::scalar_tensor(scale_, at::kDouble), pairs);
     other.q_.make_rows();
     other.key().make_col_panels();
     return other;
   }
 
-  // Base-2 logits of a tile; what is left out becomes -inf. The forward notes those of positives by index.
+  // Base-2 logits of a tile; what is left out becomes -inf. The forward adds up those of positives.
   void logits(const Tile& t, T* s, bool mirror) {
     tile_kernels<Mode>().product.dot(
         q_.row(t.row), q_.depth(), t.rows, key().col_panels(t.col), q_.depth(),
         static_cast<int>(ceil_div(t.cols, tile_kernels<Mode>().product.panel_width)),
         static_cast<T>(scale_ * kLog2e), s, ld());
-    if (!index_logit_.empty())
-      for_index(t, mirror, [&](int64_t row, int64_t at) { index_logit_[row] = s[at]; });
+    if (!positive_sum_.empty()) add_positives(t, s, mirror);
     const T out = -std::numeric_limits<T>::infinity();
     for (int i = 0; i < t.rows; ++i) std::fill(s + i * ld() + t.cols, s + i * ld() + t.padded_cols(), out);
     if (bias_.defined()) {
@@ -332,12 +331,67 @@ class Engine {
     });
   }
 
-  // The very logits that the log-sum-exps were made of, so that lse - S of a converged row keeps its digits.
-  void index_positives(at::Tensor& sum, at::Tensor& count) {
-    const int64_t* index = index_.const_data_ptr<int64_t>();
+  bool has_positives() const { return pairs_.label_positives || index_.defined() || mask_.defined(); }
+
+  void start_positives() {
+    if (has_positives()) positive_sum_.assign(round_up(n(), kTileAlign), 0);
+  }
+
+  // Base-2 logits of a tile's positives onto the sums of its rows, and of its columns where the tile stands
+  // for its mirror image too.
+  void add_positives(const Tile& t, T* s, bool mirror) {
+    double* sum = positive_sum_.data();
+    if (index_.defined()) {
+      for_index(t, mirror, [&](int64_t row, int64_t at) { sum[row] = s[at]; });
+      return;
+    }
+    fill_excluded(t, s, T(0));
+    if (pairs_.label_positives) {
+      tile_kernels<Mode>().row.sum_equal(s, ld(), t.rows, t.padded_cols(), ids_->rows.data() + t.row,
+                                         ids_->cols.data() + t.col, sum + t.row,
+                                         mirror && t.row != t.col ? sum + t.col : nullptr);
+      return;
+    }
+    const int64_t height = mask_.size(0), period = mask_.size(1);
+    for (int i = 0; i < t.rows; ++i) {
+      const T* weights = mask_.const_data_ptr<T>() + (t.row + i) % height * period;
+      for (int64_t j = 0, c = t.col % period; j < t.cols; c = 0) {
+        const int64_t run = std::min(t.cols - j, period - c);
+        sum[t.row + i] +=
+            tile_kernels<Mode>().row.weighted_sum(weights + c, s + i * ld() + j, static_cast<int>(run));
+        j += run;
+      }
+    }
+  }
+
+  void count_positives(double* count) const {
+    if (index_.defined()) {
+      for (int64_t i = 0; i < n(); ++i) count[i] = index_.const_data_ptr<int64_t>()[i] >= 0;
+      return;
+    }
+    const int64_t period = mask_.defined() ? mask_.size(1) : 0;
+    std::vector<double> total;  // of each row of the mask, or of each class
+    if (mask_.defined()) {
+      // Column c of the mask stands for every key j with j % period == c.
+      std::vector<double> repeats(period);
+      for (int64_t j = 0; j < m(); ++j) ++repeats[j % period];
+      total.assign(mask_.size(0), 0);
+      for_rows(mask_.size(0), period, [&](int64_t row) {
+        const T* weights = mask_.const_data_ptr<T>() + row * period;
+        for (int64_t c = 0; c < period; ++c) total[row] += weights[c] * repeats[c];
+      });
+    } else {
+      total.assign(ids_->classes, 0);
+      for (int64_t j = 0; j < m(); ++j) ++total[ids_->cols[j]];
+    }
     for (int64_t i = 0; i < n(); ++i) {
-      sum.mutable_data_ptr<double>()[i] = index_logit_[i] * kLn2;
-      count.mutable_data_ptr<double>()[i] = index[i] >= 0;
+      const int64_t group = mask_.defined() ? i % mask_.size(0) : ids_->rows[i];
+      count[i] = total[group];
+      const int64_t j = i + pairs_.exclude.value_or(m());
+      if (j < 0 || j >= m()) continue;
+      count[i] -= mask_.defined()
+                      ? static_cast<double>(mask_.const_data_ptr<T>()[group * period + j % period])
+                      : ids_->cols[j] == ids_->rows[i];
     }
   }
 
@@ -355,42 +409,6 @@ class Engine {
       const int64_t i = index[t.col + j] - t.row;
       if (index[t.col + j] >= 0 && i >= 0 && i < t.rows) f(t.col + j, i * ld() + j);
     }
-  }
-
-  // Sums over many positives come from prototypes: class sums of the keys, or mask @ (keys summed over
-  // views).
-  void prototype_positives(const at::Tensor& q, const at::Tensor& k, at::Tensor& sum, at::Tensor& count) {
-    const int64_t period = mask_.defined() ? mask_.size(1) : 0;
-    const int64_t groups = mask_.defined() ? period : ids_->classes;
-    auto group_of = [&](int64_t j) -> int64_t { return mask_.defined() ? j % period : ids_->cols[j]; };
-    at::Tensor prototype = at::zeros({groups, q_.d()}, q.options());
-    add_to_groups<T>(k, group_of, prototype);
-    at::Tensor weight;
-    if (mask_.defined()) {
-      prototype = at::mm(mask_, prototype);
-      // Column c of the mask stands for every key j with j % period == c.
-      at::Tensor repeats = at::zeros({period}, q.options());
-      for (int64_t j = 0; j < m(); ++j) repeats.mutable_data_ptr<T>()[j % period] += 1;
-      weight = at::mv(mask_, repeats);
-    } else {
-      weight = at::zeros({groups}, q.options());
-      for (int64_t j = 0; j < m(); ++j) weight.mutable_data_ptr<T>()[ids_->cols[j]] += 1;
-    }
-    double *s = sum.mutable_data_ptr<double>(), *c = count.mutable_data_ptr<double>();
-    const T* total = weight.const_data_ptr<T>();
-    for_rows(n(), q_.d(), [&](int64_t i) {
-      const int64_t group = mask_.defined() ? i % mask_.size(0) : ids_->rows[i];
-      T value = dot_row<T>(q, i, prototype, group), number = total[group];
-      const int64_t j = i + pairs_.exclude.value_or(m());
-      if (j >= 0 && j < m()) {
-        const T own = mask_.defined() ? mask_.const_data_ptr<T>()[group * period + j % period]
-                                      : T(ids_->cols[j] == ids_->rows[i]);
-        if (own != 0) value -= own * dot_row<T>(q, i, k, j);
-        number -= own;
-      }
-      s[i] = scale_ * value;
-      c[i] = number;
-    });
   }
 
   // The softmax of each row (or column) as coef_i 2^(s - shift_i); rows without any column get coefficient 0.
@@ -551,7 +569,7 @@ class Engine {
   at::Tensor bias_, index_, mask_;
   bool symmetric_;
   int64_t row_block_, col_block_;
-  std::vector<T> index_logit_;  // of the forward: base-2 logits of positives by index
+  std::vector<double> positive_sum_;  // of the forward: base-2 logits over each row's positives
   // Of the gradient.
   SoftmaxTerms rows_, cols_;
   std::vector<T> weight_;  // of a row's positives

@@ -66,28 +66,6 @@ T dot(const T* a, const T* b, int64_t d) {
   return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
 }
 
-// Row i of x times row j of y, both contiguous [*, d].
-template <typename T>
-T dot_row(const at::Tensor& x, int64_t i, const at::Tensor& y, int64_t j) {
-  const int64_t d = x.size(1);
-  return dot(x.const_data_ptr<T>() + i * d, y.const_data_ptr<T>() + j * d, d);
-}
-
-// out[group_of(j)] += x[j], in the order of j.
-template <typename T, typename GroupOf>
-void add_to_groups(const at::Tensor& x, GroupOf group_of, at::Tensor& out) {
-  const int64_t n = x.size(0), d = x.size(1);
-  const T* in = x.const_data_ptr<T>();
-  T* sums = out.mutable_data_ptr<T>();
-  at::parallel_for(0, d, std::max<int64_t>(16, (int64_t{1} << 16) / std::max<int64_t>(1, n)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t j = 0; j < n; ++j) {
-                       T* sum = sums + group_of(j) * d;
-                       for (int64_t c = begin; c < end; ++c) sum[c] += in[j * d + c];
-                     }
-                   });
-}
-
 template <typename T>
 void copy_rows(const at::Tensor& x, T* out) {
   const at::Tensor flat = x.to(at::CppTypeToScalarType<T>::value).contiguous();

@@ -15,7 +15,7 @@ namespace {
 template <typename Mode>
 at::Tensor reciprocal_norms(const at::Tensor& x) {
   const at::Tensor norm = at::linalg_vector_norm(x, 2, at::IntArrayRef{1}, false, sum_type<Mode>());
-  return at::where(norm > 0, norm.reciprocal(), at::zeros_like(norm));
+  return at::where(norm == 0, norm, norm.reciprocal());
 }
 
 template <typename Mode>

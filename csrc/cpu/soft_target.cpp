@@ -92,9 +92,9 @@ class SoftTarget {
         lse.mutable_data_ptr<double>()[row + i] = log_of_sum(max[i], sum[i]);
         target_lse.mutable_data_ptr<double>()[row + i] = log_of_sum(target_max[i], target_sum[i]);
         cross.mutable_data_ptr<double>()[row + i] =
-            target_sum[i] > 0 ? weighted[i] * kLn2 / target_sum[i] : 0;
-        decay[i] = sum[i] > 0 ? T(1) / sum[i] : T(0);
-        sum[i] = target_sum[i] > 0 ? static_cast<T>(1 / target_sum[i]) : T(0);
+            target_sum[i] == 0 ? 0 : weighted[i] * kLn2 / target_sum[i];  // NaN where the sum is
+        decay[i] = sum[i] == 0 ? T(0) : T(1) / sum[i];
+        sum[i] = target_sum[i] == 0 ? T(0) : static_cast<T>(1 / target_sum[i]);
       }
       if (save_gradient) {
         decay_rows(o, decay, rows);

@@ -99,6 +99,12 @@ struct RowKernels {
   // keep: s becomes 2^(s - max'); decay_i: what the row's earlier sums were multiplied by.
   void (*online)(T* s, ptrdiff_t ld, int rows, int cols, bool keep, T* max, T* sum, T* decay);
 
+  // row_sum_i += sum_j s_ij over the pairs with equal ids; col_sum_j += sum_i of the same unless null.
+  void (*sum_equal)(const T* s, ptrdiff_t ld, int rows, int cols, const Id* row_ids, const Id* col_ids,
+                    double* row_sum, double* col_sum);
+  // sum_j w_j s_j
+  double (*weighted_sum)(const T* w, const T* s, int n);
+
   void (*gradient)(const GradientTile<T, Id>& tile);
 
   // The teacher's running maximum and sum as in `online`, t becoming 2^(t - max'), and
@@ -112,7 +118,8 @@ struct RowKernels {
   // out_j = x_j - LSE over the columns whose mask is nonzero (null: all); -inf at the others and in an empty
   // row.
   void (*log_softmax)(const T* x, const uint8_t* mask, int64_t n, T* out);
-  // grad_x_j = g_j - exp(y_j) sum of g over the included columns; 0 at the others.
+  // grad_x_j = g_j - exp(y_j) sum of g over the included columns; 0 at the others, and everywhere in a row
+  // whose y are all -inf.
   void (*log_softmax_gradient)(const T* g, const T* y, const uint8_t* mask, int64_t n, T* grad);
 
   // Tiles of bfloat16 operands from a tile of float sums: pairs along the columns, and pairs along the rows.

@@ -198,6 +198,35 @@ void online(T* s, ptrdiff_t ld, int rows, int cols, bool keep, T* max, T* sum, T
   }
 }
 
+// Sums of logits are double: they are taken from log-sum-exps nearly as large.
+template <typename T, typename Id>
+void sum_equal(const T* s, ptrdiff_t ld, int rows, int cols, const Id* row_ids, const Id* col_ids,
+               double* row_sum, double* col_sum) {
+  using S = Simd<T>;
+  for (int i = 0; i < rows; ++i) {
+    const T* row = s + i * ld;
+    typename S::Wide total{};
+    for (int j = 0; j < cols; j += S::kLanes) {
+      const typename S::IntVec equal = S::load_ids(col_ids + j) == row_ids[i];
+      const typename S::Wide x = S::widen(S::select(equal, S::load(row + j), typename S::Vec{}));
+      total += x;
+      if (col_sum) S::add_wide(col_sum + j, x);
+    }
+    row_sum[i] += S::sum_wide(total);
+  }
+}
+
+template <typename T>
+double weighted_sum(const T* w, const T* s, int n) {
+  using S = Simd<T>;
+  typename S::Wide total{};
+  int j = 0;
+  for (; j + S::kLanes <= n; j += S::kLanes) total += S::widen(S::load(w + j)) * S::widen(S::load(s + j));
+  double sum = S::sum_wide(total);
+  for (; j < n; ++j) sum += static_cast<double>(w[j]) * s[j];
+  return sum;
+}
+
 template <typename T, typename Id, Softmax kSoftmax, bool kIds>
 void gradient_rows(const GradientTile<T, Id>& tile) {
   using S = Simd<T>;
@@ -334,6 +363,10 @@ void log_softmax(const T* x, const uint8_t* mask, int64_t n, T* out) {
   for (int64_t j = 0; j < n; j += S::kLanes)
     total += exp2_vec<T>((load_included(x, mask, j, n, kMinusInfinity<T>) - shift) * log2e);
   const T log_sum = std::log2(S::sum(total)) * ln2;
+  if (log_sum != log_sum) {  // a NaN reaches what is -inf too
+    for (int64_t j = 0; j < n; ++j) out[j] = !mask || mask[j] ? log_sum : kMinusInfinity<T>;
+    return;
+  }
   for (int64_t j = 0; j < n; j += S::kLanes) {
     const typename S::Vec v = load_included(x, mask, j, n, kMinusInfinity<T>);
     store_part(out + j, n - j, S::select(v == kMinusInfinity<T>, v, (v - shift) - log_sum));
@@ -345,7 +378,15 @@ void log_softmax_gradient(const T* g, const T* y, const uint8_t* mask, int64_t n
   using S = Simd<T>;
   const T log2e = T(1.44269504088896340736);
   typename S::Vec total{};
-  for (int64_t j = 0; j < n; j += S::kLanes) total += load_included(g, mask, j, n, T(0));
+  typename S::IntVec live{};
+  for (int64_t j = 0; j < n; j += S::kLanes) {
+    total += load_included(g, mask, j, n, T(0));
+    live |= load_included(y, mask, j, n, kMinusInfinity<T>) != kMinusInfinity<T>;
+  }
+  if (!S::any(live)) {
+    for (int64_t j = 0; j < n; ++j) grad[j] = T(0);
+    return;
+  }
   const T sum = S::sum(total);
   for (int64_t j = 0; j < n; j += S::kLanes) {
     const typename S::Vec p = exp2_vec<T>(load_included(y, mask, j, n, kMinusInfinity<T>) * log2e);
@@ -354,13 +395,6 @@ void log_softmax_gradient(const T* g, const T* y, const uint8_t* mask, int64_t n
 }
 
 #ifdef CL_BFLOAT16_DOT
-inline Simd<float>::IntVec round_to_bfloat16(Simd<float>::Vec x) {  // to nearest even, in the high half
-  using S = Simd<float>;
-  typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
-  const Unsigned u = (Unsigned)x;
-  return (S::IntVec)(u + 0x7fffu + ((u >> 16) & 1u));
-}
-
 void round_pairs(const float* s, ptrdiff_t ld, int rows, int cols, uint32_t* along_cols,
                  uint32_t* along_rows) {
   using S = Simd<float>;
@@ -372,11 +406,13 @@ void round_pairs(const float* s, ptrdiff_t ld, int rows, int cols, uint32_t* alo
     uint16_t* second = reinterpret_cast<uint16_t*>(along_cols + ((i + 1) * ld) / 2);
     uint32_t* pairs = along_rows + (i / 2) * ld;
     for (int j = 0; j < cols; j += S::kLanes) {
-      const Unsigned a = (Unsigned)round_to_bfloat16(S::load(s + i * ld + j));
-      const Unsigned b = (Unsigned)round_to_bfloat16(S::load(s + (i + 1) * ld + j));
-      *reinterpret_cast<HalvesAt*>(first + j) = __builtin_convertvector(a >> 16, Halves);
-      *reinterpret_cast<HalvesAt*>(second + j) = __builtin_convertvector(b >> 16, Halves);
-      S::store(reinterpret_cast<float*>(pairs) + j, (S::Vec)((a >> 16) | (b & 0xffff0000u)));
+      // To nearest even; a NaN stays one.
+      const Halves a = (Halves)_mm512_cvtneps_pbh((__m512)S::load(s + i * ld + j));
+      const Halves b = (Halves)_mm512_cvtneps_pbh((__m512)S::load(s + (i + 1) * ld + j));
+      *reinterpret_cast<HalvesAt*>(first + j) = a;
+      *reinterpret_cast<HalvesAt*>(second + j) = b;
+      const Unsigned pair = __builtin_convertvector(a, Unsigned) | __builtin_convertvector(b, Unsigned) << 16;
+      S::store(reinterpret_cast<float*>(pairs) + j, (S::Vec)pair);
     }
   }
 }
@@ -393,6 +429,8 @@ constexpr TileKernels<Mode> make_table() {
   table.product = {kPanelWidth<Mode>, dot<Mode>, accumulate<Mode>};
   table.row = {sum_exp<T>,
                online<T>,
+               sum_equal<T, Id>,
+               weighted_sum<T>,
                gradient<T, Id>,
                online_cross<T>,
                soft_target_gradient<T>,
