@@ -96,12 +96,14 @@ def primitives() -> list[Problem]:
     ]
 
 
-PROBLEMS = [*losses(), *primitives()]
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    PROBLEMS = [*losses(), *primitives()]
 CASES = [
     pytest.param(problem, name, id=f"{i}-{problem.function}-{name}")
     for i, problem in enumerate(PROBLEMS)
     for name, x in problem.tensors.items()
-    if x.is_floating_point()
+    if x.is_floating_point() and x.dim() > 0
 ]
 
 
@@ -110,10 +112,10 @@ def values(function: Any, problem: Problem) -> list[Tensor]:
     return list(result) if isinstance(result, tuple) else [result]
 
 
-def assert_same_rows(problem: Problem, name: str, dtypes: Sequence[torch.dtype]) -> None:
-    for dtype in dtypes:
+def assert_same_rows(problem: Problem, name: str, patterns: Sequence[str] = PATTERNS) -> None:
+    for dtype in DTYPES:
         for place in PLACES:
-            for pattern in PATTERNS:
+            for pattern in patterns:
                 given = poisoned(problem.to(dtype), name, place, pattern)
                 truth = values(getattr(clk.reference, problem.function), given.to(torch.float64))
                 found = values(getattr(clk, problem.function), given)
@@ -130,7 +132,7 @@ def takes_part(problem: Problem, name: str) -> bool:
 
 @pytest.mark.parametrize("problem, name", CASES)
 def test_same_rows_as_plain_torch(problem: Problem, name: str, backend: str) -> None:
-    assert_same_rows(problem, name, DTYPES)
+    assert_same_rows(problem, name)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -140,7 +142,7 @@ def test_every_instruction_set(capability: str) -> None:
     try:
         for case in CASES:
             problem, name = case.values
-            assert_same_rows(problem, name, DTYPES)
+            assert_same_rows(problem, name, ["low bits"])
     finally:
         extension.module.set_cpu_capability(before)
 
@@ -166,7 +168,7 @@ def test_statistics_of_soft_targets(name: str, save_gradient: bool, dtype: torch
 def test_gradients_of_a_row(dtype: torch.dtype, backend: str) -> None:
     """NaN in a row's incoming gradient, whatever its bits, reaches that row's and every key's gradient."""
     q, k = (parity.unit(n, D).to(dtype).requires_grad_() for n in (N, M))
-    lse = clk.contrastive_lse(q, k, scale=10.0)
+    lse = clk.contrastive_lse(q, k, scale=10.0, exclude=None)
     for pattern in PATTERNS:
         incoming = poison(torch.ones_like(lse), "tail", pattern)
         grad_q, grad_k = torch.autograd.grad(lse, (q, k), incoming, retain_graph=True)
