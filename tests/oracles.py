@@ -115,7 +115,11 @@ class Outcome:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-def folder() -> Path:
+DATA = Path(__file__).resolve().parent / "data"  # the compact set, which comes with the tests
+
+
+def whole() -> Path:
+    """Where the whole set is, if it is there."""
     default = Path(__file__).resolve().parents[2] / "shared" / "oracles"
     return Path(os.environ.get("CL_KERNELS_ORACLES", default))
 
@@ -136,8 +140,8 @@ def load(path: Path) -> tuple[Case, ...]:
     return tuple(siblings.values())
 
 
-def cases() -> Iterator[Case]:
-    for path in sorted(folder().glob("*.npz")):
+def cases(folder: Path) -> Iterator[Case]:
+    for path in sorted(folder.glob("*.npz")):
         yield from load(path)
 
 

@@ -144,3 +144,55 @@ def test_without_the_extension() -> None:
     environment = {**os.environ, "CL_KERNELS_NO_EXTENSION": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_backward_of_frozen_keys_reads_the_positives_only(dtype: torch.dtype) -> None:
+    """With what the forward left for it, the backward takes the rows' own positives in place of the keys."""
+    ops = torch.ops.cl_kernels
+    q, k, u, t = (unit(n, 19, dtype).detach() for n in (33, 70, 70, 33))
+    scale, target_scale = torch.tensor(10.0), torch.tensor(20.0)
+    positive = torch.randint(-1, 70, (33,))
+    own = torch.where(positive >= 0, torch.arange(33), -1)
+    near = k[positive.clamp(min=0)]
+    grads = [torch.rand(33, dtype=torch.float64) for _ in range(4)]
+
+    for index, compact, keys in ((positive, own, near), (None, None, k[:0]), (None, None, k[:1])):
+        options = (None, None, None, "all", False)
+        lse, cols, _, _, residual = ops.contrastive_forward(
+            q, k, scale, *options, index, None, None, False, True
+        )
+        incoming = (grads[0], None, None if index is None else grads[1])
+        stats = (None, None, False, lse, cols, residual, (True, False, False))
+        full = ops.contrastive_backward(*incoming, q, k, scale, *options, index, *stats)
+        ours = ops.contrastive_backward(*incoming, q, keys, scale, *options, compact, *stats)
+        assert torch.equal(ours[0], full[0]) and torch.equal(ours[2], full[2])
+
+    for mode in ("exclude", "zero"):
+        stats = ops.soft_target_forward(q, [k[:30], k[30:]], t, [u[:30], u[30:]], scale, target_scale,
+                                        positive, mode, True)  # fmt: skip
+        needs = (True, False, False, False)
+        full = ops.soft_target_backward(*grads, q, [k[:30], k[30:]], t, [u[:30], u[30:]], scale, target_scale,
+                                        positive, mode, *stats, needs)  # fmt: skip
+        ours = ops.soft_target_backward(*grads, q, [near], q, [near], scale, scale, own, mode, *stats, needs)
+        assert torch.equal(ours[0], full[0]) and torch.equal(ours[4], full[4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_log_softmax_of_a_row_of_minus_infinity(masked: bool, dtype: torch.dtype, backend: str) -> None:
+    """Gradient 0, as of a fully masked row; beside finite logits a -inf has the gradient that torch gives."""
+    logits = torch.randn(4, 21).to(dtype)
+    logits[1] = logits[2, 5] = logits[3, :20] = -torch.inf
+    mask = torch.ones(4, 21, dtype=torch.bool) if masked else None
+    if mask is not None:
+        mask[3, 20] = False  # the only finite one
+    ours = logits.clone().requires_grad_()
+    incoming = torch.rand(4, 21).to(dtype)
+    torch.autograd.backward(clk.masked_log_softmax(ours, mask), incoming)
+    empty = [1, 3] if masked else [1]
+    assert (ours.grad[empty] == 0).all()
+    plain = logits[[0, 2]].float().requires_grad_()
+    torch.autograd.backward(plain.log_softmax(1), incoming[[0, 2]].float())
+    assert torch.allclose(ours.grad[[0, 2]].float(), plain.grad, atol=4 * torch.finfo(dtype).eps + 1e-6)
