@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import matrix
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -30,6 +31,7 @@ settings.load_profile("tests")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+    config.pluginmanager.register(matrix.Plugin(config), "matrix")
 
 
 @pytest.fixture(params=["cpu", "reference"])
