@@ -19,6 +19,8 @@ if os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu") == "cpu":
 import cl_kernels as clk
 from cl_kernels import extension
 
+pytest_plugins = ["pytester"]
+
 settings.register_profile(
     "tests",
     deadline=None,

@@ -5,7 +5,7 @@ For each kernel: registers, static shared memory, spills and stack (a few bytes 
 machine code has tensor-core products (HGMMA of Hopper, HMMA), exponentials (MUFU.EX2) and accesses to local
 memory (LDL, STL). Warnings of the assembler, such as serialised wgmma or an ignored setmaxnreg, are faults.
 
-    python tests/cuda_gate.py              compiles files whose text, or a header's of theirs, is not that recorded
+    python tests/cuda_gate.py              compiles files whose text, or a header's, is not that recorded
     python tests/cuda_gate.py --all        compiles everything, and compares
     python tests/cuda_gate.py --update     writes what was found into the file
     python tests/cuda_gate.py --match lse --arch 90a

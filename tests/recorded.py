@@ -82,9 +82,7 @@ class Record:
 
     def differences(self, now: Record) -> list[str]:
         """What `now` has otherwise, one line each; empty where both are the same."""
-        found = [
-            f"{name}: its source is not the recorded one" for name in _changed(self.sources, now.sources)
-        ]
+        found = [f"{name}: its source is not that recorded" for name in _changed(self.sources, now.sources)]
         for what in sorted(self.figures.keys() | now.figures.keys()):
             name = " | ".join(what)
             before, after = self.figures.get(what), now.figures.get(what)
