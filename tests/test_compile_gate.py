@@ -1,8 +1,8 @@
-"""The compile gate finds what it looks for. The whole of it is `make compile-gate`."""
+"""The compile gate finds what it looks for, and knows what it need not compile. The whole of it is
+`make compile-gate`."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -51,8 +51,58 @@ def similarity_forward(q, k, scale, normalize):
 
 RUN = """
 import sys
+from pathlib import Path
 import compile_gate, toy_ops
-sys.exit(min(compile_gate.check(["sm_90"], toy_ops, match), 1))
+path, *flags = sys.argv[1:]
+path = Path(path) if path else None
+options = {"everything": "all" in flags, "update": "update" in flags}
+sys.exit(min(compile_gate.check(["sm_90"], toy_ops, "similarity" if path else "", path=path, **options), 1))
+"""
+
+HELPER = """
+import triton
+from toy_more import SIZE, added
+
+
+@triton.jit
+def used(x):
+    return added(x) * SIZE
+"""
+
+MORE = """
+import triton
+import triton.language as tl
+
+SIZE = tl.constexpr(2)
+OTHER = tl.constexpr(3)
+
+
+@triton.jit
+def added(x):
+    return x + 1
+
+
+@triton.jit
+def unused(x):
+    return x
+"""
+
+DIGEST = """
+import triton, toy_more, toy_used
+import compile_gate
+
+
+@triton.jit
+def kernel(x, N):
+    toy_used.used(x)
+
+
+@triton.jit
+def other(x):
+    return x
+
+
+print(compile_gate.source_digest(kernel), compile_gate.source_digest(other))
 """
 
 
@@ -64,10 +114,19 @@ def _python(*arguments: str, path: Path = TESTS) -> subprocess.CompletedProcess[
     )
 
 
-def test_measures_and_finds_faults(tmp_path: Path) -> None:
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
     (tmp_path / "toy_ops.py").write_text(OPS)
-    (tmp_path / "run.py").write_text("match = ''\n" + RUN)
-    result = _python(str(tmp_path / "run.py"), path=tmp_path)
+    (tmp_path / "run.py").write_text(RUN)
+    return tmp_path
+
+
+def _gate(toy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return _python(str(toy / "run.py"), *arguments, path=toy)
+
+
+def test_measures_and_finds_faults(toy: Path) -> None:
+    result = _gate(toy, "")
     lines = result.stdout.splitlines()
     assert result.returncode == 1, result.stderr
     half = [line for line in lines if line.startswith("sm_90  product half 64 ")]
@@ -75,17 +134,76 @@ def test_measures_and_finds_faults(tmp_path: Path) -> None:
     assert not any("FAIL" in line for line in half)
     spilling = [line for line in lines if line.startswith("sm_90  product float32 64 ")]
     assert all("1x1" in line for line in spilling)
+    assert any("(similarity self ones)" in line for line in lines)
     assert "sm_90  forgotten half 64   <-- FAIL: no op uses this row" in lines
     assert "contrastive_forward   <-- FAIL: has no Triton implementation" in lines
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
-@pytest.mark.skipif(
-    importlib.util.find_spec("cl_kernels.triton.ops") is None, reason="there are no Triton ops yet"
+def test_only_what_is_not_recorded_is_compiled(toy: Path) -> None:
+    """Recorded once; then a figure that changed, a launch that went and a kernel that changed are faults."""
+    file = toy / "toy.tsv"
+    result = _gate(toy, str(file))
+    assert result.returncode == 1 and "is not recorded   <-- FAIL: not as recorded" in result.stdout
+    assert not file.exists()
+    _gate(toy, str(file), "update")
+    result = _gate(toy, str(file))
+    assert ", 0 to compile" in result.stdout and "not as recorded" not in result.stdout
+    written = file.read_text()
+
+    *lines, last = written.splitlines(keepends=True)
+    cells = last.split("\t")
+    registers, spilled = -6, -5
+    was, cells[registers] = cells[registers], "9"
+    file.write_text("".join(lines) + "\t".join(cells))
+    result = _gate(toy, str(file), "all")
+    assert f"registers 9 -> {was}   <-- FAIL" in result.stdout
+    assert result.stdout.count("not as recorded") == 1
+    cells[spilled] = "200"
+    file.write_text("".join(lines) + "\t".join(cells))
+    assert "spill 200" in _gate(toy, str(file)).stdout
+
+    file.write_text(written.replace("triton ", "triton 0"))
+    result = _gate(toy, str(file))
+    assert "toy.tsv is of triton 0" in result.stdout and "not as recorded" not in result.stdout
+    assert ", 0 as recorded" in result.stdout
+
+    file.write_text(written)
+    (toy / "toy_ops.py").write_text(OPS.replace("tl.exp2(s)", "2 * tl.exp2(s)"))
+    result = _gate(toy, str(file))
+    assert "_product_kernel: its source is not that recorded   <-- FAIL" in result.stdout
+    assert ", 0 as recorded" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changes"),
+    [
+        ("toy_more.py", "x + 1", "x + 2", True),
+        ("toy_more.py", "SIZE = tl.constexpr(2)", "SIZE = tl.constexpr(4)", True),
+        ("toy_used.py", "* SIZE", "- SIZE", True),
+        ("digest.py", "used(x)", "used(x + 1)", True),
+        ("toy_more.py", "OTHER = tl.constexpr(3)", "OTHER = tl.constexpr(4)", False),
+        ("toy_more.py", "def unused(x):\n    return x", "def unused(x):\n    return x + 1", False),
+        ("toy_more.py", "import triton\n", "# moved by a line\n\nimport triton\n", False),
+        ("digest.py", "    toy_used", "    # why\n    toy_used", False),
+    ],
 )
-def test_log_softmax_passes(architecture: str) -> None:
-    result = _python(str(TESTS / "compile_gate.py"), architecture, "--match", "masked_log_softmax")
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_a_source_is_all_that_it_reaches(
+    tmp_path: Path, file: str, old: str, new: str, changes: bool
+) -> None:
+    texts = {"toy_used.py": HELPER, "toy_more.py": MORE, "digest.py": DIGEST}
+    found = []
+    for replaced in (False, True):
+        folder = tmp_path / str(replaced)  # another place
+        folder.mkdir()
+        for name, text in texts.items():
+            assert name != file or old in text
+            (folder / name).write_text(text.replace(old, new) if replaced and name == file else text)
+        result = _python(str(folder / "digest.py"), path=folder)
+        assert result.returncode == 0, result.stderr
+        found.append(result.stdout.split())
+    (kernel, other), (kernel_now, other_now) = found
+    assert (kernel != kernel_now) == changes
+    assert other == other_now
 
 
 def test_an_unknown_architecture_is_refused() -> None:
