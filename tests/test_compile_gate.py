@@ -49,14 +49,19 @@ def similarity_forward(q, k, scale, normalize):
     return out, empty, q.new_empty(0 if k is None else k.shape[0]).float()
 """
 
+# Each argument is a check: a file and what to do with it.
 RUN = """
 import sys
 from pathlib import Path
 import compile_gate, toy_ops
-path, *flags = sys.argv[1:]
-path = Path(path) if path else None
-options = {"everything": "all" in flags, "update": "update" in flags}
-sys.exit(min(compile_gate.check(["sm_90"], toy_ops, "similarity" if path else "", path=path, **options), 1))
+for argument in sys.argv[1:]:
+    name, *flags = argument.split()
+    print("==", argument)
+    compile_gate.check(
+        ["sm_90"], toy_ops, "similarity", path=Path(name), everything="all" in flags, update="update" in flags
+    )
+if not sys.argv[1:]:
+    sys.exit(min(compile_gate.check(["sm_90"], toy_ops), 1))
 """
 
 HELPER = """
@@ -87,9 +92,9 @@ def unused(x):
     return x
 """
 
-DIGEST = """
-import triton, toy_more, toy_used
-import compile_gate
+KERNEL = """
+import triton
+import toy_used
 
 
 @triton.jit
@@ -100,9 +105,19 @@ def kernel(x, N):
 @triton.jit
 def other(x):
     return x
+"""
 
-
-print(compile_gate.source_digest(kernel), compile_gate.source_digest(other))
+# Each argument is a folder with modules of these names.
+DIGESTS = """
+import sys
+import compile_gate
+for folder in sys.argv[1:]:
+    sys.path.insert(0, folder)
+    import toy_kernel
+    print(*map(compile_gate.source_digest, (toy_kernel.kernel, toy_kernel.other)))
+    sys.path.remove(folder)
+    for name in ("toy_kernel", "toy_used", "toy_more"):
+        del sys.modules[name]
 """
 
 
@@ -125,8 +140,15 @@ def _gate(toy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return _python(str(toy / "run.py"), *arguments, path=toy)
 
 
+def _steps(toy: Path, *arguments: str) -> list[str]:
+    """What each check of one process printed."""
+    result = _gate(toy, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("== ")[1:]
+
+
 def test_measures_and_finds_faults(toy: Path) -> None:
-    result = _gate(toy, "")
+    result = _gate(toy)
     lines = result.stdout.splitlines()
     assert result.returncode == 1, result.stderr
     half = [line for line in lines if line.startswith("sm_90  product half 64 ")]
@@ -142,68 +164,65 @@ def test_measures_and_finds_faults(toy: Path) -> None:
 def test_only_what_is_not_recorded_is_compiled(toy: Path) -> None:
     """Recorded once; then a figure that changed, a launch that went and a kernel that changed are faults."""
     file = toy / "toy.tsv"
-    result = _gate(toy, str(file))
-    assert result.returncode == 1 and "is not recorded   <-- FAIL: not as recorded" in result.stdout
-    assert not file.exists()
-    _gate(toy, str(file), "update")
-    result = _gate(toy, str(file))
-    assert ", 0 to compile" in result.stdout and "not as recorded" not in result.stdout
+    unrecorded, updated, again = _steps(toy, f"{file}", f"{file} update", f"{file}")
+    assert "is not recorded   <-- FAIL: not as recorded" in unrecorded
+    assert ", 0 as recorded" in updated and "not as recorded" not in updated
+    assert ", 0 to compile" in again and "not as recorded" not in again
+
     written = file.read_text()
+    line = next(line for line in written.splitlines() if "\tproduct half 64\t" in line and "self\t" in line)
+    *cells, registers, _, scalars, shared, matrix, exponentials = line.split("\t")
+    spilling = "\t".join([*cells, registers, "200", scalars, shared, matrix, exponentials])
+    gone = line.replace("\tproduct half", "\tforgotten half")
+    texts = {
+        "spilling": (line, spilling),
+        "stale": (line, f"{line}\n{gone}"),
+        "other": ("triton ", "triton 0"),
+    }
+    for name, (old, new) in texts.items():
+        (toy / name).write_text(written.replace(old, new, 1))
+    recorded, everything, stale, other = _steps(
+        toy, f"{toy / 'spilling'}", f"{toy / 'spilling'} all", f"{toy / 'stale'}", f"{toy / 'other'}"
+    )
+    assert "spill 200" in recorded and "FAIL: spills" in recorded and ", 0 to compile" in recorded
+    assert "spilled 200 -> 0   <-- FAIL: not as recorded" in everything and ", 0 as recorded" in everything
+    assert everything.count("not as recorded") == 1
+    assert "other is of triton 0" in other and "not as recorded" not in other and ", 0 as recorded" in other
+    assert stale.count("not as recorded") == 0  # only a whole run can tell
 
-    *lines, last = written.splitlines(keepends=True)
-    cells = last.split("\t")
-    registers, spilled = -6, -5
-    was, cells[registers] = cells[registers], "9"
-    file.write_text("".join(lines) + "\t".join(cells))
-    result = _gate(toy, str(file), "all")
-    assert f"registers 9 -> {was}   <-- FAIL" in result.stdout
-    assert result.stdout.count("not as recorded") == 1
-    cells[spilled] = "200"
-    file.write_text("".join(lines) + "\t".join(cells))
-    assert "spill 200" in _gate(toy, str(file)).stdout
-
-    file.write_text(written.replace("triton ", "triton 0"))
-    result = _gate(toy, str(file))
-    assert "toy.tsv is of triton 0" in result.stdout and "not as recorded" not in result.stdout
-    assert ", 0 as recorded" in result.stdout
-
-    file.write_text(written)
     (toy / "toy_ops.py").write_text(OPS.replace("tl.exp2(s)", "2 * tl.exp2(s)"))
-    result = _gate(toy, str(file))
-    assert "_product_kernel: its source is not that recorded   <-- FAIL" in result.stdout
-    assert ", 0 as recorded" in result.stdout
+    (changed,) = _steps(toy, f"{file}")
+    assert "_product_kernel: its source is not that recorded   <-- FAIL" in changed
+    assert ", 0 as recorded" in changed
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "changes"),
-    [
-        ("toy_more.py", "x + 1", "x + 2", True),
-        ("toy_more.py", "SIZE = tl.constexpr(2)", "SIZE = tl.constexpr(4)", True),
-        ("toy_used.py", "* SIZE", "- SIZE", True),
-        ("digest.py", "used(x)", "used(x + 1)", True),
-        ("toy_more.py", "OTHER = tl.constexpr(3)", "OTHER = tl.constexpr(4)", False),
-        ("toy_more.py", "def unused(x):\n    return x", "def unused(x):\n    return x + 1", False),
-        ("toy_more.py", "import triton\n", "# moved by a line\n\nimport triton\n", False),
-        ("digest.py", "    toy_used", "    # why\n    toy_used", False),
-    ],
-)
-def test_a_source_is_all_that_it_reaches(
-    tmp_path: Path, file: str, old: str, new: str, changes: bool
-) -> None:
-    texts = {"toy_used.py": HELPER, "toy_more.py": MORE, "digest.py": DIGEST}
-    found = []
-    for replaced in (False, True):
-        folder = tmp_path / str(replaced)  # another place
-        folder.mkdir()
+CHANGES = [
+    ("toy_more.py", "x + 1", "x + 2", True),
+    ("toy_more.py", "SIZE = tl.constexpr(2)", "SIZE = tl.constexpr(4)", True),
+    ("toy_used.py", "* SIZE", "- SIZE", True),
+    ("toy_kernel.py", "used(x)", "used(x + 1)", True),
+    ("toy_more.py", "OTHER = tl.constexpr(3)", "OTHER = tl.constexpr(4)", False),
+    ("toy_more.py", "def unused(x):\n    return x", "def unused(x):\n    return x + 1", False),
+    ("toy_more.py", "import triton\n", "# moved by a line\n\nimport triton\n", False),
+    ("toy_kernel.py", "    toy_used", "    # why\n    toy_used", False),
+]
+
+
+def test_a_source_is_all_that_it_reaches(tmp_path: Path) -> None:
+    """A kernel is another one with another function, constant or line that it leads to, wherever it lies."""
+    texts = {"toy_used.py": HELPER, "toy_more.py": MORE, "toy_kernel.py": KERNEL}
+    for i, (file, old, new, _) in enumerate([("toy_used.py", "", "", False), *CHANGES]):
+        (tmp_path / str(i)).mkdir()
+        assert old in texts[file]
         for name, text in texts.items():
-            assert name != file or old in text
-            (folder / name).write_text(text.replace(old, new) if replaced and name == file else text)
-        result = _python(str(folder / "digest.py"), path=folder)
-        assert result.returncode == 0, result.stderr
-        found.append(result.stdout.split())
-    (kernel, other), (kernel_now, other_now) = found
-    assert (kernel != kernel_now) == changes
-    assert other == other_now
+            (tmp_path / str(i) / name).write_text(text.replace(old, new) if name == file and old else text)
+    (tmp_path / "digests.py").write_text(DIGESTS)
+    folders = [str(tmp_path / str(i)) for i in range(len(CHANGES) + 1)]
+    result = _python(str(tmp_path / "digests.py"), *folders)
+    assert result.returncode == 0, result.stderr
+    (kernel, other), *found = [line.split() for line in result.stdout.splitlines()]
+    assert [made != kernel for made, _ in found] == [changes for *_, changes in CHANGES]
+    assert all(same == other for _, same in found)
 
 
 def test_an_unknown_architecture_is_refused() -> None:
