@@ -3,16 +3,17 @@
 A test's cases are what its parameters make, but for the dtype. On a push
 
     every case runs in one dtype, in turn; the main case, the first of each op and backend, in all of them;
-    of the temperatures those of TEMPERATURES run, where a test has them;
+    of the temperatures those of TEMPERATURES run, where a test has both;
     where the kernels for GPUs, the emulator or the interpreter and their tests are those that the last whole
     run passed with (gates/tested.tsv), their main cases alone run.
 
-What is asked for by a node id or -k runs as asked. `make test-full` runs all and, where all passed, writes
-gates/tested.tsv by `python tests/matrix.py`.
+What is asked for by a node id or -k runs as asked, and on a GPU everything runs. `make test-full` runs all
+and, where all passed, writes gates/tested.tsv by `python tests/matrix.py`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
@@ -136,9 +137,8 @@ def choose(tests: Sequence[Parameters], same: Iterable[str] = ()) -> Choice:
 
 
 def _at_temperatures(tests: Sequence[Parameters], members: list[int], reasons: list[str]) -> list[int]:
-    """The tests at the temperatures that matter, or all where a function has none of them."""
-    taus = {tests[i].values.get("tau") for i in members}
-    if not taus & set(TEMPERATURES):
+    """The tests at the temperatures that matter, or all where a function lacks one of them."""
+    if not set(TEMPERATURES) <= {tests[i].values.get("tau") for i in members}:
         return members
     kept = [i for i in members if tests[i].values.get("tau") in TEMPERATURES]
     _leave([i for i in members if i not in set(kept)], reasons, "further temperatures")
@@ -167,7 +167,8 @@ class Plugin:
         for item in items:
             item.add_marker(pytest.mark.full)
         named = any("[" in argument for argument in config.args) or config.option.keyword
-        if named or re.search(r"\bfull\b", config.option.markexpr):
+        on_gpu = os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu") != "cpu"
+        if named or on_gpu or re.search(r"\bfull\b", config.option.markexpr):
             return
         same = unchanged()
         choice = choose([parameters(item) for item in items], same)
