@@ -21,7 +21,7 @@ CXX_FILES := $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES))
 # Stamps of both kinds of install, so that changing the switch installs again.
 BUILT := $(VENV)/.built$(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),-pure)
 
-.PHONY: help demo test lint format bench bench-report acceptance regression figures compile-gate gpu-check
+.PHONY: help demo test test-full lint format bench bench-report acceptance regression figures compile-gate gpu-check
 .PHONY: build clean distclean
 .DEFAULT_GOAL := help
 
@@ -37,8 +37,14 @@ help:  ## show this list
 demo: $(BUILT)  ## train on handwritten digits, eager against ours; plot time and memory
 	$(BIN)/python examples/digits.py $(DEMO_FLAGS)
 
-test: $(BUILT) $(VENV)/.dev  ## the whole test suite
-	$(if $(findstring -pure,$(BUILT)),,CL_KERNELS_REQUIRE_EXTENSION=1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_FLAGS)
+PYTEST = $(if $(findstring -pure,$(BUILT)),,CL_KERNELS_REQUIRE_EXTENSION=1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+test: $(BUILT) $(VENV)/.dev  ## the test suite as a push runs it
+	$(PYTEST) $(PYTEST_FLAGS)
+
+test-full: $(BUILT) $(VENV)/.dev  ## the whole of it: every dtype and temperature
+	$(PYTEST) -m full $(PYTEST_FLAGS)
+	$(if $(PYTEST_FLAGS),,$(BIN)/python tests/matrix.py)
 
 lint: $(VENV)/.dev  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -66,9 +72,9 @@ figures: $(BUILT) $(VENV)/.bench  ## the documents' figures from the stored resu
 acceptance: $(BUILT)  ## speed and memory measures against their targets
 	$(BIN)/python bench/acceptance.py $(BENCH_FLAGS)
 
-compile-gate: $(BUILT)  ## compile every Triton and CUDA C++ kernel for every GPU, without one
+compile-gate: $(BUILT)  ## GPU kernels without a GPU: compile what is not recorded; GATE_FLAGS=--all, --update
 	$(BIN)/python tests/compile_gate.py $(GATE_FLAGS)
-	$(BIN)/python tests/cuda_gate.py
+	$(BIN)/python tests/cuda_gate.py $(filter --all --update,$(GATE_FLAGS))
 
 # On a machine with a GPU and no network: $(PYTHON) as it is, with torch, triton and pytest, and no .venv.
 gpu-check:  ## tests, memory checkers and timings on this machine's GPU

@@ -7,6 +7,7 @@ A block between `<!-- figures: NAME ARGUMENTS -->` and `<!-- end -->` is generat
     machine FILE        a sentence: on what, when, by which command
     acceptance FILE     the judged measures of bench/acceptance.py
     model               bench/model.py
+    kernels triton      registers and memory of Triton's kernels, from tests/gates; likewise kernels cuda
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import kernels
 import model
 
 from cl_kernels.bench import figures, tables
@@ -115,7 +117,7 @@ def acceptance(file: str) -> str:
 
 BLOCKS: dict[str, Callable[..., str]] = {
     "speed": speed, "accuracy": accuracy, "machine": machine, "acceptance": acceptance,
-    "model": lambda _: model.table(),
+    "model": lambda _: model.table(), "kernels": lambda which: kernels.TABLES[which](),
 }  # fmt: skip
 
 

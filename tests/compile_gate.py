@@ -1,14 +1,22 @@
-"""Compiles every kernel in every row of configs.TABLE ahead of time, without a GPU, and holds it to limits.
+"""Compiles every kernel in every row of configs.TABLE ahead of time, without a GPU, and holds it to limits
+and to the figures recorded in gates/triton.tsv.
 
-    python tests/compile_gate.py [sm_80 sm_90 sm_100 gfx942] [--match TEXT] [--full]     (`make compile-gate`)
+    python tests/compile_gate.py [sm_80 sm_90 sm_100 gfx942] [--match TEXT]              (`make compile-gate`)
+        --all       compile what is recorded too, and compare
+        --update    write what was found into the file
+        --full      options at every width, in both kinds of dtype; held to limits alone
 
 The ops run on small CPU tensors as if on a device of each architecture, with Triton's launch replaced by a
 recorder: it takes signature, constants and specialisation from Triton's own binder, so what is compiled is
 what a GPU would compile for such tensors. The main case of each op in tests/op_cases.py is recorded in every
-row of the table; the others, in half precision at one width, and odd sizes, float16 and lower precisions of
-float32, on sm_90 or with --full everywhere.
+row of the table; the others, in half precision at one width, sizes that are odd or 1, float16 and lower
+precisions of float32, on sm_90 or with --full everywhere.
 
-One line a kernel:
+Compiled is what the file does not have: a launch that is new, or whose kernel's text, or a function's or
+constant's that the text reaches, is not the one recorded. With another Triton than the file's everything is
+compiled and held to the limits alone.
+
+One line a compiled kernel:
 
     architecture, row of the table (name, kind of dtype, width), kernel, tile, warps x stages, flags, case
     registers a thread, bytes spilled to memory (+ scalar registers to vector registers, AMD), shared memory
@@ -16,9 +24,10 @@ One line a kernel:
     exp      exponential instructions (ex2.approx, v_exp_f32) in the assembly times threads, over the elements
              of a tile: exponentials an element where each branch of the assembly is taken once a tile
 
-It exits with 1 if a kernel spills to memory (where wide loads are aligned), takes more registers or shared
-memory than the chip has, or lacks the matrix instructions of its architecture; if one does not compile; if no
-op uses a row of the table; or if an op has no Triton implementation.
+It exits with 1 if a kernel spills more than a few bytes to memory (where wide loads are aligned), takes more
+registers or shared memory than the chip has, or lacks the matrix instructions of its architecture, recorded
+figures or new ones; if one does not compile; if the file is not what was found; if no op uses a row of the
+table; or if an op has no Triton implementation.
 """
 
 from __future__ import annotations
@@ -26,27 +35,31 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import inspect
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import op_cases
+import recorded
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -73,9 +86,27 @@ OPTIONS_AT = 128  # the width at which options are varied
 ROWS, KEYS = 256, 512
 ATOMICS = "atomics"
 ODD_ROWS, ODD_WIDTH = "odd rows", "odd width"
+# Sizes of 1, which Triton makes constants.
+ONES = {
+    "one row": op_cases.Sizes(1, KEYS, OPTIONS_AT),
+    "one key": op_cases.Sizes(ROWS, 1, OPTIONS_AT),
+    "one feature": op_cases.Sizes(ROWS, KEYS, 1),
+    "ones": op_cases.Sizes(1, 1, 1),
+}
 # Features that no wide load is aligned to: must compile, and may spill. DimCL's are columns of so many rows.
-UNALIGNED = (ODD_WIDTH, f"dimcl two views {ODD_ROWS}")
+UNALIGNED = (ODD_WIDTH, f"dimcl two views {ODD_ROWS}", "one feature", "ones")
 HALF, SINGLE = torch.bfloat16, torch.float32
+
+RECORDED = recorded.FOLDER / "triton.tsv"
+COLUMNS = (
+    "architecture", "row", "kernel", "tile", "launch", "flags", "case", "digest",
+    "registers", "spilled", "scalars", "shared", "matrix", "exponentials",
+)  # fmt: skip
+WHAT = COLUMNS.index("digest") + 1
+
+
+def new_record() -> recorded.Record:
+    return recorded.Record(COLUMNS, WHAT, f"triton {triton.__version__}")
 
 
 @dataclass(frozen=True)
@@ -89,20 +120,49 @@ class Launch:
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
     options: Any  # CUDAOptions, HIPOptions
+    asked: dict[str, Any]  # options that are not the backend's defaults
     case: str  # that asked for it first
 
     @property
     def key(self) -> str:
-        """What the compiled code depends on, but for numbers that are neither strides nor constants in
-        capitals: whether a count of rows or groups is a multiple of 16 makes no other kernel."""
+        """What the compiled code depends on, but for numbers that are neither constants nor strides: whether
+        a count of rows or groups is a multiple of 16 makes no other kernel."""
         names = self.kernel.arg_names
         types = {}
         for i, name in enumerate(names):
             kind, constant = self.signature[name], self.constants.get((i,), "variable")
-            if name.isupper() or name.startswith("stride") or kind[0] == "*" or constant is None:
+            if kind == "constexpr" or name.startswith("stride") or kind[0] == "*":
                 types[name] = (kind, constant, str(self.attributes.get((i,))))
         code = (self.kernel.fn.__module__, self.kernel.fn.__qualname__)
         return repr((self.architecture, code, types, self.options))
+
+    @property
+    def digest(self) -> str:
+        """Of all that the compiled code depends on but the texts, in any order of arguments and options."""
+        names = self.kernel.arg_names
+        arguments = [
+            f"{name}: {self.signature[name]} {_written(self.constants.get((i,), ''))} "
+            f"{self.attributes.get((i,), '')}"
+            for i, name in enumerate(names)
+        ]
+        asked = [f"{name}={value}" for name, value in self.asked.items()]
+        return recorded.digest(
+            [self.architecture, _full_name(self.kernel), *sorted(arguments), *sorted(asked)]
+        )
+
+    @property
+    def source(self) -> str:
+        return _full_name(self.kernel)
+
+    @property
+    def what(self) -> recorded.Cells:
+        """The cells that say what is compiled."""
+        options = self.options
+        launch = f"{options.num_warps}x{options.num_stages}"
+        if limit := self.asked.get("maxnreg"):
+            launch += f" {limit}"
+        row, tile = " ".join(map(str, self.row)), "x".join(map(str, self.tile))
+        return (self.architecture, row, self.source, tile, launch, self.flags, self.case, self.digest)
 
     def named_constants(self) -> dict[str, Any]:
         names = self.kernel.arg_names
@@ -137,6 +197,71 @@ class Figures:
     exponentials: int  # instructions
     multiplies: bool  # whether the kernel has products of tiles
 
+    @property
+    def instructions(self) -> str:
+        found = " ".join(f"{count} {name}" for name, count in self.matrix.items() if count)
+        return found or ("none" if self.multiplies else "-")
+
+    @property
+    def cells(self) -> recorded.Cells:
+        numbers = (self.registers, self.spilled, self.scalars_spilled, self.shared)
+        return (*map(str, numbers), self.instructions, str(self.exponentials))
+
+    @staticmethod
+    def of(cells: recorded.Cells) -> Figures:
+        *numbers, instructions, exponentials = cells
+        words = instructions.split()
+        matrix = {name: int(count) for count, name in zip(words[::2], words[1::2], strict=False)}
+        return Figures(*map(int, numbers), matrix, int(exponentials), instructions != "-")
+
+
+# What a kernel's code is made from.
+
+
+def _full_name(function: Any) -> str:
+    return f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__qualname__}"
+
+
+def _written(value: Any) -> str:
+    """A constant as text, the same in every process."""
+    if isinstance(value, tl.constexpr):
+        value = value.value
+    if hasattr(value, "fn"):
+        return _full_name(value)
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def _reached(function: FunctionType, found: dict[str, str]) -> None:
+    """Adds by name the texts of our functions and the constants that a kernel's names lead to, through our
+    modules too; what a name of Triton's does is its version's."""
+    names = set(function.__code__.co_names)
+    values = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    for module_name, module in list(values.items()):
+        if isinstance(module, ModuleType) and not module.__name__.startswith("triton"):
+            values |= {f"{module_name}.{name}": vars(module)[name] for name in names if name in vars(module)}
+    for name, value in values.items():
+        inner = getattr(value, "fn", None)
+        if isinstance(inner, FunctionType):
+            if not inner.__module__.startswith("triton."):
+                _add(value, found)
+        elif isinstance(value, (tl.constexpr, bool, int, float, str)):
+            found[f"{function.__module__}.{name}"] = _written(value)
+
+
+def _add(function: Any, found: dict[str, str]) -> None:
+    name = f"{function.fn.__module__}.{function.fn.__qualname__}"
+    if name not in found:
+        found[name] = recorded.code(textwrap.dedent(inspect.getsource(function.fn)), "#")
+        _reached(function.fn, found)
+
+
+@functools.cache
+def source_digest(kernel: JITFunction) -> str:
+    """Of a kernel's text, without comments' lines, and of all that it reaches."""
+    found: dict[str, str] = {}
+    _add(kernel, found)
+    return recorded.digest(part for name in sorted(found) for part in (name, found[name]))
+
 
 @dataclass
 class Recorder:
@@ -148,15 +273,16 @@ class Recorder:
     case: str = ""
 
     def record(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        backend = make_backend(CHIPS[self.architecture].target)
+        backend = _backend(self.architecture)
         binder = _binder(kernel, backend)
         kwargs = {"debug": False, **kwargs}
         bound, specialization, options = binder(*args, **kwargs)
         options, signature, constants, attributes = kernel._pack_args(
             backend, kwargs, bound, specialization, options
         )
+        asked = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
         found = Launch(
-            self.architecture, self.row, kernel, signature, constants, attributes, options, self.case
+            self.architecture, self.row, kernel, signature, constants, attributes, options, asked, self.case
         )  # fmt: skip
         self.launches.setdefault(found.key, found)
 
@@ -166,6 +292,11 @@ class Recorder:
         self.row = (name, kind, configs.serving(rows, width))
         self.used.add(self.row)
         return rows[self.row[2]]
+
+
+@functools.cache
+def _backend(architecture: str) -> Any:
+    return make_backend(CHIPS[architecture].target)
 
 
 @functools.cache
@@ -182,8 +313,12 @@ def recording(architecture: str) -> Iterator[Recorder]:
     def run(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
         recorder.record(kernel, *args, **kwargs)
 
+    def product(a: torch.Tensor, b: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if onto is None else onto
+
     with (
         mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(launch, "mm_float32", product),
         mock.patch.object(configs, "device_of", lambda x: device),
         mock.patch.object(configs, "shape", recorder.shape),
     ):
@@ -222,19 +357,28 @@ class Problem:
     precision: str = "highest"  # of float32
 
 
+def varied_at(architecture: str, full: bool) -> bool:
+    """Where options are varied: one architecture stands for all."""
+    return full or architecture == "sm_90"
+
+
 def problems(architecture: str, full: bool) -> Iterator[Problem]:
     known = {
         width for (_, where, _), rows in configs.TABLE.items() if where == architecture for width in rows
     }
     for width in sorted(known | {OPTIONS_AT}):
         sizes = op_cases.Sizes(ROWS, KEYS, width) if width <= 512 else op_cases.Sizes(64, 128, width)
-        varied = full or (width == OPTIONS_AT and architecture == "sm_90")
+        varied = full or (width == OPTIONS_AT and varied_at(architecture, full))
         yield Problem(sizes, HALF, 2 if varied else 0)
         yield Problem(sizes, SINGLE, 2 if full else 0)
         yield Problem(sizes, HALF, 0, ATOMICS)
         yield Problem(sizes, SINGLE, 0, ATOMICS)
-    if not (full or architecture == "sm_90"):
+    yield Problem(ONES["ones"], HALF, 2 if varied_at(architecture, full) else 0, "ones")
+    if not varied_at(architecture, full):
         return
+    for name, sizes in ONES.items():
+        yield Problem(sizes, HALF, 1, name)
+    yield Problem(ONES["ones"], SINGLE, 1, "ones")
     even = op_cases.Sizes(ROWS, KEYS, OPTIONS_AT)
     rank = 1 if full else 0
     for dtype in (HALF, SINGLE) if full else (HALF,):
@@ -321,7 +465,7 @@ def wanted_instructions(found: Launch) -> tuple[str, ...]:
 
 def faults(found: Launch, measured: Figures) -> list[str]:
     chip, reasons = CHIPS[found.architecture], []
-    if measured.spilled and not found.case.endswith(UNALIGNED):
+    if measured.spilled > recorded.SPILLS_ALLOWED and not found.case.endswith(UNALIGNED):
         reasons.append("spills")
     if measured.registers > chip.registers:
         reasons.append(f"registers over {chip.registers}")
@@ -353,14 +497,13 @@ def _message(error: BaseException) -> str:
 
 
 def line(found: Launch, measured: Figures, reasons: list[str]) -> str:
-    matrix = " ".join(f"{count} {name}" for name, count in measured.matrix.items() if count) or "none"
     exponentials = []
     if measured.exponentials and len(found.tile) > 1:
         threads = found.options.num_warps * CHIPS[found.architecture].target.warp_size
         exponentials = [f"exp {measured.exponentials * threads / (found.tile[0] * found.tile[1]):.2f}"]
     scalars = f"+{measured.scalars_spilled}s" if measured.scalars_spilled else ""
     figure = f"reg {measured.registers} spill {measured.spilled}{scalars} shared {measured.shared}"
-    shown = " | ".join([_name(found), figure, f"matrix {matrix}", *exponentials])
+    shown = " | ".join([_name(found), figure, f"matrix {measured.instructions}", *exponentials])
     return shown + (f"   <-- FAIL: {', '.join(reasons)}" if reasons else "")
 
 
@@ -369,59 +512,145 @@ def line(found: Launch, measured: Figures, reasons: list[str]) -> str:
 _work: list[Launch] = []
 
 
-def _compile(index: int) -> tuple[str, bool]:
+def _compile(index: int) -> Figures | str:
+    """The figures, or why there are none."""
     found = _work[index]
     source = ASTSource(found.kernel, found.signature, found.constants, found.attributes)
     try:
         target = CHIPS[found.architecture].target
-        measured = figures(triton.compile(source, target=target, options=found.options.__dict__))
+        return figures(triton.compile(source, target=target, options=found.options.__dict__))
     except Exception as error:
-        return f"{_name(found)}   <-- FAIL: does not compile: {_message(error)}", False
-    reasons = faults(found, measured)
-    return line(found, measured, reasons), not reasons
+        return _message(error)
 
 
-def compile_all(launches: list[Launch], jobs: int) -> int:
-    """Prints a line a kernel and returns how many failed."""
+def compile_all(launches: list[Launch], jobs: int) -> Iterator[tuple[Launch, Figures | str]]:
+    if not launches:
+        return
     _work[:] = launches
-    failed = 0
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for text, passed in pool.map(_compile, range(len(launches))):
-            print(text, flush=True)
-            failed += not passed
-    return failed
+        yield from zip(launches, pool.map(_compile, range(len(launches))), strict=True)
+
+
+@dataclass
+class Gate:
+    """Prints what it finds, and counts the faults."""
+
+    failed: int = 0
+
+    def fail(self, text: str, because: str) -> None:
+        self.failed += 1
+        print(f"{text}   <-- FAIL: {because}", flush=True)
+
+    def measured(self, launches: list[Launch], known: recorded.Record, jobs: int) -> recorded.Record:
+        """The figures of all launches, from the file where it has them; compiles the others."""
+        by_digest = {what[-1]: figures for what, figures in known.figures.items()}
+        now, new = new_record(), []
+        for found in launches:
+            now.sources[found.source] = source_digest(found.kernel)
+            cells = by_digest.get(found.digest)
+            if cells is None or known.sources.get(found.source) != now.sources[found.source]:
+                new.append(found)
+                continue
+            now.figures[found.what] = cells
+            measured = Figures.of(cells)
+            if reasons := faults(found, measured):
+                self.fail(line(found, measured, []), ", ".join(reasons))
+        print(
+            f"{len(launches)} kernels, {len(launches) - len(new)} as recorded, {len(new)} to compile",
+            flush=True,
+        )
+        for found, made in compile_all(new, jobs):
+            if isinstance(made, str):
+                self.fail(_name(found), f"does not compile: {made}")
+                continue
+            now.figures[found.what] = made.cells
+            reasons = faults(found, made)
+            self.failed += bool(reasons)
+            print(line(found, made, reasons), flush=True)
+        return now
+
+
+def within(
+    record: recorded.Record, architectures: list[str], only: recorded.Record | None
+) -> recorded.Record:
+    """The part of a file that a run over these architectures can judge; with `only`, what that has."""
+    part = new_record()
+    for what, made in record.figures.items():
+        if what[0] in architectures and (only is None or what in only.figures):
+            part.figures[what] = made
+            part.sources[what[2]] = record.sources.get(what[2], "")
+    if only is not None:
+        part.sources = {name: made for name, made in part.sources.items() if name in only.sources}
+    return part
+
+
+def merged(record: recorded.Record, part: recorded.Record, now: recorded.Record) -> recorded.Record:
+    """The file with `now` in place of `part`; what else there is of a kernel whose source changed goes, since
+    nothing was compiled from the new one."""
+    out = new_record()
+    changed = {name for name, made in now.sources.items() if record.sources.get(name, made) != made}
+    for what, made in record.figures.items():
+        if what not in part.figures and what[2] not in changed:
+            out.figures[what] = made
+    out.figures |= now.figures
+    sources = {**record.sources, **now.sources}
+    out.sources = {what[2]: sources[what[2]] for what in out.figures}
+    return out
 
 
 def check(
-    architectures: list[str], implementation: ModuleType, match: str = "", jobs: int = 2, full: bool = False
-) -> int:
-    """Records, compiles and prints; returns the number of faults."""
+    architectures: list[str], implementation: ModuleType, match: str = "", jobs: int = 2, full: bool = False,
+    path: Path | None = None, everything: bool = False, update: bool = False,
+) -> int:  # fmt: skip
+    """Records, compiles and prints; returns the number of faults. Without a path nothing is compared."""
+    gate = Gate()
     recorders = {name: record(name, implementation, match, full) for name in architectures}
     launches = [found for recorder in recorders.values() for found in recorder.launches.values()]
-    print(f"{len(launches)} kernels to compile", flush=True)
-    failed = compile_all(launches, jobs)
+    before = new_record() if path is None else new_record().load(path)
+    comparable = path is not None and before.compiler == new_record().compiler
+    known = before if comparable and not everything else new_record()
+    now = gate.measured(launches, known, jobs)
+    part = within(before, architectures, now if match else None)
+    if update and path is not None:
+        whole = not match and set(architectures) == set(CHIPS)
+        if not (comparable or whole):
+            gate.fail(path.name, f"is of {before.compiler}; only the whole of it can be made by another")
+        else:
+            (merged(before, part, now) if comparable else now).save(path)
+            print(f"{path.name}: {len(part.differences(now))} lines changed")
+    elif comparable:
+        for difference in part.differences(now):
+            gate.fail(difference, "not as recorded (--update writes what was found)")
+    elif path is not None:
+        print(
+            f"{path.name} is of {before.compiler}, this is {new_record().compiler}: figures are not compared"
+        )
+    for row in now.rows():
+        if int(row["spilled"]):
+            print(
+                f"spills {row['spilled']:>4} bytes: " + " | ".join(row[name] for name in COLUMNS[: WHAT - 1])
+            )
     for name in ops.SCHEMAS:
         if match in name and not hasattr(implementation, name):
-            failed += 1
-            print(f"{name}   <-- FAIL: has no Triton implementation")
+            gate.fail(name, "has no Triton implementation")
     for key in sorted({key for recorder in recorders.values() for key in recorder.missing}):
-        failed += 1
-        print(f"{' '.join(key)}   <-- FAIL: the table has no such row")
+        gate.fail(" ".join(key), "the table has no such row")
     if not match:
         for (kernel, architecture, kind), rows in configs.TABLE.items():
             for width in rows if architecture in recorders else ():
                 if (kernel, kind, width) not in recorders[architecture].used:
-                    failed += 1
-                    print(f"{architecture:<6} {kernel} {kind} {width}   <-- FAIL: no op uses this row")
-    print(f"{failed} faults in {len(launches)} kernels")
-    return failed
+                    gate.fail(f"{architecture:<6} {kernel} {kind} {width}", "no op uses this row")
+    print(f"{gate.failed} faults in {len(launches)} kernels")
+    return gate.failed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel ahead of time, and hold it to limits.")
     parser.add_argument("architectures", nargs="*", metavar="architecture", help=", ".join(CHIPS))
     parser.add_argument("--match", default="", help="only ops with this in their name")
+    parser.add_argument("--all", action="store_true", help="compile what is recorded too, and compare")
+    parser.add_argument("--update", action="store_true", help=f"write the figures into {RECORDED.name}")
     parser.add_argument("--full", action="store_true", help="options at every width, in both kinds of dtype")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
@@ -436,6 +665,10 @@ def main() -> int:
         importlib.import_module("cl_kernels.triton.ops"),
         args.match,
         args.jobs,
+        args.full,
+        None if args.full else RECORDED,
+        args.all,
+        args.update,
     )
     processor = sum(os.times()[:4])
     print(f"in {time.monotonic() - started:.0f} s, {processor:.0f} s of processor time")

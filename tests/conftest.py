@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import matrix
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -18,6 +19,8 @@ if os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu") == "cpu":
 import cl_kernels as clk
 from cl_kernels import extension
 
+pytest_plugins = ["pytester"]
+
 settings.register_profile(
     "tests",
     deadline=None,
@@ -30,6 +33,7 @@ settings.load_profile("tests")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+    config.pluginmanager.register(matrix.Plugin(config), "matrix")
 
 
 @pytest.fixture(params=["cpu", "reference"])

@@ -1,0 +1,107 @@
+"""Tables of what compilers made of the GPU kernels, from the figures that the gates keep in tests/gates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+GATES = Path(__file__).resolve().parents[1] / "tests" / "gates"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+MISSING = "–"
+
+# What a line says, the kernel, the case that asked for it, and the features of its tile or, where a tile has
+# them in chunks, of its row of configs.TABLE.
+TRITON = (
+    ("`lse` 128, positives by index", "lse._lse_kernel", "contrastive self", 128),
+    ("`lse` 256, the same", "lse._lse_kernel", "contrastive self", 256),
+    ("`lse` wider, the same", "lse._lse_kernel", "contrastive self", 512),
+    ("`gradient_rows` 128, the same", "gradient_rows._rows_kernel", "contrastive self", 128),
+    ("`gradient_rows` 256, the same", "gradient_rows._rows_kernel", "contrastive self", 256),
+    ("`gradient_tiles`, any width", "gradient_chunks._tiles_kernel", "contrastive self", 512),
+    ("`lse_frozen` 128", "lse_frozen._frozen_kernel", "contrastive keys, frozen", 128),
+)
+
+
+def recorded(file: str) -> list[dict[str, str]]:
+    """The figures of a file by the names of its columns."""
+    lines = [line.split("\t") for line in (GATES / file).read_text(encoding="utf-8").splitlines()]
+    columns = next(cells for kind, *cells in lines if kind == "#")
+    return [dict(zip(columns, cells, strict=True)) for kind, *cells in lines if kind == "figures"]
+
+
+def compiler(file: str) -> str:
+    text = (GATES / file).read_text(encoding="utf-8")
+    found = re.search(r"^compiler\t(.*)$", text, re.MULTILINE)
+    return found[1] if found else MISSING
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool) -> str:
+    header = list(header)
+    rule = ["---", *(["---:" if numbers else "---"] * (len(header) - 1))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def triton() -> str:
+    """In half precision: tile, warps, registers a thread, KiB of shared memory."""
+    lines = [line for line in recorded("triton.tsv") if line["row"].split()[1] == "half"]
+    rows = []
+    for label, kernel, case, width in TRITON:
+        cells = [label]
+        for architecture in ARCHITECTURES:
+            wanted = {"architecture": architecture, "kernel": kernel, "case": case}
+            found = [line for line in lines if wanted.items() <= line.items() and _features(line) == width]
+            cells.append(_launch(found[0]) if found else MISSING)
+        rows.append(cells)
+    return table(["kernel, features, case", *ARCHITECTURES], rows, numbers=False) + total(
+        "triton.tsv", "spilled"
+    )
+
+
+def total(file: str, column: str) -> str:
+    """A sentence on all that a file has, whose bytes spilled stand in the column."""
+    found = [int(line[column]) for line in recorded(file)]
+    spilling = [spilled for spilled in found if spilled]
+    most = f", {max(spilling)} bytes at most" if spilling else ""
+    return f"\n\n{len(found)} kernels by {compiler(file)}, of which {len(spilling)} spill{most}."
+
+
+def _features(line: Mapping[str, str]) -> int:
+    """Of the tile; of the row of the table, where its tile walks them in chunks."""
+    tile, row = int(line["tile"].split("x")[-1]), int(line["row"].split()[-1])
+    return row if row > 256 else tile
+
+
+def _launch(line: Mapping[str, str]) -> str:
+    warps = line["launch"].split("x")[0]
+    shared = round(int(line["shared"]) / 1024)
+    return f"{line['tile'].replace('x', '×')}, {warps}, {line['registers']}, {shared}"
+
+
+def cuda() -> str:
+    """Over the instances of each kernel: registers by architecture, and what its machine code has."""
+    kernels: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for line in recorded("cuda.tsv"):
+        name = line["kernel"].split("<")[0].removesuffix("_kernel")
+        kernels.setdefault((line["file"].removesuffix(".cu"), name), []).append(line)
+    rows = []
+    for (file, name), lines in sorted(kernels.items()):
+        by_architecture = [
+            _range(int(line["registers"]) for line in lines if line["architecture"] == architecture)
+            for architecture in ("sm_80", "sm_90a")
+        ]
+        counts = [_range(int(line[column]) for line in lines) for column in ("HMMA", "HGMMA", "MUFU.EX2")]
+        static = _range(int(line["shared"]) for line in lines)
+        rows.append([f"`{file}`: `{name}`", *by_architecture, *counts, static])
+    header = ["kernel", "registers sm_80", "sm_90a", "HMMA", "HGMMA", "exponentials", "static shared bytes"]
+    return table(header, rows, numbers=True) + total("cuda.tsv", "spills")
+
+
+def _range(numbers: Iterable[int]) -> str:
+    found = sorted(set(numbers))
+    if not found:
+        return MISSING
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+TABLES = {"triton": triton, "cuda": cuda}
