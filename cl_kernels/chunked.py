@@ -42,11 +42,16 @@ def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
     return (logits - top).exp_().sum(dim).to(dtype).log() + top.squeeze(dim).to(dtype)
 
 
+def _weighted_sum(weights: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over the rows; a NaN of weight 0 does not count."""
+    return (weights * x).masked_fill_(weights == 0, 0).sum(1, dtype=dtype)
+
+
 def _softmax_of(logits: Tensor, lse: Tensor) -> Tensor:
     """exp(logits - lse), 0 where the LSE is -inf. `lse`, a statistic, broadcasts against the logits."""
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     rounded = lse.to(logits.dtype)
-    rest = (rounded.to(lse.dtype) - lse).nan_to_num().exp()  # what rounding takes off
+    rest = (rounded.to(lse.dtype) - lse).masked_fill(lse == math.inf, 0).exp()  # what rounding takes off
     return (logits - rounded).exp_().mul_(rest.to(logits.dtype))
 
 
@@ -158,7 +163,7 @@ def contrastive_forward(
         similarities = pairs.dots(rows) * scale
         if pairs.has_positives:
             weights = pairs.weights(rows)
-            positive_sum[rows] = (weights * similarities).sum(1, dtype=dtype)
+            positive_sum[rows] = _weighted_sum(weights, similarities, dtype)
             positive_count[rows] = weights.sum(1, dtype=dtype)
         logits = pairs.denominator(rows, similarities)
         lse[rows] = _log_sum_exp(logits, 1)
@@ -354,7 +359,7 @@ def soft_target_forward(
         total = target.sum(1, dtype=dtype)
         cross[rows] = (target * (logits - pivot)).sum(1, dtype=dtype) + total.sign() * pivot[:, 0].to(dtype)
         if own is not None:
-            positive_sum[rows] = (own * logits).sum(1, dtype=dtype)
+            positive_sum[rows] = _weighted_sum(own, logits, dtype)
         if save_gradient:
             softmax = _softmax_of(logits, lse[rows, None])
             if own is not None:
@@ -605,5 +610,6 @@ def masked_log_softmax_backward(grad: Tensor, output: Tensor, mask: Tensor | Non
         part = grad[rows].to(acc)
         if mask is not None:
             part = part.masked_fill(~mask[rows], 0)
+        part = part.masked_fill((output[rows] == -math.inf).all(1, keepdim=True), 0)
         grad_logits[rows] = part - output[rows].to(acc).exp() * part.sum(1, keepdim=True)
     return grad_logits

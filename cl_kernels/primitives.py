@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import Pairs
+from cl_kernels.losses._common import settled
 
 
 @validation.full_precision
@@ -93,7 +94,7 @@ def _broadcast_mask(mask: Tensor, logits: Tensor) -> Tensor:
         raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
     validation.same_device(logits=logits, mask=mask)
     missing = logits.dim() - mask.dim()
-    if missing < 0 or any(m not in (1, n) for m, n in zip(mask.shape, logits.shape[missing:], strict=True)):
+    if missing < 0 or any(m != 1 and m != n for m, n in zip(mask.shape, logits.shape[missing:], strict=True)):
         raise ValueError(
             f"mask must broadcast to the shape of logits {tuple(logits.shape)}, got {tuple(mask.shape)}"
         )
@@ -167,14 +168,15 @@ def soft_target_cross_entropy(
         q, keys, target_q, target_keys, scale, target_scale,
         positive=positive, positive_in_target=positive_in_target,
     )  # fmt: skip
-    has_target = stats.target_lse > -math.inf
+    empty = stats.target_lse == -math.inf
     if positive is None:
-        loss = (stats.lse - stats.cross).masked_fill(~has_target, 0)
+        loss = (stats.lse - stats.cross).masked_fill(empty & ~stats.lse.isnan(), 0)
     else:
-        coeff = coeff.to(stats.lse) if isinstance(coeff, Tensor) else stats.lse.new_full((), coeff)
-        weight = torch.where(has_target, coeff, 1) * (positive >= 0)
-        target_weight = torch.where(has_target, 1 - coeff, 0)
+        coeff = validation.constant(coeff, stats.lse)
+        weight = torch.where(empty, 1, coeff) * (positive >= 0)
+        target_weight = torch.where(empty, 0, 1 - coeff)
         loss = weight * (stats.lse - stats.positive_sum) + target_weight * (stats.lse - stats.cross)
+    loss = settled(loss, sum(part.shape[0] for part in keys))
     return validation.reduction(loss, reduction).to(validation.accumulate_dtype(q.dtype))
 
 
