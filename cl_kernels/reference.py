@@ -223,8 +223,8 @@ def similarity_matrix(q: Tensor, k: Tensor | None, scale: Scalar, normalize: boo
 
 
 def masked_log_softmax_matrix(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """x - LSE(included) [N, M] in the dtype of `logits`; -inf, with gradient 0, where `mask` is False and in a
-    row whose LSE is -inf."""
+    """x - LSE(included) [N, M] in the dtype of `logits`; -inf, with gradient 0, where `mask` is False or the
+    LSE is -inf."""
     x = _accumulate(logits)
     included = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     lse = _logsumexp(x, included)[:, None]

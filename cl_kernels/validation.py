@@ -190,9 +190,7 @@ def _scalar(
             raise ValueError(f"{name} must be {wanted}, got {value.item()}")
         return value if value.dim() == 0 else value.reshape(())
     if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
-        raise TypeError(
-            f"{name} must be a float or a tensor of one element, got {type(value).__name__}"
-        )
+        raise TypeError(f"{name} must be a float or a tensor of one element, got {type(value).__name__}")
     number = float(value)
     if not accepts(number):
         raise ValueError(f"{name} must be {wanted}, got {value}")
@@ -200,7 +198,7 @@ def _scalar(
 
 
 def has_shape(x: Tensor, *sizes: int) -> bool:
-    """Whether x has these sizes; also in a graph of dynamic shapes, where no tuple of sizes equals another."""
+    """Whether x has these sizes; also in a graph of dynamic shapes, where tuples of sizes do not compare."""
     return x.dim() == len(sizes) and all(a == b for a, b in zip(x.shape, sizes, strict=True))
 
 

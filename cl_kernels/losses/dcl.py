@@ -98,9 +98,7 @@ class DCLLoss(nn.Module):
         return 0.5 * (loss + self._one_way(out1, out0)) if self.symmetric else loss
 
     def _one_way(self, out0: Tensor, out1: Tensor) -> Tensor:
-        return dcl_loss(
-            out0, out1, temperature=self.temperature, sigma=self.sigma, reduction=self.reduction
-        )
+        return dcl_loss(out0, out1, temperature=self.temperature, sigma=self.sigma, reduction=self.reduction)
 
     def extra_repr(self) -> str:
         return (

@@ -30,7 +30,7 @@ def dimcl_loss(
     Args:
         z0, z1: two views, [N, D], float16, bfloat16, float32 or float64; N >= 2. A constant column correlates
             0 with every other one and gets no gradient.
-        temperature: :math:`\tau > 0`, a float or a 0-dim tensor, which gets its gradient.
+        temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         positive_mask: bool [2D, 2D] of further positives P(r) beside p(r), or None; its diagonal is ignored.
         reduction: "mean" over the 2D columns, "sum", or "none": [2D].
 

@@ -31,7 +31,7 @@ def info_nce_loss(
         q, k: queries and their keys, [N, D], float16, bfloat16, float32 or float64; used as they come, not
             normalised.
         queue: further negatives [K, D], which may be the transpose of a [D, K] buffer, or None.
-        temperature: :math:`\tau > 0`, a float or a 0-dim tensor, which gets its gradient.
+        temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         reduction: "mean" over the queries, "sum", or "none": [N].
 
     Returns:

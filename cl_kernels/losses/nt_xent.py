@@ -24,7 +24,7 @@ def nt_xent_loss(
     Args:
         z0, z1: the two views, [N, D], float16, bfloat16, float32 or float64; normalised inside. A zero row
             has similarity 0 with everything and gets no gradient.
-        temperature: :math:`\tau > 0`, a float or a 0-dim tensor, which gets its gradient.
+        temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         reduction: "mean" over the 2N rows, "sum", or "none": [2N], the rows of z0 first.
 
     Returns:

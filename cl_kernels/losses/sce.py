@@ -58,8 +58,8 @@ def sce_loss(
         k: their momentum keys, [N, D].
         k_global: the gathered keys [G, D] with :math:`G \ge N (\mathrm{rank} + 1)`, or None.
         queue: earlier keys [K, D], which may be the transpose of a [D, K] buffer (it is not copied), or None.
-        temperature, target_temperature: :math:`\tau, \tau_m > 0`, floats or 0-dim tensors, which get their
-            gradients.
+        temperature, target_temperature: :math:`\tau, \tau_m > 0`, floats or tensors of one element, which get
+            their gradients.
         coeff: :math:`\lambda \in [0, 1]`, likewise.
         positive_in_target: what the target's softmax does with the positive's own column: "exclude" leaves it
             out (the paper), "zero" keeps it with similarity 0 (what the authors' queue mode computes).

@@ -50,12 +50,13 @@ def supcon_loss(
     Args:
         features: [B, V, D], further dimensions are flattened; float16, bfloat16, float32 or float64; used as
             they come, not normalised.
-        labels: [B] or [B, 1], integers, booleans or floats: samples of equal label are positives.
+        labels: [B] or [B, 1], integers, booleans or floats: samples of equal label (by ==) are positives. A
+            NaN equals nothing: such a sample has no positives, not even its own other views.
         mask: [B, B], bool, integer or float weights, not necessarily symmetric: sample j is a positive of
             sample i where it is not 0. Without labels and mask the other views of a sample are its positives
             (SimCLR).
-        temperature, base_temperature: :math:`\tau, \tau_0 > 0`, floats or 0-dim tensors, which get their
-            gradients.
+        temperature, base_temperature: :math:`\tau, \tau_0 > 0`, floats or tensors of one element, which get
+            their gradients.
         contrast_mode: "all": every row is an anchor; "one": those of view 0.
         summation: "out" (equation 2, what the paper recommends) or "in" (equation 3).
         denominator: "all": every row but the anchor; "one_positive": :math:`e^{S_{ip}}` of the positive at
