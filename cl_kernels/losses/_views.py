@@ -57,7 +57,8 @@ def outside_rows(
     others = rows.shape[0] - 1
     if pairs.positive_index is not None:
         return cross_entropy(stats.lse, stats.positive_sum, others), None
-    if mask is None and among == "all" and rows.shape[0] > batch:
+    by_value = labels is not None and labels.is_floating_point()  # a NaN has no positives in other views
+    if mask is None and among == "all" and rows.shape[0] > batch and not by_value:
         loss = torch.addcdiv(stats.lse, stats.positive_sum, stats.positive_count, value=-1)
         return settled(loss, others), None
     loss = _guarded_rows(stats)
