@@ -7,6 +7,7 @@ row is a logit of -inf; a row or column with nothing included has an LSE of -inf
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,22 @@ MIN_CHUNK_ROWS = 16
 
 
 def _op(function: Callable[P, R]) -> Callable[P, R]:
-    return torch.no_grad()(full_precision(function))
+    return torch.no_grad()(full_precision(_traced_in_full_precision(function)))
+
+
+def _traced_in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` with autocast off in a graph too: PyTorch runs a traced backward under the autocast of its
+    caller, which is not on yet where the backward is traced."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:

@@ -86,7 +86,8 @@ def reduce_anchors(
     dtype = validation.accumulate_dtype(like.dtype)
     weight = count > 0 if count is not None and no_positive == "drop" else None
     ratio = wide(temperature, loss) / wide(base_temperature, loss)
-    if not isinstance(ratio, Tensor) and ratio == 1.0:
+    compiling = torch.compiler.is_compiling()  # a comparison would make another graph
+    if not (compiling or isinstance(ratio, Tensor)) and ratio == 1.0:
         return reduced(loss, reduction, like, weight)
     if reduction == "mean" and weight is None:
         return (loss.sum() * (ratio / loss.shape[0])).to(dtype)
