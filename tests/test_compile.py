@@ -9,6 +9,7 @@ import parity
 import pytest
 import torch
 from parity import Problem, unit
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import cl_kernels as clk
 from cl_kernels import check_cases
@@ -167,7 +168,7 @@ def test_new_floats_do_not_compile_again(case: str, backend: str) -> None:
     function = WITH_FLOATS[case]
     x, y = unit(6, 4).requires_grad_(), unit(6, 4)
     for dynamic, graphs in ((True, 1), (None, 2)) if case == "sce" else ((True, 1),):
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        counter = CompileCounterWithBackend("aot_eager")
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=dynamic)
         for a, b in ((0.1, 0.7), (0.2, 0.6), (0.5, 0.5)):

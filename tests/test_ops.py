@@ -641,6 +641,7 @@ def test_double_backward_of_compiled_code_is_refused() -> None:
 # Public primitives
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("masked", [False, True])
 def test_masked_log_softmax_of_minus_infinities(masked: bool) -> None:
     """A row of nothing but -inf is all -inf and gets no gradient, as a fully masked one; a -inf beside finite
