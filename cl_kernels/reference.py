@@ -1,8 +1,8 @@
 """The definition of right: every loss in plain PyTorch, with whole matrices.
 
-Any device, any float dtype (half inputs are summed in float32), differentiable any number of times, and never
-NaN: an empty denominator or a row without positives gives loss 0 and gradient 0. The `*_stats` functions say
-what the engine's operators return, `supcon_rows` the losses of some of the anchors.
+Any device, any float dtype (half inputs are summed in float32), differentiable any number of times. An empty
+denominator or a row without positives gives loss 0 and gradient 0; NaN comes of nothing but NaN. The
+`*_stats` functions say what the engine's operators return, `supcon_rows` the losses of some of the anchors.
 """
 
 from __future__ import annotations
