@@ -106,6 +106,12 @@ def soft_target(
     backend = dispatch.select("soft_target_forward", q)
     tensors = _distinct(q, target_q, s, target_s, positive, *k, *target_k)
     options = (positive_in_target, save_gradient, backend)
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and _needs_gradient(*tensors)):
+        # Dynamo inlines a Function then, and counts arguments to tell whether its forward takes a context:
+        # with segments in any number it mistakes one for the other.
+        half = 5 + len(k)
+        problem = (tensors[0], tensors[5:half], tensors[1], tensors[half:], *tensors[2:5], *options[:2])
+        return SoftTargetStats(*dispatch.call("soft_target_forward", backend, *problem)[:4])
     return SoftTargetStats(*SoftTarget.apply(*tensors[:5], *options, *tensors[5:]))
 
 

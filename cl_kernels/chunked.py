@@ -7,6 +7,7 @@ row is a logit of -inf; a row or column with nothing included has an LSE of -inf
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,22 @@ MIN_CHUNK_ROWS = 16
 
 
 def _op(function: Callable[P, R]) -> Callable[P, R]:
-    return torch.no_grad()(full_precision(function))
+    return torch.no_grad()(full_precision(_traced_in_full_precision(function)))
+
+
+def _traced_in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` with autocast off in a graph too: PyTorch runs a traced backward under the autocast of its
+    caller, which is not on yet where the backward is traced."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -42,11 +58,16 @@ def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
     return (logits - top).exp_().sum(dim).to(dtype).log() + top.squeeze(dim).to(dtype)
 
 
+def _weighted_sum(weights: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over the rows; a NaN of weight 0 does not count."""
+    return (weights * x).masked_fill_(weights == 0, 0).sum(1, dtype=dtype)
+
+
 def _softmax_of(logits: Tensor, lse: Tensor) -> Tensor:
     """exp(logits - lse), 0 where the LSE is -inf. `lse`, a statistic, broadcasts against the logits."""
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     rounded = lse.to(logits.dtype)
-    rest = (rounded.to(lse.dtype) - lse).nan_to_num().exp()  # what rounding takes off
+    rest = (rounded.to(lse.dtype) - lse).masked_fill(lse == math.inf, 0).exp()  # what rounding takes off
     return (logits - rounded).exp_().mul_(rest.to(logits.dtype))
 
 
@@ -158,7 +179,7 @@ def contrastive_forward(
         similarities = pairs.dots(rows) * scale
         if pairs.has_positives:
             weights = pairs.weights(rows)
-            positive_sum[rows] = (weights * similarities).sum(1, dtype=dtype)
+            positive_sum[rows] = _weighted_sum(weights, similarities, dtype)
             positive_count[rows] = weights.sum(1, dtype=dtype)
         logits = pairs.denominator(rows, similarities)
         lse[rows] = _log_sum_exp(logits, 1)
@@ -354,7 +375,7 @@ def soft_target_forward(
         total = target.sum(1, dtype=dtype)
         cross[rows] = (target * (logits - pivot)).sum(1, dtype=dtype) + total.sign() * pivot[:, 0].to(dtype)
         if own is not None:
-            positive_sum[rows] = (own * logits).sum(1, dtype=dtype)
+            positive_sum[rows] = _weighted_sum(own, logits, dtype)
         if save_gradient:
             softmax = _softmax_of(logits, lse[rows, None])
             if own is not None:
@@ -605,5 +626,6 @@ def masked_log_softmax_backward(grad: Tensor, output: Tensor, mask: Tensor | Non
         part = grad[rows].to(acc)
         if mask is not None:
             part = part.masked_fill(~mask[rows], 0)
+        part = part.masked_fill((output[rows] == -math.inf).all(1, keepdim=True), 0)
         grad_logits[rows] = part - output[rows].to(acc).exp() * part.sum(1, keepdim=True)
     return grad_logits

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import Pairs
+from cl_kernels.losses._common import settled
 
 
 @validation.full_precision
@@ -24,7 +25,7 @@ def similarity(
     Args:
         q: [N, D], float16, bfloat16, float32 or float64.
         k: [M, D], or None for `q` with itself.
-        scale: s, a float or a 0-dim tensor, which gets its gradient.
+        scale: s, a float or a tensor of one element, which gets its gradient.
         normalize: bring the rows to unit length first; a zero row stays zero and gets no gradient.
 
     Returns:
@@ -70,8 +71,8 @@ def masked_log_softmax(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: m, bool, broadcastable to the shape of `logits`; True is included. None includes everything.
 
     Returns:
-        The shape and dtype of `logits`; sums are taken in at least float32. A row with nothing included is
-        all -inf, with gradient 0: never NaN.
+        The shape and dtype of `logits`; sums are taken in at least float32. A row with nothing included, or
+        with nothing but -inf, is all -inf, with gradient 0: never NaN.
 
     Raises:
         TypeError, ValueError: for a wrong type, dtype, shape or device, named in the message.
@@ -93,7 +94,7 @@ def _broadcast_mask(mask: Tensor, logits: Tensor) -> Tensor:
         raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
     validation.same_device(logits=logits, mask=mask)
     missing = logits.dim() - mask.dim()
-    if missing < 0 or any(m not in (1, n) for m, n in zip(mask.shape, logits.shape[missing:], strict=True)):
+    if missing < 0 or any(m != 1 and m != n for m, n in zip(mask.shape, logits.shape[missing:], strict=True)):
         raise ValueError(
             f"mask must broadcast to the shape of logits {tuple(logits.shape)}, got {tuple(mask.shape)}"
         )
@@ -126,10 +127,10 @@ def soft_target_cross_entropy(
             copy; a segment may be the transpose of a [D, M_s] buffer.
         target_q: the target's queries t, [N, E].
         target_k: the target's keys u, [M, E], in segments as long as those of `k`.
-        scale, target_scale: s and s', floats or 0-dim tensors, which get their gradients.
+        scale, target_scale: s and s', floats or tensors of one element, which get their gradients.
         positive: p, int64 [N], the column of each row's positive, -1 for none; None: no row has one.
-        coeff: :math:`\lambda \in [0, 1]`, a float or a 0-dim tensor, which gets its gradient; 0 without
-            `positive`.
+        coeff: :math:`\lambda \in [0, 1]`, a float or a tensor of one element, which gets its gradient; 0
+            without `positive`.
         positive_in_target: what the target's softmax does with the positive's column: "exclude" leaves it
             out, "zero" keeps it with logit 0.
         reduction: "mean" over the rows, "sum", or "none": [N].
@@ -167,14 +168,15 @@ def soft_target_cross_entropy(
         q, keys, target_q, target_keys, scale, target_scale,
         positive=positive, positive_in_target=positive_in_target,
     )  # fmt: skip
-    has_target = stats.target_lse > -math.inf
+    empty = stats.target_lse == -math.inf
     if positive is None:
-        loss = (stats.lse - stats.cross).masked_fill(~has_target, 0)
+        loss = (stats.lse - stats.cross).masked_fill(empty & ~stats.lse.isnan(), 0)
     else:
-        coeff = coeff.to(stats.lse) if isinstance(coeff, Tensor) else stats.lse.new_full((), coeff)
-        weight = torch.where(has_target, coeff, 1) * (positive >= 0)
-        target_weight = torch.where(has_target, 1 - coeff, 0)
+        coeff = validation.constant(coeff, stats.lse)
+        weight = torch.where(empty, 1, coeff) * (positive >= 0)
+        target_weight = torch.where(empty, 0, 1 - coeff)
         loss = weight * (stats.lse - stats.positive_sum) + target_weight * (stats.lse - stats.cross)
+    loss = settled(loss, sum(part.shape[0] for part in keys))
     return validation.reduction(loss, reduction).to(validation.accumulate_dtype(q.dtype))
 
 
@@ -199,10 +201,10 @@ def contrastive_lse(
     Args:
         q: [N, D], float16, bfloat16, float32 or float64; used as it comes, not normalised.
         k: [M, D], or None for `q` with itself.
-        scale: s, a float or a 0-dim tensor, which gets its gradient.
+        scale: s, a float or a tensor of one element, which gets its gradient.
         exclude: "self" leaves column i out of row i, an integer o column i + o; None leaves nothing out.
-        row_labels, col_labels: [N] and [M] of any integer, bool or float dtype; with `k` None, `col_labels`
-            may be left out.
+        row_labels, col_labels: [N] and [M] of any integer, bool or float dtype, compared by ==, where a NaN
+            equals nothing; with `k` None, `col_labels` may be left out.
         among: Den(i) holds "all" columns, or those with the "same" or with a "different" label.
         key_bias: b, [M]: log-weights, or -inf to drop a key.
         both_axes: also the LSE of each column over the rows that count it.

@@ -1,8 +1,8 @@
 """The definition of right: every loss in plain PyTorch, with whole matrices.
 
-Any device, any float dtype (half inputs are summed in float32), differentiable any number of times, and never
-NaN: an empty denominator or a row without positives gives loss 0 and gradient 0. The `*_stats` functions say
-what the engine's operators return, `supcon_rows` the losses of some of the anchors.
+Any device, any float dtype (half inputs are summed in float32), differentiable any number of times. An empty
+denominator or a row without positives gives loss 0 and gradient 0; NaN comes of nothing but NaN. The
+`*_stats` functions say what the engine's operators return, `supcon_rows` the losses of some of the anchors.
 """
 
 from __future__ import annotations
@@ -131,7 +131,12 @@ def contrastive_stats(
         weights = positive_mask.to(q)[row][:, col].masked_fill(~others, 0.0)
     else:
         return lse, lse_cols, q.new_zeros(0), q.new_zeros(0)
-    return lse, lse_cols, (weights * products).sum(dim=1), weights.sum(dim=1)
+    return lse, lse_cols, _weighted_sum(weights, products), weights.sum(dim=1)
+
+
+def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
+    """Σ_j w_ij x_ij; a NaN of weight 0 does not count."""
+    return (weights * x).masked_fill(weights == 0, 0.0).sum(dim=1)
 
 
 def soft_target_stats(
@@ -156,7 +161,7 @@ def soft_target_stats(
     if positive is None:
         return _logsumexp(student), target_lse, cross, q.new_zeros(0)
     at_positive = _one_hot(positive, student.shape[1])
-    return _logsumexp(student), target_lse, cross, (at_positive.to(q) * student).sum(dim=1)
+    return _logsumexp(student), target_lse, cross, _weighted_sum(at_positive.to(q), student)
 
 
 def _teacher(
@@ -218,12 +223,13 @@ def similarity_matrix(q: Tensor, k: Tensor | None, scale: Scalar, normalize: boo
 
 
 def masked_log_softmax_matrix(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """x - LSE(included) [N, M] in the dtype of `logits`; -inf, with gradient 0, where `mask` is False."""
+    """x - LSE(included) [N, M] in the dtype of `logits`; -inf, with gradient 0, where `mask` is False or the
+    LSE is -inf."""
     x = _accumulate(logits)
     included = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    lse = _logsumexp(x, included)
-    shifted = x - lse.masked_fill(lse == -INF, 0.0)[:, None]
-    return shifted.masked_fill(~included, -INF).to(logits.dtype)
+    lse = _logsumexp(x, included)[:, None]
+    empty = lse == -INF
+    return (x - lse.masked_fill(empty, 0.0)).masked_fill(~included | empty, -INF).to(logits.dtype)
 
 
 @full_precision
@@ -318,14 +324,12 @@ def contrastive_lse(
     return (lse, lse_cols) if both_axes else lse
 
 
-def supcon_rows(
-    anchors: Tensor,  # [R, D]
-    keys: Tensor,  # [M, D], view-major: row r is a view of sample r % samples
+def supcon_rows_of(
+    logits: Tensor,  # [R, M], S
     rows: Tensor,  # int64 [R], which keys the anchors are
     samples: int,
     *,
-    scale: Scalar,
-    labels: Tensor | None = None,  # int64 [samples]
+    labels: Tensor | None = None,  # [samples], int64 or floating-point
     mask: Tensor | None = None,  # [samples, samples]
     summation: str = "out",
     denominator: str = "all",
@@ -333,19 +337,20 @@ def supcon_rows(
 ) -> tuple[Tensor, Tensor]:
     """Losses [R], without the factor τ/τ_base, and weights of positives [R] of some of the anchors.
 
-    With w_ij the weight of the pair, |P_i| = Σ_j w_ij, S = scale q kᵀ and Den_ij the denominator:
+    The M keys are view-major: row r is a view of sample r % samples. With w_ij the weight of the pair,
+    |P_i| = Σ_j w_ij, S = scale q kᵀ and Den_ij the denominator:
 
         out: Σ_j w_ij (log Den_ij - S_ij) / |P_i|       in: -log (Σ_j w_ij exp(S_ij) / Den_ij) + log |P_i|
 
     Den_ij sums exp(S_ic) over c ≠ i ("all"), over negatives and j ("one_positive") or over negatives;
     negatives are pairs of weight 0. `kept_samples` keeps the positives of so many other samples and drops the
     rest, from Den too.
-    A row without positives, or with an empty denominator, has loss 0.
+    A row without positives, or with an empty denominator, has loss 0; NaN if a logit that it looks at is.
     """
-    anchors, keys = _accumulate(anchors), _accumulate(keys)
-    own = rows[:, None] == torch.arange(keys.shape[0], device=keys.device)
-    per_sample = _sample_weights(rows % samples, samples, labels, mask, keys)
-    copies = keys.shape[0] // samples
+    keys = logits.shape[1]
+    own = _one_hot(rows, keys)
+    per_sample = _sample_weights(rows % samples, samples, labels, mask, logits)
+    copies = keys // samples
     negatives = (per_sample == 0).repeat(1, copies) & ~own
     if kept_samples is not None:
         per_sample = _cap(per_sample, rows % samples, kept_samples)
@@ -353,7 +358,6 @@ def supcon_rows(
     positives = weights != 0
     total = weights.sum(dim=1)
 
-    logits = _scalar(scale, keys) * (anchors @ keys.T)
     denominators = negatives | positives if denominator == "all" else negatives
     lse = _logsumexp(logits, denominators)
     valid = positives.any(dim=1)
@@ -367,11 +371,26 @@ def supcon_rows(
     else:
         log_ratio = logits - lse
     if summation == "out":
-        loss = -(weights * log_ratio).sum(dim=1) / torch.where(total >= 1e-6, total, 1.0)
+        loss = -_weighted_sum(weights, log_ratio) / torch.where(total >= 1e-6, total, 1.0)
     else:
         log_weights = torch.where(positives, weights, 1.0).log()
         loss = torch.where(valid, total, 1.0).log() - _logsumexp(log_ratio + log_weights, positives)
-    return loss.masked_fill(~valid, 0.0), total
+    looked_at = logits.masked_fill(~(negatives | positives), 0.0)
+    return torch.where(valid, loss, (0.0 * looked_at).sum(dim=1)), total
+
+
+def supcon_rows(
+    anchors: Tensor,  # [R, D]
+    keys: Tensor,  # [M, D]
+    rows: Tensor,  # int64 [R]
+    samples: int,
+    *,
+    scale: Scalar,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`supcon_rows_of` the logits of some of the anchors."""
+    anchors, keys = _accumulate(anchors), _accumulate(keys)
+    return supcon_rows_of(_scalar(scale, keys) * (anchors @ keys.T), rows, samples, **options)
 
 
 def _sample_weights(
@@ -599,19 +618,25 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.5, reduction
 
 
 @full_precision
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Scalar) -> Tensor:
-    """Mean of the cross-entropies of the rows and of the columns of logit_scale · image textᵀ (CLIP)."""
+def clip_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Scalar, *, reduction: str = "mean"
+) -> Tensor:
+    """Means of the cross-entropies of row i and of column i of logit_scale · image textᵀ [N] (CLIP)."""
     image, text = check.pair("image_features", image_features, "text_features", text_features)
     logit_scale = check.scale("logit_scale", logit_scale, image)
+    check.option("reduction", reduction, check.REDUCTIONS)
     image, text = _accumulate(image), _accumulate(text)
     logits = _scalar(logit_scale, image) * (image @ text.T)
     positive = torch.arange(image.shape[0], device=image.device)
-    return (F.cross_entropy(logits, positive) + F.cross_entropy(logits.T, positive)) / 2
+    rows = F.cross_entropy(logits, positive, reduction=reduction)
+    return (rows + F.cross_entropy(logits.T, positive, reduction=reduction)) / 2
 
 
 @full_precision
-def dcl_loss(z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.1, sigma: Scalar | None = None) -> Tensor:
-    """mean_i LSE_{j≠i} (z0_i·z0_j/τ, z0_i·z1_j/τ) - w_i z0_i·z1_i/τ, one way.
+def dcl_loss(
+    z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.1, sigma: Scalar | None = None, reduction: str = "mean"
+) -> Tensor:
+    """LSE_{j≠i} (z0_i·z0_j/τ, z0_i·z1_j/τ) - w_i z0_i·z1_i/τ [N], one way.
 
     w_i = 1, or 2 - N softmax_i(z0_i·z1_i/sigma) (DCLW). With N = 1 the denominator is empty and the loss 0.
     Yeh et al., Decoupled Contrastive Learning.
@@ -620,6 +645,7 @@ def dcl_loss(z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.1, sigma: Scalar
     temperature = check.temperature("temperature", temperature, z0)
     if sigma is not None:
         sigma = check.temperature("sigma", sigma, z0)
+    check.option("reduction", reduction, check.REDUCTIONS)
     z0, z1 = _accumulate(z0), _accumulate(z1)
     n = z0.shape[0]
     others = ~_columns(n, n, 0, z0.device)
@@ -629,8 +655,8 @@ def dcl_loss(z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.1, sigma: Scalar
     weight: Scalar = 1.0
     if sigma is not None:
         weight = 2 - n * torch.softmax(products * _inverse(sigma, z0), dim=0)
-    loss = lse - weight * (products * _inverse(temperature, z0))
-    return loss.masked_fill(lse == -INF, 0.0).mean()
+    positive = weight * (products * _inverse(temperature, z0))
+    return check.reduction(torch.where(lse == -INF, 0.0 * positive, lse - positive), reduction)
 
 
 @full_precision

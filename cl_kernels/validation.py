@@ -126,7 +126,7 @@ def same_length(**tensors: Tensor | Sequence[Tensor] | None) -> None:
 def same_shape(**tensors: Tensor | Sequence[Tensor] | None) -> None:
     (first, head), *rest = _named(tensors)
     for name, x in rest:
-        if x.shape != head.shape:
+        if not has_shape(x, *head.shape):
             raise ValueError(
                 f"{name} must have the shape {tuple(head.shape)} of {first}, got {tuple(x.shape)}"
             )
@@ -177,20 +177,29 @@ def _scalar(
 ) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must be a float or a 0-dim float tensor, got a tensor of {value.dtype}")
-        if value.dim() != 0:
-            raise ValueError(f"{name} must be a float or a 0-dim tensor, got shape {tuple(value.shape)}")
+            raise TypeError(
+                f"{name} must be a float or a float tensor of one element, got a tensor of {value.dtype}"
+            )
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} must be a float or a tensor of one element, got shape {tuple(value.shape)}"
+            )
         if value.device != like.device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU or on {like.device}, got a tensor on {value.device}")
         if readable(value) and not accepts(value.item()):
             raise ValueError(f"{name} must be {wanted}, got {value.item()}")
-        return value
+        return value if value.dim() == 0 else value.reshape(())
     if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
-        raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a float or a tensor of one element, got {type(value).__name__}")
     number = float(value)
     if not accepts(number):
         raise ValueError(f"{name} must be {wanted}, got {value}")
     return number
+
+
+def has_shape(x: Tensor, *sizes: int) -> bool:
+    """Whether x has these sizes; also in a graph of dynamic shapes, where tuples of sizes do not compare."""
+    return x.dim() == len(sizes) and all(a == b for a, b in zip(x.shape, sizes, strict=True))
 
 
 def readable(x: Tensor) -> bool:
@@ -204,32 +213,43 @@ def readable(x: Tensor) -> bool:
 
 
 def temperature(name: str, value: Any, like: Tensor) -> float | Tensor:
-    """A positive finite float, or a 0-dim tensor on the CPU or on the device of `like`."""
+    """A positive finite float, or as 0-dim a tensor of one element on the CPU or on the device of `like`."""
     return _scalar(name, value, like, lambda v: 0 < v < math.inf, "positive and finite")
 
 
 def scale(name: str, value: Any, like: Tensor) -> float | Tensor:
-    """A finite float, or a 0-dim tensor on the CPU or on the device of `like`."""
+    """A finite float, or as 0-dim a tensor of one element on the CPU or on the device of `like`."""
     return _scalar(name, value, like, lambda v: -math.inf < v < math.inf, "finite")
 
 
 def coefficient(name: str, value: Any, like: Tensor) -> float | Tensor:
-    """A float or 0-dim tensor in [0, 1]."""
+    """A float in [0, 1], or as 0-dim such a tensor of one element."""
     return _scalar(name, value, like, lambda v: 0 <= v <= 1, "between 0 and 1")
 
 
 def labels(name: str, x: Any, n: int) -> Tensor:
-    """Labels [n] or [n, 1] of any real dtype as int64 [n]; floating-point labels are compared by value."""
+    """Labels [n] or [n, 1] of any real dtype as [n], int64 unless they are of a floating-point dtype."""
     tensor(name, x)
     if x.is_complex():
         raise TypeError(f"{name} must be integers, booleans or floats, got {x.dtype}")
-    if tuple(x.shape) not in ((n,), (n, 1)):
+    if not (has_shape(x, n) or has_shape(x, n, 1)):
         raise ValueError(f"{name} must have shape [{n}] or [{n}, 1], got {tuple(x.shape)}")
     x = x.reshape(n)
+    return x.detach() if x.is_floating_point() else x.to(torch.int64)
+
+
+def label_ids(x: Tensor, columns: bool = False) -> Tensor:
+    """int64 [n] that are equal where the labels [n] are: 0.0 and -0.0 are, a NaN is equal to nothing.
+
+    A NaN gets an id of its own among the bits of NaNs, one for its row and another as a column.
+    """
     if not x.is_floating_point():
-        return x.to(torch.int64)
-    exact = (x.detach() if x.dtype == torch.float64 else x.detach().float()) + 0.0  # -0.0 becomes 0.0
-    return exact.view(torch.int64 if exact.dtype == torch.float64 else torch.int32).to(torch.int64)
+        return x
+    exact = (x if x.dtype == torch.float64 else x.float()) + 0.0  # -0.0 becomes 0.0
+    bits = exact.view(torch.int64 if exact.dtype == torch.float64 else torch.int32).to(torch.int64)
+    first = (0x7FFC if columns else 0x7FF8) << 48
+    own = torch.arange(x.shape[0], device=x.device) + first
+    return torch.where(exact.isnan(), own, bits)
 
 
 def mask(name: str, x: Any, n: int) -> Tensor:
@@ -237,7 +257,7 @@ def mask(name: str, x: Any, n: int) -> Tensor:
     tensor(name, x)
     if x.is_complex():
         raise TypeError(f"{name} must be bool, integer or float, got {x.dtype}")
-    if tuple(x.shape) != (n, n):
+    if not has_shape(x, n, n):
         raise ValueError(f"{name} must have shape [{n}, {n}], got {tuple(x.shape)}")
     if x.requires_grad:
         raise ValueError(f"{name} must not require a gradient: none is computed for it")
@@ -249,7 +269,7 @@ def boolean_mask(name: str, x: Any, shape: Sequence[int]) -> Tensor:
     tensor(name, x)
     if x.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor, got {x.dtype}")
-    if tuple(x.shape) != tuple(shape):
+    if not has_shape(x, *shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(x.shape)}")
     return x
 
@@ -270,7 +290,7 @@ def index(name: str, x: Any, n: int, size: int) -> Tensor:
     tensor(name, x)
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64, got {x.dtype}")
-    if tuple(x.shape) != (n,):
+    if not has_shape(x, n):
         raise ValueError(f"{name} must have shape [{n}], got {tuple(x.shape)}")
     if readable(x) and bool(((x < -1) | (x >= size)).any()):
         raise ValueError(f"{name} must lie in [-1, {size}), got {x.min().item()} to {x.max().item()}")
@@ -282,7 +302,7 @@ def key_bias(name: str, x: Any, m: int) -> Tensor:
     tensor(name, x)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if tuple(x.shape) != (m,):
+    if not has_shape(x, m):
         raise ValueError(f"{name} must have shape [{m}], got {tuple(x.shape)}")
     return x
 
@@ -298,6 +318,13 @@ def exclude(name: str, value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be 'self', None or an integer offset, got {type(value).__name__}")
     return int(value)
+
+
+def constant(value: float | Tensor, like: Tensor) -> Tensor:
+    """A 0-dim tensor in the dtype and on the device of `like`; a compiled graph serves every float."""
+    if isinstance(value, Tensor):
+        return value.to(like)
+    return like.new_ones(()) * value if torch.compiler.is_compiling() else like.new_full((), value)
 
 
 def reduction(loss: Tensor, how: str, weight: Tensor | None = None) -> Tensor:
@@ -327,7 +354,7 @@ def supervision(x: Any, weights: Any, n: int, like: Tensor) -> tuple[Tensor | No
 def same_segments(first: str, x: Sequence[Tensor], second: str, y: Sequence[Tensor]) -> None:
     """Two lists of segments of equal lengths."""
     lengths, wanted = [part.shape[0] for part in y], [part.shape[0] for part in x]
-    if lengths != wanted:
+    if len(lengths) != len(wanted) or any(a != b for a, b in zip(lengths, wanted, strict=True)):
         raise ValueError(f"{second} must have segments as long as those of {first} {wanted}, got {lengths}")
 
 
@@ -405,7 +432,9 @@ def lse_inputs(
         col_labels = row_labels
     both_or_none("row_labels", row_labels, "col_labels", col_labels)
     if row_labels is not None and col_labels is not None:
+        own_excluded = k is None and col_labels is row_labels and offset == 0
         row_labels, col_labels = labels("row_labels", row_labels, n), labels("col_labels", col_labels, m)
+        row_labels, col_labels = _label_pair(row_labels, col_labels, own_excluded)
     elif among != "all":
         raise ValueError(f"row_labels must be given with among={among!r}, got None")
     if bias is not None:
@@ -413,6 +442,18 @@ def lse_inputs(
     if k is not None:
         q, k = promote(q, k)
     return q, k, factor, offset, row_labels, col_labels
+
+
+def _label_pair(row_labels: Tensor, col_labels: Tensor, own_excluded: bool) -> tuple[Tensor, Tensor]:
+    """Ids of the labels of rows and of columns; one tensor for both where these are the same labels and a row
+    leaves its own column out."""
+    if row_labels.dtype != col_labels.dtype:
+        wide = torch.float32 if row_labels.device.type == "mps" else torch.float64
+        row_labels, col_labels = row_labels.to(wide), col_labels.to(wide)
+    if own_excluded:
+        ids = label_ids(row_labels)
+        return ids, ids
+    return label_ids(row_labels), label_ids(col_labels, columns=True)
 
 
 def sce_inputs(
@@ -460,7 +501,7 @@ def levels(name: str, x: Any) -> list[Tensor]:
         raise ValueError(f"{name} must hold at least one tensor, got an empty {type(x).__name__}")
     parts = [views(f"{name}[{i}]", part) for i, part in enumerate(x)]
     for i, part in enumerate(parts):
-        if part.shape[:2] != parts[0].shape[:2]:
+        if part.shape[0] != parts[0].shape[0] or part.shape[1] != parts[0].shape[1]:
             raise ValueError(
                 f"{name}[{i}] must have the batch and views of {name}[0] {tuple(parts[0].shape[:2])}, "
                 f"got {tuple(part.shape[:2])}"
@@ -470,13 +511,14 @@ def levels(name: str, x: Any) -> list[Tensor]:
 
 
 def level_weights(name: str, x: Any, n: int, like: Tensor) -> list[float | Tensor]:
-    """One factor for each of n levels: a sequence of floats or 0-dim tensors, or a tensor [n]; None: 1."""
+    """One factor for each of n levels: a sequence of floats or tensors of one element, or a tensor [n] (any
+    shape for one level); None: 1."""
     if x is None:
         return [1.0] * n
     if isinstance(x, Tensor):
-        if tuple(x.shape) != (n,):
+        if not has_shape(x, n) and (n > 1 or x.numel() != 1):
             raise ValueError(f"{name} must have shape [{n}], got {tuple(x.shape)}")
-        x = list(x.unbind())
+        x = list(x.flatten().unbind())
     if not isinstance(x, list | tuple):
         raise TypeError(f"{name} must be a sequence of floats or a tensor, got {type(x).__name__}")
     if len(x) != n:

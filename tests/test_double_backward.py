@@ -11,6 +11,7 @@ from parity import unit
 from torch import Tensor
 
 import cl_kernels as clk
+from cl_kernels.losses._common import log_add
 
 pytestmark = pytest.mark.usefixtures("backend", "one_thread")
 
@@ -120,6 +121,64 @@ def test_create_graph_gives_the_same_first_derivative(case: str) -> None:
     differentiable = torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True)
     for x, y in zip(fused, differentiable, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+def second(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    first = torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True, allow_unused=True)
+    total = sum(g.square().sum() for g in first if g is not None)
+    return [g for g in torch.autograd.grad(total, inputs, allow_unused=True) if g is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if "dclw" not in case])
+def test_far_apart_logits_have_a_second_derivative(case: str, dtype: torch.dtype) -> None:
+    """Where the logits of a row lie thousands apart."""
+    function, make = CASES[case]
+    inputs = [(50 * x if x.dim() > 1 else x).to(dtype) for x in make()]
+    assert all(g.isfinite().all() for g in second(function, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zero_rows_have_a_second_derivative(dtype: torch.dtype) -> None:
+    """Rows, or centred columns, that have no direction."""
+    x, y = unit(5, 3, dtype=dtype), unit(5, 3, dtype=dtype)
+    x[1], y[1], y[2] = 0, 0, 0
+    flat, other = x.clone(), y.clone()
+    flat[:, 0], other[:, 1] = 2.5, 0
+
+    def lightly(z0: Tensor, z1: Tensor) -> Tensor:
+        return clk.DCLLoss(normalize=True, symmetric=True)(z0, z1)
+
+    for function, inputs in (
+        (clk.nt_xent_loss, [x, y]),
+        (lightly, [x, y]),
+        (lambda q, k: clk.similarity(q, k, normalize=True).sin(), [x, y]),
+        (lambda q: clk.similarity(q, normalize=True).sin(), [x]),
+        (clk.dimcl_loss, [flat, other]),
+        (clk.info_nce_loss, [x, y]),
+        (lambda q, k, queue: clk.sce_loss(q, k, None, queue), [x, y, 0 * x]),
+        (clk.reference.nt_xent_loss, [x, y]),
+        (clk.reference.dimcl_loss, [flat, other]),
+    ):
+        assert all(g.isfinite().all() for g in second(function, inputs))
+
+
+def test_a_zero_row_gets_no_gradient_to_any_order() -> None:
+    x, y = f64(4, 3), f64(4, 3)
+    x[1] = 0
+    found = second(clk.nt_xent_loss, [x, y])
+    assert (found[0][1] == 0).all()
+    for ours, truth in zip(found, second(clk.reference.nt_xent_loss, [x, y]), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-10)
+
+
+def test_the_sum_of_far_apart_exponentials() -> None:
+    x = torch.tensor([0.0, 3.0, -5.0, 800.0, -2000.0, 39.0, 41.0], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0.0, 1.0, 30.0, -800.0, 2000.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(log_add, (x, y))
+    assert torch.autograd.gradgradcheck(log_add, (x, y))
+    torch.testing.assert_close(log_add(x, y), torch.logaddexp(x, y), rtol=1e-15, atol=1e-15)
 
 
 def test_gradient_penalty() -> None:

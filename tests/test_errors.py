@@ -88,7 +88,9 @@ OPTIONS = {
     "sce_loss": ["positive_in_target", "reduction"],
     "info_nce_loss": ["reduction"],
     "nt_xent_loss": ["reduction"],
+    "dcl_loss": ["reduction"],
     "dimcl_loss": ["reduction"],
+    "clip_loss": ["reduction"],
     "contrastive_lse": ["among"],
     "soft_target_cross_entropy": ["positive_in_target", "reduction"],
 }
@@ -138,8 +140,8 @@ def test_temperatures(function: str, name: str) -> None:
     for value in (0.0, -0.1, float("inf"), float("nan"), torch.tensor(-1.0), torch.tensor(0.0)):
         refused(function, ValueError, f"{name} must be positive and finite", **{name: value})
     for value in ("0.1", True, torch.tensor(1)):
-        refused(function, TypeError, f"{name} must be a float or a 0-dim", **{name: value})
-    refused(function, ValueError, f"{name} must be a float or a 0-dim tensor", **{name: torch.ones(1)})
+        refused(function, TypeError, f"{name} must be a float or a", **{name: value})
+    refused(function, ValueError, f"{name} must be a float or a tensor of one", **{name: torch.ones(2)})
 
 
 @pytest.mark.parametrize(("function", "name"), flat(SCALES))
@@ -147,7 +149,7 @@ def test_scales(function: str, name: str) -> None:
     for value in (float("inf"), float("nan"), torch.tensor(float("inf"))):
         refused(function, ValueError, f"{name} must be finite", **{name: value})
     refused(function, TypeError, f"{name} must be a float", **{name: "big"})
-    refused(function, ValueError, f"{name} must be a float or a 0-dim tensor", **{name: torch.ones(2)})
+    refused(function, ValueError, f"{name} must be a float or a tensor of one", **{name: torch.ones(1, 2)})
 
 
 @pytest.mark.parametrize(("function", "name"), flat(OPTIONS))

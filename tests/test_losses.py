@@ -11,6 +11,9 @@ import torch
 from parity import Problem, assert_close, assert_parity, two_views, unit
 
 import cl_kernels as clk
+from cl_kernels import autograd
+from cl_kernels.autograd import Pairs
+from cl_kernels.losses._common import at_least_zero
 
 TEMPERATURES = (0.5, 0.1, 0.07, 0.01, 0.005)
 SHAPES = [(1, 1), (1, 3), (2, 1), (2, 127), (3, 3), (17, 127), (67, 1), (131, 33)]
@@ -149,10 +152,9 @@ def test_selfcon_options(anchors: str, kind: str, reduction: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_reductions(reduction: str) -> None:
-    for problem in parity.problems("random", 9, 6):
-        if problem.function != "dcl_loss":
-            assert_close(problem.with_options(reduction=reduction))
-            assert_parity(problem.with_options(reduction=reduction))
+    for problem in [*parity.problems("random", 9, 6), parity.clip_problem("random", 9, 6, 10.0)]:
+        assert_close(problem.with_options(reduction=reduction))
+        assert_parity(problem.with_options(reduction=reduction))
 
 
 @pytest.mark.parametrize("positive_in_target", ["exclude", "zero"])
@@ -204,13 +206,18 @@ def test_multilevel_weights(weights: Any) -> None:
     assert_close(Problem("multilevel_loss", inputs, {} if learnt else {"weights": weights}))
 
 
-def test_learnt_scalars() -> None:
-    """Temperatures and coefficients as 0-dim tensors get their gradients."""
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_learnt_scalars(shape: tuple[int, ...]) -> None:
+    """Temperatures and coefficients as tensors of one element get their gradients, in their own shape."""
 
     def scalar(x: float) -> torch.Tensor:
-        return torch.tensor(x, dtype=torch.float64)
+        return torch.full(shape, x, dtype=torch.float64)
 
-    for problem in parity.problems("random", 8, 5):
+    clip = parity.clip_problem("random", 8, 5, 10.0)
+    for problem in [*parity.problems("random", 8, 5), clip]:
+        if problem is clip:
+            assert_close(Problem("clip_loss", {**clip.inputs, "logit_scale": scalar(10.0)}))
+            continue
         extra = {"temperature": scalar(0.2)}
         if problem.function in ("supcon_loss", "selfcon_loss", "multilevel_loss"):
             extra["base_temperature"] = scalar(0.3)
@@ -370,11 +377,248 @@ def test_unnormalised_features_at_low_temperature_stay_finite() -> None:
     assert features.grad.isfinite().all()
 
 
-def test_nan_in_is_nan_out() -> None:
-    features = unit(6, 1, 4)
-    features[2, 0, 1] = float("nan")
-    assert clk.supcon_loss(features, torch.tensor([0, 0, 1, 1, 2, 2])).isnan()
-    assert clk.nt_xent_loss(features[:, 0], unit(6, 4)).isnan()
+LABELS = torch.tensor([0, 0, 1, 1, 2, 3])  # the last two alone, in one view
+NAN = float("nan")
+
+
+def with_nan(x: torch.Tensor, row: int) -> torch.Tensor:
+    x = x.clone()
+    x[row, ..., 1] = NAN
+    return x
+
+
+MODULES = pytest.mark.parametrize("module", [clk, clk.reference], ids=["ours", "reference"])
+
+
+@MODULES
+@pytest.mark.parametrize("denominator", ["all", "one_positive", "only_negatives"])
+@pytest.mark.parametrize("summation", ["out", "in"])
+def test_nan_among_the_rows_is_nan_in_every_row(summation: str, denominator: str, module: Any) -> None:
+    """Also in rows without positives, which count as 0 or not at all: their gradient would be NaN."""
+    same = (LABELS[:, None] == LABELS).float()
+    for given, cap, alone in itertools.product(
+        ({"labels": LABELS}, {"mask": same}), (None, 1), ("zero", "drop")
+    ):
+        options = {
+            "summation": summation, "denominator": denominator, "positives_cap": cap, "no_positive": alone,
+            **given,
+        }  # fmt: skip
+        for row in (2, 5):
+            features = with_nan(unit(6, 1, 4), row)
+            assert module.supcon_loss(features, **options, reduction="none").isnan().all()
+            assert module.supcon_loss(features, **options).isnan()
+
+
+@MODULES
+def test_what_a_cap_leaves_out_may_be_nan(module: Any) -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    rows = module.supcon_loss(with_nan(unit(6, 1, 4), 2), labels, positives_cap=1, reduction="none")
+    assert torch.equal(rows.isnan(), torch.tensor([False, False, True, True, True, True]))
+
+
+def nan_calls(module: Any) -> dict[str, tuple[Any, ...]]:
+    """A function of tensors, then these."""
+    first, second, queue = unit(6, 4), unit(6, 4), unit(7, 4)
+    gathered = torch.cat([second, unit(6, 4)])
+    column_mask = torch.zeros(8, 8, dtype=torch.bool)
+    index = torch.tensor([0, 1, 2, 3, -1, 4])
+
+    def target(q: Any, k: Any, t: Any, u: Any, **options: Any) -> Any:
+        return module.soft_target_cross_entropy(q, k, t, u, scale=4.0, target_scale=5.0, **options)
+
+    def sce(**options: Any) -> Any:
+        return lambda q, k, keys=None, queue=None: module.sce_loss(q, k, keys, queue, **options)
+
+    both = {"positive": index, "coeff": 0.4}
+    return {
+        "nt_xent": (module.nt_xent_loss, first, second),
+        "info_nce": (module.info_nce_loss, first, second),
+        "info_nce queue": (module.info_nce_loss, first, second, queue),
+        "clip": (lambda x, y: module.clip_loss(x, y, 5.0), first, second),
+        "dcl": (module.dcl_loss, first, second),
+        "dclw": (lambda x, y: module.dcl_loss(x, y, sigma=0.5), first, second),
+        "dcl of one pair": (module.dcl_loss, first[:1], second[:1]),
+        "dimcl": (module.dimcl_loss, first, second),
+        "dimcl mask": (lambda x, y: module.dimcl_loss(x, y, positive_mask=column_mask), first, second),
+        "multilevel": (lambda x: module.multilevel_loss([x], LABELS), first[:, None]),
+        "selfcon": (lambda x: module.selfcon_loss(x, LABELS, no_positive="drop"), first[:, None]),
+        "sce": (sce(), first, second),
+        "sce queue": (lambda q, k, queue: sce()(q, k, None, queue), first, second, queue),
+        "sce queue zero": (
+            lambda q, k, queue: sce(positive_in_target="zero", coeff=0.0)(q, k, None, queue),
+            first, second, queue,
+        ),
+        "sce keys": (sce(coeff=1.0), first, second, gathered),
+        "sce keys queue": (sce(coeff=0.0), first, second, gathered, queue),
+        "soft target": (target, first, queue, second, queue.flip(0)),
+        "soft target positive": (lambda *x: target(*x, **both), first, queue, second, queue.flip(0)),
+        "soft target zero": (
+            lambda *x: target(*x, **both, positive_in_target="zero"), first, queue, second, queue.flip(0),
+        ),
+        "similarity": (lambda q, k: module.similarity(q, k, normalize=True).sum(), first, queue),
+        "lse": (lambda q, k: module.contrastive_lse(q, k, exclude=None).sum(), first, queue),
+        "log softmax": (lambda x: module.masked_log_softmax(x).logsumexp(1).sum(), first),
+    }  # fmt: skip
+
+
+@MODULES
+@pytest.mark.parametrize("case", nan_calls(clk))
+def test_nan_in_any_input_is_nan_in_the_loss(case: str, module: Any) -> None:
+    function, *inputs = nan_calls(module)[case]
+    assert function(*inputs).isfinite()
+    for i in range(len(inputs)):
+        bad = [with_nan(x, 0) if i == j else x for j, x in enumerate(inputs)]
+        assert function(*bad).isnan(), f"input {i}"
+        with torch.no_grad():
+            assert function(*[x.clone() for x in bad]).isnan()
+        learnt = [x.clone().requires_grad_() for x in bad]
+        assert function(*learnt).isnan(), f"input {i}, with gradients"
+
+
+@MODULES
+def test_nan_in_an_excluded_column_does_not_count(module: Any, backend: str) -> None:
+    q, k = unit(4, 3), with_nan(unit(4, 3), 1)
+    labels = torch.tensor([0, 1, 0, 0])
+    met = torch.tensor([False, True, False, False])
+    lse = module.contrastive_lse(q, k, exclude=None, row_labels=labels, col_labels=labels, among="same")
+    assert torch.equal(lse.isnan(), met)
+    if backend != "reference":
+        return  # kernels may multiply by a weight of 0
+    mask = (labels[:, None] == labels).float()
+    for options in ({"label_positives": True}, {"positive_mask": mask}, {"positive_index": torch.arange(4)}):
+        pairs = {"exclude": None, "row_labels": labels, "col_labels": labels, "among": "same", **options}
+        if module is clk:
+            positive_sum = autograd.contrastive(q, k, 2.0, Pairs(**pairs)).positive_sum
+        else:
+            positive_sum = module.contrastive_stats(q, k, 2.0, **pairs)[2]
+        assert torch.equal(positive_sum.isnan(), met)
+
+
+# Values that cannot be negative
+
+
+def test_one_pair_has_loss_zero() -> None:
+    """The denominator is the positive alone: 0, and gradient 0, in every digit."""
+    for seed, tau in itertools.product(range(3), (0.5, 0.02)):
+        torch.manual_seed(seed)
+        x, y = (unit(1, 96).requires_grad_() for _ in range(2))
+        learnt = torch.tensor(tau, requires_grad=True)
+        views = torch.stack([x, y], 1)
+        weights = torch.tensor([[0.3]])
+        target = {"scale": 1 / tau, "target_scale": 2.0}
+        for loss in (
+            clk.nt_xent_loss(x, y, temperature=learnt),
+            clk.info_nce_loss(x, y, temperature=learnt),
+            clk.clip_loss(x, y, 1 / learnt),
+            clk.sce_loss(x, y, temperature=learnt, coeff=0.3),
+            clk.sce_loss(x, y, temperature=learnt, positive_in_target="zero"),
+            clk.soft_target_cross_entropy(x, y, x, y, **target),
+            clk.soft_target_cross_entropy(x, y, x, y, **target, positive=torch.tensor([0]), coeff=0.2),
+            clk.dimcl_loss(x.T, y.T, temperature=learnt),
+            clk.dcl_loss(x, y, temperature=learnt, sigma=0.5),
+            clk.supcon_loss(views, temperature=learnt),
+            clk.supcon_loss(views, torch.tensor([7]), temperature=learnt, reduction="none").sum(),
+            clk.supcon_loss(views, mask=weights, temperature=learnt),
+            clk.supcon_loss(views, torch.tensor([7]), temperature=learnt, summation="in"),
+            clk.supcon_loss(views.transpose(0, 1), torch.tensor([7, 7]), temperature=learnt),
+            clk.supcon_loss(views.transpose(0, 1), torch.tensor([7, 8]), temperature=learnt),
+            clk.selfcon_loss(views, anchors="exits", temperature=learnt),
+            clk.selfcon_loss(views.transpose(0, 1), augmentations=2, temperature=learnt),
+            clk.multilevel_loss([views, views], torch.tensor([7]), temperature=learnt),
+        ):
+            assert loss == 0
+            grads = torch.autograd.grad(loss, (x, y, learnt), allow_unused=True)
+            assert all(g is None or (g == 0).all() for g in grads)
+            assert any(g is not None for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_cross_entropy_is_negative(dtype: torch.dtype) -> None:
+    """On identical, on converged and on dominated rows, where rounding decides the sign."""
+    for tau, width in itertools.product((0.01, 0.07), (16, 768)):
+        same = unit(1, width).expand(24, -1).to(dtype)
+        x = unit(24, width).to(dtype)
+        labels = torch.arange(24) // 3
+        for first, second in ((same, same), (x, x), (x[labels], x[labels])):
+            views = torch.stack([first, second], 1)
+            every = {"temperature": tau, "reduction": "none"}
+            for loss in (
+                clk.nt_xent_loss(first, second, **every),
+                clk.info_nce_loss(first, second, **every),
+                clk.info_nce_loss(first, second, x[:1], **every),
+                clk.clip_loss(first, second, 1 / tau, reduction="none"),
+                clk.sce_loss(first, second, coeff=0.9, **every),
+                clk.sce_loss(first, second, queue=x[:1], coeff=0.9, **every),
+                clk.dimcl_loss(first.T, second.T, **every),
+                clk.soft_target_cross_entropy(
+                    first, second, first, second, scale=1 / tau, target_scale=1 / tau, reduction="none"
+                ),
+                *(
+                    clk.supcon_loss(views, *given, summation=summation, denominator=denominator, **every)
+                    for given in ((), (torch.arange(24),), (labels,), (None, torch.eye(24) * 0.3))
+                    for summation in ("out", "in")
+                    for denominator in ("all", "one_positive")
+                ),
+            ):
+                assert (loss >= 0).all()
+
+
+def test_the_gradient_passes_where_rounding_made_a_value_negative() -> None:
+    """And negative weights, or a denominator without the positives, make negative losses."""
+    below = torch.tensor([-1e-6, 2.0, NAN, -3.0], requires_grad=True)
+    rows = at_least_zero(below * 1)
+    assert rows[[0, 1, 3]].tolist() == [0.0, 2.0, 0.0]
+    assert rows[2].isnan()
+    assert torch.equal(torch.autograd.grad(rows.sum(), below)[0], torch.ones(4))
+    features, weights = unit(6, 2, 4), -torch.rand(6, 6)
+    assert_close(Problem("supcon_loss", {"features": features, "mask": weights}, {"reduction": "none"}))
+    assert (clk.supcon_loss(features, mask=weights, reduction="none") < 0).any()
+    assert clk.dcl_loss(features[:, 0], features[:, 0]) < 0
+    assert clk.supcon_loss(features[:, :1].expand(-1, 2, -1), denominator="only_negatives") < 0
+
+
+# Labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_nan_labels_match_nothing(dtype: torch.dtype) -> None:
+    """By ==, as plain torch compares them: not each other, not themselves, nor their own other views."""
+    labels = torch.tensor([0.0, -0.0, NAN, NAN, 1.0, NAN], dtype=dtype)
+    for views in (1, 2):
+        features = unit(6, views, 4)
+        rows = labels.repeat(views)
+        same = (rows[:, None] == rows) & ~torch.eye(len(rows), dtype=torch.bool)
+        keys = features.transpose(0, 1).flatten(0, 1).double()
+        logits = (keys @ keys.T / 0.2).fill_diagonal_(-torch.inf)
+        log_p = logits.log_softmax(1).masked_fill(~same, 0)
+        expected = -log_p.sum(1) / same.sum(1).clamp(min=1)
+        options = {"temperature": 0.2, "base_temperature": 0.2, "reduction": "none"}
+        for module in (clk, clk.reference):
+            found = module.supcon_loss(features.double(), labels, **options)
+            torch.testing.assert_close(found, expected)
+        for summation, denominator, cap in itertools.product(
+            ("out", "in"), ("all", "one_positive", "only_negatives"), (None, views)
+        ):
+            more = {"summation": summation, "denominator": denominator, "positives_cap": cap}
+            assert_close(Problem("supcon_loss", {"features": features, "labels": labels}, more))
+        assert_close(Problem("selfcon_loss", {"features": features, "labels": labels}))
+
+
+def test_nan_labels_of_rows_and_columns() -> None:
+    """A row's NaN differs from a column's, also from its own; integers and floats compare by value."""
+    rows, cols = torch.tensor([NAN, 1.0, 2.0]), torch.tensor([NAN, 1.0, NAN, 2.0], dtype=torch.float64)
+    q, k = unit(3, 4), unit(4, 4)
+    expected = torch.full((3,), -torch.inf)
+    expected[1], expected[2] = q[1] @ k[1], q[2] @ k[3]
+    for module in (clk, clk.reference):
+        options = {"exclude": None, "among": "same"}
+        found = module.contrastive_lse(q, k, row_labels=rows, col_labels=cols, **options)
+        torch.testing.assert_close(found, expected)
+        found = module.contrastive_lse(q, k, row_labels=torch.tensor([5, 1, 2]), col_labels=cols, **options)
+        torch.testing.assert_close(found, expected)
+        found = module.contrastive_lse(q, row_labels=rows, **options)
+        torch.testing.assert_close(found, (q * q).sum(1).masked_fill(rows.isnan(), -torch.inf))
+        assert (module.contrastive_lse(q, row_labels=rows, among="same") == -torch.inf).all()
 
 
 # Chunks, determinism, memory

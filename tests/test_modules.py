@@ -131,6 +131,30 @@ def test_clip_as_open_clip() -> None:
     assert torch.equal(biased, loss)
     assert bias.grad == 0
     assert "world_size=1" in repr(criterion)
+    rows = clk.ClipLoss(reduction="none")(image, text, scale)
+    assert torch.equal(rows, clk.clip_loss(image, text, scale, reduction="none"))
+    torch.testing.assert_close(rows.mean(), loss)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -10.0])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_bias_of_clip_only_stays_in_the_graph(shape: tuple[int, ...], value: float) -> None:
+    image, text = pair()
+    bias = torch.full(shape, value, dtype=torch.float64, requires_grad=True)
+    scale = torch.full(shape, 14.0, requires_grad=True)
+    expected = clk.clip_loss(image, text, 14.0)
+
+    def loss(bias: Tensor) -> Tensor:
+        return clk.ClipLoss()(image, text, scale, bias)
+
+    torch._dynamo.reset()
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        found = function(bias)
+        assert torch.equal(found, expected)
+        assert found.dtype == torch.float32
+        grads = torch.autograd.grad(found, (bias, scale))
+        assert (grads[0] == 0).all()
+        assert grads[0].shape == grads[1].shape == shape
 
 
 def test_sce_takes_what_changes_every_step() -> None:
@@ -151,6 +175,9 @@ def test_dcl_as_lightly() -> None:
     unit0, unit1 = z0 / z0.norm(dim=1, keepdim=True), z1 / z1.norm(dim=1, keepdim=True)
     expected = (clk.dcl_loss(unit0, unit1, temperature=0.2) + clk.dcl_loss(unit1, unit0, temperature=0.2)) / 2
     torch.testing.assert_close(both, expected)
+    rows = clk.DCLLoss(0.2, normalize=True, symmetric=True, reduction="none")(z0, z1)
+    assert rows.shape == (6,)
+    torch.testing.assert_close(rows.mean(), expected)
 
 
 def test_temperatures_can_be_parameters() -> None:
@@ -190,6 +217,8 @@ def test_positive_mask_follows_the_module() -> None:
         ("ClipLoss", {"world_size": 2}, ValueError, "world_size"),
         ("ClipLoss", {"world_size": 1.5}, TypeError, "world_size"),
         ("ClipLoss", {"use_horovod": True}, ValueError, "use_horovod"),
+        ("ClipLoss", {"reduction": "average"}, ValueError, "reduction"),
+        ("DCLLoss", {"reduction": "average"}, ValueError, "reduction"),
         ("DCLLoss", {"normalize": 1}, TypeError, "normalize"),
         ("DCLLoss", {"symmetric": "yes"}, TypeError, "symmetric"),
     ],

@@ -641,6 +641,32 @@ def test_double_backward_of_compiled_code_is_refused() -> None:
 # Public primitives
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("masked", [False, True])
+def test_masked_log_softmax_of_minus_infinities(masked: bool) -> None:
+    """A row of nothing but -inf is all -inf and gets no gradient, as a fully masked one; a -inf beside finite
+    logits gets that of torch."""
+    logits = torch.randn(4, 6, dtype=torch.float64)
+    logits[1], logits[2, 3] = -torch.inf, -torch.inf
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    if masked:
+        mask[3], logits[3, :5], mask[1, 2] = torch.tensor([1, 1, 1, 1, 1, 0]), -torch.inf, False
+    cotangent = torch.randn(4, 6, dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for function in (clk.masked_log_softmax, clk.reference.masked_log_softmax):
+            x = logits.to(dtype).requires_grad_()
+            out = function(x, mask if masked else None)
+            assert (out[1] == -torch.inf).all()
+            (found,) = torch.autograd.grad(out, x, cotangent.to(dtype))
+            assert (found[1] == 0).all()
+            if masked:
+                assert (found[3] == 0).all()
+            plain = logits.to(dtype)[2].requires_grad_()
+            (expected,) = torch.autograd.grad(plain.log_softmax(0), plain, cotangent.to(dtype)[2])
+            tolerance = 1e-6 if dtype != torch.bfloat16 else 0.02
+            torch.testing.assert_close(found[2], expected, rtol=tolerance, atol=tolerance)
+
+
 def test_masked_log_softmax_takes_any_rank_and_broadcasts() -> None:
     logits, mask = rand(0, 2, 3, 4), rand(1, 3, 1) > 0
     mask[0], mask[1] = True, False

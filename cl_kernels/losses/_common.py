@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cl_kernels import validation
@@ -22,14 +23,46 @@ def inverse(temperature: float | Tensor, like: Tensor) -> float | Tensor:
 def unit_rows(x: Tensor) -> Tensor:
     """Rows over their L2 norm, computed in at least float32; a zero row stays zero and gets no gradient."""
     rows = x.to(validation.accumulate_dtype(x.dtype))
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return (rows / norm.masked_fill(norm == 0, torch.inf)).to(x.dtype)
+    squared = (rows * rows).sum(1, keepdim=True)  # the second derivative of a norm is NaN at 0
+    return (rows / squared.masked_fill(squared == 0, torch.inf).sqrt()).to(x.dtype)
 
 
 def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
     """[N]: scale * q_i . k_i, summed in float32 (float64 for float64 inputs)."""
     dtype = validation.accumulate_dtype(q.dtype)
     return (q.to(dtype) * k.to(dtype)).sum(1) * scale
+
+
+def log_add(x: Tensor, y: Tensor) -> Tensor:
+    """log(e^x + e^y) of finite x and y; the second derivative of torch.logaddexp is NaN where they lie more
+    than 709 apart."""
+    return x + F.softplus(y - x, threshold=40.0)
+
+
+def nothing(x: Tensor) -> Tensor:
+    """0 in the graph of x; NaN where x is not finite."""
+    return x - x
+
+
+def at_least_zero(loss: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`loss` [N], just computed, with 0 for what rounding put below; its gradient stays.
+
+    Below 0 rightly are losses whose positives have negative `weights`.
+    """
+    if weights is None or weights.dtype in (torch.bool, torch.uint8):
+        loss.detach().relu_()  # a view of the values alone
+        return loss
+    return torch.where((loss < 0) & (weights >= 0).all(), loss - loss.detach(), loss)
+
+
+def cross_entropy(lse: Tensor, target: Tensor, columns: int) -> Tensor:
+    """lse - target [N] for LSEs over so many columns and means of their logits."""
+    return settled(lse - target, columns)
+
+
+def settled(loss: Tensor, columns: int, weights: Tensor | None = None) -> Tensor:
+    """A cross-entropy [N], just computed, over so many columns: `at_least_zero`, and 0 for one column."""
+    return nothing(loss) if columns == 1 else at_least_zero(loss, weights)
 
 
 def reduced(rows: Tensor, how: str, like: Tensor, weight: Tensor | None = None) -> Tensor:

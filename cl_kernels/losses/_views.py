@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import ContrastiveStats, Pairs
-from cl_kernels.losses._common import reduced, wide
+from cl_kernels.losses._common import cross_entropy, reduced, settled, wide
 
 EMPTY_COUNT = 1e-6
 
@@ -33,7 +33,7 @@ def same_sample_pairs(
         return Pairs(exclude=0, positive_index=partner[:anchors])
     if labels is None:
         labels = torch.arange(batch, device=rows.device)
-    columns = torch.cat([labels] * (n // batch)) if n > batch else labels
+    columns = validation.label_ids(torch.cat([labels] * (n // batch)) if n > batch else labels)
     own = columns if anchors == n else columns[:anchors]
     return Pairs(exclude=0, row_labels=own, col_labels=columns, among=among, label_positives=True)
 
@@ -54,11 +54,15 @@ def outside_rows(
     else:
         pairs = Pairs(exclude=0, positive_mask=mask.to(validation.accumulate_dtype(rows.dtype)))
     stats = autograd.contrastive(q, k, scale, pairs)
+    others = rows.shape[0] - 1
     if pairs.positive_index is not None:
-        return stats.lse - stats.positive_sum, None
-    if mask is None and among == "all" and rows.shape[0] > batch:
-        return torch.addcdiv(stats.lse, stats.positive_sum, stats.positive_count, value=-1), None
-    return _guarded_rows(stats), stats.positive_count
+        return cross_entropy(stats.lse, stats.positive_sum, others), None
+    by_value = labels is not None and labels.is_floating_point()  # a NaN has no positives in other views
+    if mask is None and among == "all" and rows.shape[0] > batch and not by_value:
+        loss = torch.addcdiv(stats.lse, stats.positive_sum, stats.positive_count, value=-1)
+        return settled(loss, others), None
+    loss = _guarded_rows(stats)
+    return loss if among == "different" else settled(loss, others, mask), stats.positive_count
 
 
 def _guarded_rows(stats: ContrastiveStats) -> Tensor:
@@ -66,7 +70,7 @@ def _guarded_rows(stats: ContrastiveStats) -> Tensor:
     count = stats.positive_count
     divisor = count.masked_fill(count < EMPTY_COUNT, 1.0)
     loss = torch.addcdiv(stats.lse * (count / divisor), stats.positive_sum, divisor, value=-1)
-    return loss.masked_fill(stats.lse == -torch.inf, 0.0)
+    return loss.masked_fill((stats.lse == -torch.inf) & ~stats.positive_sum.isnan(), 0.0)
 
 
 def reduce_anchors(
@@ -82,7 +86,8 @@ def reduce_anchors(
     dtype = validation.accumulate_dtype(like.dtype)
     weight = count > 0 if count is not None and no_positive == "drop" else None
     ratio = wide(temperature, loss) / wide(base_temperature, loss)
-    if not isinstance(ratio, Tensor) and ratio == 1.0:
+    compiling = torch.compiler.is_compiling()  # a comparison would make another graph
+    if not (compiling or isinstance(ratio, Tensor)) and ratio == 1.0:
         return reduced(loss, reduction, like, weight)
     if reduction == "mean" and weight is None:
         return (loss.sum() * (ratio / loss.shape[0])).to(dtype)

@@ -7,29 +7,34 @@ from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import reduced, wide
+from cl_kernels.losses._common import cross_entropy, reduced, wide
 
 
 @validation.full_precision
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
+def clip_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, *, reduction: str = "mean"
+) -> Tensor:
     r"""Mean of the cross-entropies of images over texts and of texts over images.
 
     With :math:`S_{ij} = s\, x_i \cdot y_j`, pair i on the diagonal:
 
-    .. math:: L = \frac{1}{2N} \sum_i \Big( \log\sum_j e^{S_{ij}} + \log\sum_j e^{S_{ji}} - 2 S_{ii} \Big)
+    .. math:: \ell_i = \frac{1}{2} \Big( \log\sum_j e^{S_{ij}} + \log\sum_j e^{S_{ji}} \Big) - S_{ii}
 
     Args:
         image_features, text_features: [N, D], float16, bfloat16, float32 or float64; used as they come, not
             normalised.
-        logit_scale: s, a float or a 0-dim tensor (CLIP's `logit_scale.exp()`), which gets its gradient.
+        logit_scale: s, a float or a tensor of one element (CLIP's `logit_scale.exp()`), which gets its
+            gradient.
+        reduction: "mean" over the pairs, "sum", or "none": [N].
 
     Returns:
-        The loss, 0-dim, in float32 (float64 for float64 inputs).
+        The loss in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
 
-    With :math:`G = (P + Q - 2I) / 2N`, P the softmax over rows of S and Q over its columns:
+    With :math:`G_{ij} = (g_i P_{ij} + g_j Q_{ij}) / 2 - g_i [j = i]`, P the softmax over rows of S and Q over
+    its columns:
 
     ==============  ====================================================
     input           gradient
@@ -44,10 +49,13 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float 
     """
     x, y = validation.pair("image_features", image_features, "text_features", text_features)
     scale = wide(validation.scale("logit_scale", logit_scale, x), x)
+    validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    own = torch.arange(x.shape[0], device=x.device)
+    n = x.shape[0]
+    own = torch.arange(n, device=x.device)
     stats = autograd.contrastive(x, y, scale, Pairs(exclude=None, positive_index=own), both_axes=True)
-    return reduced(torch.lerp(stats.lse, stats.lse_cols, 0.5) - stats.positive_sum, "mean", x)
+    loss = cross_entropy(torch.lerp(stats.lse, stats.lse_cols, 0.5), stats.positive_sum, n)
+    return reduced(loss, reduction, x)
 
 
 class ClipLoss(nn.Module):
@@ -55,7 +63,7 @@ class ClipLoss(nn.Module):
 
     It sees the features of one process: `world_size` above 1 and `use_horovod` are refused. `local_loss`,
     `gather_with_grad`, `cache_labels` and `rank` change nothing then. `logit_bias` shifts every logit alike,
-    which no softmax sees: the loss does not depend on it and its gradient is 0.
+    which no softmax sees: the loss does not depend on it, whatever its value, and its gradient is 0.
     """
 
     def __init__(
@@ -66,6 +74,8 @@ class ClipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
         if validation.integer("world_size", world_size, minimum=1) > 1:
@@ -80,6 +90,7 @@ class ClipLoss(nn.Module):
         self.rank = rank
         self.world_size = world_size
         self.use_horovod = use_horovod
+        self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 
     def forward(
         self,
@@ -89,10 +100,10 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        loss = clip_loss(image_features, text_features, logit_scale)
+        loss = clip_loss(image_features, text_features, logit_scale, reduction=self.reduction)
         if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
-            loss = loss + 0.0 * logit_bias.sum()
+            loss = loss + logit_bias.flatten()[:0].sum().to(loss)  # in the graph, its value left alone
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, world_size={self.world_size}"
+        return f"rank={self.rank}, world_size={self.world_size}, reduction={self.reduction!r}"

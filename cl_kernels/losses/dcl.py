@@ -7,12 +7,17 @@ from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import inverse, reduced, shown, unit_rows, wide
+from cl_kernels.losses._common import inverse, log_add, nothing, reduced, shown, unit_rows, wide
 
 
 @validation.full_precision
 def dcl_loss(
-    z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.1, sigma: float | Tensor | None = None
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    sigma: float | Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     r"""DCL: NT-Xent whose denominator holds no positive, one way (the anchors are the rows of z0).
 
@@ -27,12 +32,12 @@ def dcl_loss(
     Args:
         z0, z1: two views of a batch, [N, D], float16, bfloat16, float32 or float64; used as they come, not
             normalised.
-        temperature: :math:`\tau > 0`, a float or a 0-dim tensor, which gets its gradient.
+        temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         sigma: :math:`\sigma > 0` of DCLW, likewise; None for DCL.
+        reduction: "mean" over the N anchors, "sum", or "none": [N].
 
     Returns:
-        The mean over the N anchors in float32 (float64 for float64 inputs). One pair alone has no negatives:
-        0.
+        The loss in float32 (float64 for float64 inputs). One pair alone has no negatives: 0.
 
     Raises:
         TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
@@ -46,18 +51,19 @@ def dcl_loss(
     z0, z1 = validation.pair("z0", z0, "z1", z1)
     tau = validation.temperature("temperature", temperature, z0)
     width = None if sigma is None else validation.temperature("sigma", sigma, z0)
+    validation.option("reduction", reduction, validation.REDUCTIONS)
 
     n = z0.shape[0]
     scale = inverse(tau, z0)
     own = torch.arange(n, device=z0.device)
     cross = autograd.contrastive(z0, z1, scale, Pairs(exclude=0, positive_index=own))
-    if n == 1:
-        return reduced(0.0 * cross.positive_sum, "mean", z0)
-    within = autograd.contrastive(z0, None, scale, Pairs(exclude=0))
     positive = cross.positive_sum
     if width is not None:
         positive = positive * (2.0 - n * torch.softmax(positive * (wide(tau, z0) / wide(width, z0)), 0))
-    return reduced(torch.logaddexp(within.lse, cross.lse) - positive, "mean", z0)
+    if n == 1:
+        return reduced(nothing(positive), reduction, z0)
+    within = autograd.contrastive(z0, None, scale, Pairs(exclude=0))
+    return reduced(log_add(within.lse, cross.lse) - positive, reduction, z0)
 
 
 class DCLLoss(nn.Module):
@@ -74,25 +80,28 @@ class DCLLoss(nn.Module):
         *,
         normalize: bool = False,
         symmetric: bool = False,
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.sigma = sigma
         self.normalize = validation.flag("normalize", normalize)
         self.symmetric = validation.flag("symmetric", symmetric)
+        self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         validation.features("out0", out0)
         validation.features("out1", out1)
         if self.normalize:
             out0, out1 = unit_rows(out0), unit_rows(out1)
-        loss = dcl_loss(out0, out1, temperature=self.temperature, sigma=self.sigma)
-        if self.symmetric:
-            loss = 0.5 * (loss + dcl_loss(out1, out0, temperature=self.temperature, sigma=self.sigma))
-        return loss
+        loss = self._one_way(out0, out1)
+        return 0.5 * (loss + self._one_way(out1, out0)) if self.symmetric else loss
+
+    def _one_way(self, out0: Tensor, out1: Tensor) -> Tensor:
+        return dcl_loss(out0, out1, temperature=self.temperature, sigma=self.sigma, reduction=self.reduction)
 
     def extra_repr(self) -> str:
         return (
             f"temperature={shown(self.temperature)}, sigma={shown(self.sigma)}, normalize={self.normalize}, "
-            f"symmetric={self.symmetric}"
+            f"symmetric={self.symmetric}, reduction={self.reduction!r}"
         )

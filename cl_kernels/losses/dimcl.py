@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
-from cl_kernels.losses._common import inverse, reduced, shown
+from cl_kernels.losses._common import cross_entropy, inverse, reduced, settled, shown
 
 
 @validation.full_precision
@@ -30,7 +30,7 @@ def dimcl_loss(
     Args:
         z0, z1: two views, [N, D], float16, bfloat16, float32 or float64; N >= 2. A constant column correlates
             0 with every other one and gets no gradient.
-        temperature: :math:`\tau > 0`, a float or a 0-dim tensor, which gets its gradient.
+        temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         positive_mask: bool [2D, 2D] of further positives P(r) beside p(r), or None; its diagonal is ignored.
         reduction: "mean" over the 2D columns, "sum", or "none": [2D].
 
@@ -62,9 +62,11 @@ def dimcl_loss(
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
     lse, positive_sum, positive_count = autograd.dimcl(z0, z1, inverse(tau, z0), positive_mask)
+    others = 2 * z0.shape[1] - 1
     if positive_mask is None:
-        return reduced(lse - positive_sum, reduction, z0)
-    return reduced(torch.addcdiv(lse, positive_sum, positive_count, value=-1), reduction, z0)
+        return reduced(cross_entropy(lse, positive_sum, others), reduction, z0)
+    loss = torch.addcdiv(lse, positive_sum, positive_count, value=-1)
+    return reduced(settled(loss, others), reduction, z0)
 
 
 class DimCLLoss(nn.Module):

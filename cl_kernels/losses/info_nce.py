@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import inverse, own_similarity, reduced, shown
+from cl_kernels.losses._common import cross_entropy, inverse, own_similarity, reduced, shown
 
 
 @validation.full_precision
@@ -31,7 +31,7 @@ def info_nce_loss(
         q, k: queries and their keys, [N, D], float16, bfloat16, float32 or float64; used as they come, not
             normalised.
         queue: further negatives [K, D], which may be the transpose of a [D, K] buffer, or None.
-        temperature: :math:`\tau > 0`, a float or a 0-dim tensor, which gets its gradient.
+        temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         reduction: "mean" over the queries, "sum", or "none": [N].
 
     Returns:
@@ -61,7 +61,7 @@ def info_nce_loss(
     if queue is None:
         own = torch.arange(q.shape[0], device=q.device)
         stats = autograd.contrastive(q, k, scale, Pairs(exclude=None, positive_index=own))
-        return reduced(stats.lse - stats.positive_sum, reduction, q)
+        return reduced(cross_entropy(stats.lse, stats.positive_sum, q.shape[0]), reduction, q)
     others = autograd.contrastive(q, queue, scale, Pairs(exclude=None)).lse
     return reduced(-F.logsigmoid(own_similarity(q, k, scale) - others), reduction, q)
 

@@ -31,7 +31,7 @@ def multilevel_loss(
             normalised.
         labels: [B] or [B, 1], shared by the levels; None: the other views of a sample are its positives.
         weights: one float a level, or a tensor [L], which gets its gradient; None: all 1.
-        temperature, base_temperature: shared by the levels; floats or 0-dim tensors, which get their
+        temperature, base_temperature: shared by the levels; floats or tensors of one element, which get their
             gradients.
         reduction: "mean", "sum" or "none" within each level, before the weighted sum.
 

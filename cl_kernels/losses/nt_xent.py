@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import inverse, reduced, shown, unit_rows
+from cl_kernels.losses._common import cross_entropy, inverse, reduced, shown, unit_rows
 
 
 @validation.full_precision
@@ -24,7 +24,7 @@ def nt_xent_loss(
     Args:
         z0, z1: the two views, [N, D], float16, bfloat16, float32 or float64; normalised inside. A zero row
             has similarity 0 with everything and gets no gradient.
-        temperature: :math:`\tau > 0`, a float or a 0-dim tensor, which gets its gradient.
+        temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         reduction: "mean" over the 2N rows, "sum", or "none": [2N], the rows of z0 first.
 
     Returns:
@@ -53,7 +53,7 @@ def nt_xent_loss(
     z = unit_rows(torch.cat([z0, z1]))
     partner = torch.arange(2 * n, device=z.device).roll(n)
     stats = autograd.contrastive(z, None, inverse(tau, z), Pairs(exclude=0, positive_index=partner))
-    return reduced(stats.lse - stats.positive_sum, reduction, z)
+    return reduced(cross_entropy(stats.lse, stats.positive_sum, 2 * n - 1), reduction, z)
 
 
 class NTXentLoss(nn.Module):

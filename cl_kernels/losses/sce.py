@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from cl_kernels import autograd, validation
 from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import inverse, own_similarity, reduced, shown
+from cl_kernels.losses._common import (
+    at_least_zero,
+    cross_entropy,
+    inverse,
+    log_add,
+    own_similarity,
+    reduced,
+    shown,
+)
 
 
 class SCETargets(NamedTuple):
@@ -50,8 +58,8 @@ def sce_loss(
         k: their momentum keys, [N, D].
         k_global: the gathered keys [G, D] with :math:`G \ge N (\mathrm{rank} + 1)`, or None.
         queue: earlier keys [K, D], which may be the transpose of a [D, K] buffer (it is not copied), or None.
-        temperature, target_temperature: :math:`\tau, \tau_m > 0`, floats or 0-dim tensors, which get their
-            gradients.
+        temperature, target_temperature: :math:`\tau, \tau_m > 0`, floats or tensors of one element, which get
+            their gradients.
         coeff: :math:`\lambda \in [0, 1]`, likewise.
         positive_in_target: what the target's softmax does with the positive's own column: "exclude" leaves it
             out (the paper), "zero" keeps it with similarity 0 (what the authors' queue mode computes).
@@ -154,7 +162,7 @@ def _keys(
 
 
 def _check_targets(targets: SCETargets, q: Tensor, k: Tensor, keys: list[Tensor]) -> None:
-    if tuple(targets.mean.shape) != tuple(q.shape):
+    if not validation.has_shape(targets.mean, *q.shape):
         raise ValueError(
             f"targets must be of queries {tuple(q.shape)}, got those of {tuple(targets.mean.shape)}"
         )
@@ -179,18 +187,17 @@ def _to_targets(
     first = autograd.contrastive(q, keys[0], scale, Pairs(exclude=None, positive_index=positive))
     lse = first.lse
     for part in keys[1:]:
-        lse = torch.logaddexp(lse, autograd.contrastive(q, part, scale, Pairs(exclude=None)).lse)
+        lse = log_add(lse, autograd.contrastive(q, part, scale, Pairs(exclude=None)).lse)
     cross = ((q.to(targets.mean.dtype) * targets.mean).sum(1) * scale).to(lse)
     own = first.positive_sum if positive is not None else own_similarity(q, k, scale).to(lse)
     if positive is None:
-        lse = torch.logaddexp(lse, own)
+        lse = log_add(lse, own)
         if targets.positive_in_target == "zero":
             cross = torch.lerp(own, cross, torch.sigmoid(targets.lse))
     elif targets.positive_in_target == "zero":
         cross = cross + (-targets.lse).exp() * own
-    elif sum(x.shape[0] for x in keys) == 1:
-        coeff = 1.0
-    return lse - _mix(cross, own, coeff)
+    columns = sum(x.shape[0] for x in keys) + (positive is None)
+    return cross_entropy(lse, _mix(cross, own, coeff), columns)
 
 
 def _among_keys(
@@ -216,9 +223,8 @@ def _among_keys(
         positive=torch.arange(first, first + q.shape[0], device=q.device),
         positive_in_target=positive_in_target,
     )
-    if positive_in_target == "exclude" and sum(x.shape[0] for x in keys) == 1:
-        coeff = 1.0
-    return stats.lse - _mix(stats.cross, stats.positive_sum, coeff)
+    target = _mix(stats.cross, stats.positive_sum, coeff)
+    return cross_entropy(stats.lse, target, sum(x.shape[0] for x in keys))
 
 
 def _beside_queue(
@@ -236,12 +242,13 @@ def _beside_queue(
     positive, cross = own_similarity(q, k, scale).to(stats.lse.dtype), stats.cross
     if positive_in_target == "zero":
         cross = torch.lerp(positive, cross, torch.sigmoid(stats.target_lse))
-    return torch.logaddexp(stats.lse, positive) - _mix(cross, positive, coeff)
+    return at_least_zero(log_add(stats.lse, positive) - _mix(cross, positive, coeff))
 
 
 def _mix(cross: Tensor, positive: Tensor, coeff: float | Tensor) -> Tensor:
     """(1 - coeff) * cross + coeff * positive."""
-    return torch.lerp(cross, positive, coeff.to(cross) if isinstance(coeff, Tensor) else coeff)
+    weighed = isinstance(coeff, Tensor) or torch.compiler.is_compiling()
+    return torch.lerp(cross, positive, validation.constant(coeff, cross) if weighed else coeff)
 
 
 class SCELoss(nn.Module):

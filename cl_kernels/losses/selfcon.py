@@ -38,10 +38,10 @@ def selfcon_loss(
         features: [A*B, E + 1, D], further dimensions are flattened: A augmentations of B samples, one after
             the other, seen by E sub-network exits and last by the backbone; float16, bfloat16, float32 or
             float64; used as they come, not normalised.
-        labels: [B] or [B, 1], integers, booleans or floats compared by value.
+        labels: [B] or [B, 1], integers, booleans or floats compared by ==: as for `supcon_loss`.
         mask: [B, B], bool, integer or float weights: sample j is a positive of sample i where it is not 0.
-        temperature, base_temperature: :math:`\tau, \tau_0 > 0`, floats or 0-dim tensors, which get their
-            gradients.
+        temperature, base_temperature: :math:`\tau, \tau_0 > 0`, floats or tensors of one element, which get
+            their gradients.
         anchors: "all" rows; "exits": the rows of the sub-network exits only; "first": the rows of the first
             view.
         augmentations: A.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cl_kernels import autograd, dispatch, reference, validation
-from cl_kernels.losses._common import inverse, shown
+from cl_kernels.losses._common import at_least_zero, inverse, shown
 from cl_kernels.losses._views import anchor_rows, outside_rows, reduce_anchors, same_sample_pairs, view_major
 
 CONTRAST_MODES = ("all", "one")
@@ -50,12 +50,13 @@ def supcon_loss(
     Args:
         features: [B, V, D], further dimensions are flattened; float16, bfloat16, float32 or float64; used as
             they come, not normalised.
-        labels: [B] or [B, 1], integers, booleans or floats: samples of equal label are positives.
+        labels: [B] or [B, 1], integers, booleans or floats: samples of equal label (by ==) are positives. A
+            NaN equals nothing: such a sample has no positives, not even its own other views.
         mask: [B, B], bool, integer or float weights, not necessarily symmetric: sample j is a positive of
             sample i where it is not 0. Without labels and mask the other views of a sample are its positives
             (SimCLR).
-        temperature, base_temperature: :math:`\tau, \tau_0 > 0`, floats or 0-dim tensors, which get their
-            gradients.
+        temperature, base_temperature: :math:`\tau, \tau_0 > 0`, floats or tensors of one element, which get
+            their gradients.
         contrast_mode: "all": every row is an anchor; "one": those of view 0.
         summation: "out" (equation 2, what the paper recommends) or "in" (equation 3).
         denominator: "all": every row but the anchor; "one_positive": :math:`e^{S_{ip}}` of the positive at
@@ -118,7 +119,7 @@ def supcon_loss(
             rows,
             anchors,
             batch,
-            scale=scale,
+            scale,
             labels=labels,
             mask=mask,
             summation=summation,
@@ -147,17 +148,19 @@ def _inside_rows(
     positives = autograd.contrastive(q, k, scale, same)
     negatives = autograd.contrastive(q, k, scale, replace(different, label_positives=False)).lse
     count = positives.positive_count
-    alone = positives.lse == -torch.inf
+    alone = (positives.lse == -torch.inf) & ~negatives.isnan()
     margin = (positives.lse - negatives).masked_fill(alone, 0.0)
     if denominator == "all":
         loss = count.log() - F.logsigmoid(margin)
     else:
         loss = count.log() - margin
-        alone = alone | (negatives == -torch.inf)
+        alone = alone | ((negatives == -torch.inf) & ~positives.lse.isnan())
     return loss.masked_fill(alone, 0.0), count
 
 
-def _chunked_rows(rows: Tensor, anchors: int, batch: int, **options: Any) -> tuple[Tensor, Tensor]:
+def _chunked_rows(
+    rows: Tensor, anchors: int, batch: int, scale: float | Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
     """`reference.supcon_rows` of chunks of the anchors, recomputed in the backward: memory stays bounded."""
     dispatch.require_engine(
         "supcon_loss with positives_cap, denominator='one_positive', or a mask beside 'out' and 'all'"
@@ -165,19 +168,24 @@ def _chunked_rows(rows: Tensor, anchors: int, batch: int, **options: Any) -> tup
     keys = rows.to(validation.accumulate_dtype(rows.dtype))
     own = torch.arange(anchors, device=keys.device)
     step = max(1, CHUNK_LOGITS // keys.shape[0])
-    if step >= anchors:
-        return reference.supcon_rows(keys[:anchors], keys, own, batch, **options)
 
     def chunk(first: int) -> tuple[Tensor, Tensor]:
         those = slice(first, min(first + step, anchors))
-        return reference.supcon_rows(keys[those], keys, own[those], batch, **options)
+        # By an op: what a compiled graph traces is multiplied in bfloat16 under autocast, in its backward.
+        logits = autograd.similarity(keys[those], keys, scale, normalize=False)
+        return reference.supcon_rows_of(logits, own[those], batch, **options)
 
-    parts = [
-        checkpoint(chunk, first, use_reentrant=False, preserve_rng_state=False)
-        for first in range(0, anchors, step)
-    ]
-    loss, count = zip(*parts, strict=True)
-    return torch.cat(loss), torch.cat(count)
+    if step >= anchors:
+        loss, count = chunk(0)
+    else:
+        parts = [
+            checkpoint(chunk, first, use_reentrant=False, preserve_rng_state=False)
+            for first in range(0, anchors, step)
+        ]
+        loss, count = (torch.cat(part) for part in zip(*parts, strict=True))
+    if options["denominator"] != "only_negatives":
+        loss = at_least_zero(loss, options["mask"])
+    return loss, count
 
 
 class SupConLoss(nn.Module):
