@@ -138,7 +138,9 @@ def dimcl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, positive_sum, positive_count [2D] of the columns' Pearson correlations, z0 and z1 [N, D]."""
     backend = dispatch.select("dimcl_forward", z0)
-    return _run("dimcl", (backend,), (z0, z1, as_scale(scale, z0), positive_mask))[:3]
+    outputs = _run("dimcl", (backend,), (z0, z1, as_scale(scale, z0), positive_mask))
+    lse, positive_sum, positive_count, _, _ = outputs
+    return lse, positive_sum, positive_count
 
 
 def similarity(q: Tensor, k: Tensor | None, scale: float | Tensor, normalize: bool) -> Tensor:
@@ -208,8 +210,9 @@ class _Op:
         cls, tensors: Tensors, options: Options, grads: Tensors, needs: Sequence[bool]
     ) -> Tensors:
         """The gradient in differentiable PyTorch."""
-        outputs = cls.formula(tensors, options)
-        return _gradients(outputs[: cls.differentiable], tensors, grads, needs, create_graph=True)
+        return _pull_back(
+            lambda given: cls.formula(given, options)[: cls.differentiable], tensors, needs, grads
+        )
 
 
 class _Contrastive(_Op):
@@ -391,7 +394,8 @@ class _Similarity(_Op):
 
     @staticmethod
     def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
-        return [reference.similarity_matrix(*tensors, options[0])]
+        q, k, scale = tensors
+        return [reference.similarity_matrix(q, k, scale, options[0])]
 
 
 class _MaskedLogSoftmax(_Op):
@@ -516,6 +520,8 @@ class _Value(torch.autograd.Function):
         name, options, frozen = ctx.call
         op, needs, saved = _OPS[name], ctx.needs_input_grad[2:], ctx.saved_tensors
         grads = grads[: op.differentiable]
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _in_transform()):
             return None, None, *op.gradient(saved, options, grads, needs, frozen)
         tensors = saved[: len(needs)]
@@ -583,20 +589,16 @@ class _Gradient(torch.autograd.Function):
                 "forward saw them, but one of them has since been modified in place: clone it before the "
                 "forward, or take the derivative before the modification"
             )
-        tensors = [
-            kept if x is None else x for x, kept in zip(ctx.saved_tensors, ctx.kept.tensors, strict=True)
-        ]
+        pairs = zip(ctx.saved_tensors, ctx.kept.tensors, strict=True)
+        tensors = [kept if x is None else x for x, kept in pairs]
+        first = _OPS[name].differentiable
+
+        def gradient(tensors: Tensors) -> Tensors:
+            found = _OPS[name].plain_gradient(tensors[first:], options, tensors[:first], needs)
+            return [grad for grad, needed in zip(found, needs, strict=True) if needed]
+
         wanted = ctx.needs_input_grad[1 : len(tensors) + 1]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # As views, what was computed from another one of them is independent of it.
-            views = [
-                x.view_as(x) if x is not None and want else x for x, want in zip(tensors, wanted, strict=True)
-            ]
-            first = _OPS[name].differentiable
-            found = _OPS[name].plain_gradient(views[first:], options, views[:first], needs)
-            outputs = [grad for grad, needed in zip(found, needs, strict=True) if needed]
-            second = _gradients(outputs, views, grads, wanted, create_graph)
+        second = _pull_back(gradient, tensors, wanted, grads)
         return None, *second, *[None] * (len(ctx.needs_input_grad) - 1 - len(second))
 
     @staticmethod
@@ -608,24 +610,27 @@ class _Gradient(torch.autograd.Function):
         _refuse_forward_mode(ctx.call[0])
 
 
-def _gradients(
-    outputs: Tensors, inputs: Tensors, grads: Tensors, needs: Sequence[bool], create_graph: bool
-) -> list[Tensor | None]:
-    """Gradients of the outputs, None where there is none."""
-    pairs = [
-        (out, grad.to(out.dtype))
-        for out, grad in zip(outputs, grads, strict=True)
-        if out is not None and grad is not None and out.requires_grad
-    ]
-    wanted = [x is not None and needed and x.requires_grad for x, needed in zip(inputs, needs, strict=True)]
-    if not pairs or not any(wanted):
-        return [None] * len(inputs)
-    values, cotangents = zip(*pairs, strict=True)
-    leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(
-        torch.autograd.grad(values, leaves, cotangents, create_graph=create_graph, allow_unused=True)
-    )
-    return [next(found) if want else None for want in wanted]
+def _pull_back(
+    function: Callable[[Tensors], Tensors], inputs: Tensors, needs: Sequence[bool], grads: Tensors
+) -> Tensors:
+    """Differentiable gradients of `function(inputs)` from those of its outputs; None where there is none."""
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    places = [i for i, needed in enumerate(needs) if needed and inputs[i] is not None]
+    cotangents = [grad for grad in grads if grad is not None]
+    if not places or not cotangents:
+        return gradients
+
+    def of_needed(*values: Tensor) -> tuple[Tensor, ...]:
+        given = list(inputs)
+        for i, value in zip(places, values, strict=True):
+            given[i] = value
+        return tuple(x for x, grad in zip(function(given), grads, strict=True) if grad is not None)
+
+    outputs, pull_back, *_ = torch.func.vjp(of_needed, *(inputs[i] for i in places))
+    found = pull_back(tuple(grad.to(x.dtype) for x, grad in zip(outputs, cotangents, strict=True)))
+    for i, gradient in zip(places, found, strict=True):
+        gradients[i] = gradient
+    return gradients
 
 
 def _one_by_one(
@@ -643,7 +648,7 @@ def _one_by_one(
 
 def _refuse_forward_mode(name: str) -> None:
     raise NotImplementedError(
-        f"no forward-mode derivative (jvp, jacfwd, hessian, torch.autograd.forward_ad) of {_OPS[name].users}: "
-        "take torch.func.grad, vjp or jacrev, also of one another, or the function of the same name in "
+        f"{_OPS[name].users}: no derivative in forward mode (jvp, jacfwd, hessian, torch.autograd.forward_ad). "
+        "Take torch.func.grad, vjp or jacrev, also of one another, or the function of the same name in "
         "cl_kernels.reference, plain PyTorch with whole matrices"
     )
