@@ -38,6 +38,7 @@ class Pairs:
     among: str = "all"  # "same", "different": restricts the denominator by label
     label_positives: bool = False  # positives: equal labels
     positive_index: Tensor | None = None  # int64 [N], -1: none
+    first_positive: int | None = None  # where the index is known to count up from here, row by row
     positive_mask: Tensor | None = None  # [R, C], weight of (i, j) at [i % R, j % C]
 
     @property
@@ -92,8 +93,11 @@ def contrastive(
     summed = pairs.label_positives or mask is not None
     frozen = k is not None and not (both_axes or summed or _needs_gradient(k, bias))
     save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, tensors[2])
-    options = (pairs.exclude, pairs.among, pairs.label_positives, both_axes, save_gradient, backend)
-    return ContrastiveStats(*_run("contrastive", options, tensors)[:4])
+    options = (
+        pairs.exclude, pairs.among, pairs.label_positives, both_axes, save_gradient, pairs.first_positive,
+        backend,
+    )  # fmt: skip
+    return ContrastiveStats(*_run("contrastive", options, tensors))
 
 
 def soft_target(
@@ -105,15 +109,19 @@ def soft_target(
     target_scale: float | Tensor,
     *,
     positive: Tensor | None = None,
+    first_positive: int | None = None,
     positive_in_target: str = "exclude",
 ) -> SoftTargetStats:
-    """LSEs of the student's and the target's logits, the target's mean of the student's, the positives'."""
+    """LSEs of the student's and the target's logits, the target's mean of the student's, the positives'.
+
+    `first_positive`: as in `Pairs`."""
     s, target_s = as_scale(scale, q), as_scale(target_scale, q)
     frozen = not _needs_gradient(*k, target_q, *target_k, target_s)
     save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, s)
     backend = dispatch.select("soft_target_forward", q)
     tensors = (q, target_q, s, target_s, positive, *k, *target_k)
-    return SoftTargetStats(*_run("soft_target", (positive_in_target, save_gradient, backend), tensors)[:4])
+    options = (positive_in_target, save_gradient, first_positive, backend)
+    return SoftTargetStats(*_run("soft_target", options, tensors))
 
 
 def soft_target_means(
@@ -127,9 +135,12 @@ def soft_target_means(
     students share. Not differentiable."""
     scale = as_scale(target_scale, target_q)
     tensors = (target_q, target_q, scale, scale, positive, *keys, *keys)
-    options = (positive_in_target, True, dispatch.select("soft_target_forward", target_q))
+    options = (positive_in_target, True, None, dispatch.select("soft_target_forward", target_q))
     with torch.no_grad():
-        _, target_lse, _, _, _, mean = _run("soft_target", options, tensors)
+        if _in_transform():
+            _, target_lse, _, _, _, mean = _TransformedValue.apply("soft_target", options, *tensors)
+        else:
+            _, target_lse, _, _, _, mean = _SoftTarget.forward(tensors, options)
     return target_lse, mean
 
 
@@ -139,7 +150,7 @@ def dimcl(
     """lse, positive_sum, positive_count [2D] of the columns' Pearson correlations, z0 and z1 [N, D]."""
     backend = dispatch.select("dimcl_forward", z0)
     outputs = _run("dimcl", (backend,), (z0, z1, as_scale(scale, z0), positive_mask))
-    lse, positive_sum, positive_count, _, _ = outputs
+    lse, positive_sum, positive_count = outputs
     return lse, positive_sum, positive_count
 
 
@@ -176,7 +187,8 @@ class _Op:
     """
 
     users: str  # as a message names them
-    differentiable: int  # how many of the outputs are, the first ones
+    outputs: int  # how many of what the op returns, the first ones; the rest is for the backward
+    differentiable: int  # how many of the outputs
     from_output = (
         False  # the gradient is a function of the output: saved has that in place of the first tensor
     )
@@ -190,7 +202,7 @@ class _Op:
         return False
 
     @staticmethod
-    def saved(tensors: Tensors, outputs: Sequence[Tensor], frozen: bool) -> Tensors:
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
         raise NotImplementedError
 
     @staticmethod
@@ -217,12 +229,13 @@ class _Op:
 
 class _Contrastive(_Op):
     users = "the contrastive losses and contrastive_lse"
+    outputs = 4
     differentiable = 3
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
         q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask = tensors
-        exclude, among, label_positives, both_axes, save_gradient, backend = options
+        exclude, among, label_positives, both_axes, save_gradient, _, backend = options
         return dispatch.call(
             "contrastive_forward", backend, q, k, scale, exclude, row_labels, col_labels, among,
             label_positives, positive_index, positive_mask, key_bias, both_axes, save_gradient,
@@ -234,12 +247,12 @@ class _Contrastive(_Op):
         return save_gradient and not (needs[1] or needs[3])
 
     @staticmethod
-    def saved(tensors: Tensors, outputs: Sequence[Tensor], frozen: bool) -> Tensors:
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
         lse, lse_cols, _, _, residual = outputs
         if not frozen:
             return *tensors, lse, lse_cols, residual
         q, k, scale, _, _, _, index, _ = tensors
-        keys, own = _positive_keys([k], index)
+        keys, own = _positive_keys([k], index, options[5])
         return q, keys, scale, None, None, None, own, None, lse, lse_cols, residual
 
     @staticmethod
@@ -247,7 +260,7 @@ class _Contrastive(_Op):
         saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
     ) -> Tensors:
         q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask, *stats = saved
-        exclude, among, label_positives, both_axes, _, backend = options
+        exclude, among, label_positives, both_axes, _, _, backend = options
         if frozen:
             k, exclude, among = q if k is None else k, None, "all"
         has_positives = label_positives or positive_index is not None or positive_mask is not None
@@ -276,12 +289,13 @@ class _Contrastive(_Op):
 
 class _SoftTarget(_Op):
     users = "sce_loss and soft_target_cross_entropy"
+    outputs = 4
     differentiable = 4
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
         q, target_q, scale, target_scale, positive, *segments = tensors
-        positive_in_target, save_gradient, backend = options
+        positive_in_target, save_gradient, _, backend = options
         k, target_k = _halves(segments)
         return dispatch.call(
             "soft_target_forward", backend, q, k, target_q, target_k, scale, target_scale, positive,
@@ -294,11 +308,11 @@ class _SoftTarget(_Op):
         return save_gradient and not (needs[1] or any(needs[3:]))
 
     @staticmethod
-    def saved(tensors: Tensors, outputs: Sequence[Tensor], frozen: bool) -> Tensors:
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
         if not frozen:
             return *tensors, *outputs
         q, _, scale, _, positive, *segments = tensors
-        keys, own = _positive_keys(_halves(segments)[0], positive)
+        keys, own = _positive_keys(_halves(segments)[0], positive, options[2])
         return q, None, scale, None, own, keys, *[None] * (len(segments) - 1), *outputs
 
     @staticmethod
@@ -306,7 +320,7 @@ class _SoftTarget(_Op):
         saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
     ) -> Tensors:
         q, target_q, scale, target_scale, positive, *segments = saved[: len(needs)]
-        positive_in_target, _, backend = options
+        positive_in_target, _, _, backend = options
         k, target_k = _halves(segments)
         if frozen:
             k = target_k = [q if segments[0] is None else segments[0]]
@@ -338,6 +352,7 @@ class _SoftTarget(_Op):
 
 class _DimCL(_Op):
     users = "dimcl_loss"
+    outputs = 3
     differentiable = 2
 
     @staticmethod
@@ -346,7 +361,7 @@ class _DimCL(_Op):
         return dispatch.call("dimcl_forward", backend, *tensors)
 
     @staticmethod
-    def saved(tensors: Tensors, outputs: Sequence[Tensor], frozen: bool) -> Tensors:
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
         lse, _, _, mean, rnorm = outputs
         return *tensors, lse, mean, rnorm
 
@@ -368,6 +383,7 @@ class _DimCL(_Op):
 
 class _Similarity(_Op):
     users = "similarity"
+    outputs = 1
     differentiable = 1
 
     @staticmethod
@@ -376,7 +392,7 @@ class _Similarity(_Op):
         return dispatch.call("similarity_forward", backend, *tensors, normalize)
 
     @staticmethod
-    def saved(tensors: Tensors, outputs: Sequence[Tensor], frozen: bool) -> Tensors:
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
         return *tensors, *outputs[1:]
 
     @staticmethod
@@ -400,6 +416,7 @@ class _Similarity(_Op):
 
 class _MaskedLogSoftmax(_Op):
     users = "masked_log_softmax"
+    outputs = 1
     differentiable = 1
     from_output = True
 
@@ -409,7 +426,7 @@ class _MaskedLogSoftmax(_Op):
         return (dispatch.call("masked_log_softmax_forward", backend, *tensors),)
 
     @staticmethod
-    def saved(tensors: Tensors, outputs: Sequence[Tensor], frozen: bool) -> Tensors:
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
         return outputs[0], tensors[1]
 
     @staticmethod
@@ -453,16 +470,22 @@ def _halves(parts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return list(parts[:half]), list(parts[half:])
 
 
-def _positive_keys(keys: Sequence[Tensor], index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Each row's positive among the concatenated keys, [N, D], and its row there: its own, or -1 for none."""
+def _positive_keys(
+    keys: Sequence[Tensor], index: Tensor | None, first: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Copies of the rows' positives among the concatenated keys, [N, D], and the index into these."""
     if index is None:
         return None, None
-    found, first = None, 0
+    n = index.shape[0]
+    if first is not None and first + n <= keys[0].shape[0]:
+        own = keys[0][first : first + n].clone(memory_format=torch.contiguous_format)
+        return own, index - first if first else index
+    found, start = None, 0
     for part in keys:
-        here = part.index_select(0, (index - first).clamp(0, part.shape[0] - 1))
-        found = here if found is None else torch.where((index >= first)[:, None], here, found)
-        first += part.shape[0]
-    return found, torch.where(index >= 0, torch.arange(index.shape[0], device=index.device), -1)
+        here = part.index_select(0, (index - start).clamp(0, part.shape[0] - 1))
+        found = here if found is None else torch.where((index >= start)[:, None], here, found)
+        start += part.shape[0]
+    return found, torch.where(index >= 0, torch.arange(n, device=index.device), -1)
 
 
 class _Kept:
@@ -488,18 +511,20 @@ def _in_transform() -> bool:
 
 
 def _run(name: str, options: Options, tensors: Tensors) -> tuple[Tensor, ...]:
-    """All outputs of an op, differentiable."""
+    """The outputs of an op, differentiable."""
     if torch.compiler.is_compiling():
         return _Value.apply(name, options, *_distinct(tensors))
-    return (_TransformedValue if _in_transform() else _Value).apply(name, options, *tensors)
+    if _in_transform():
+        return _TransformedValue.apply(name, options, *tensors)[: _OPS[name].outputs]
+    return _Value.apply(name, options, *tensors)
 
 
 def _set_up(ctx: Any, name: str, options: Options, tensors: Tensors, outputs: Sequence[Tensor]) -> None:
+    """The context of a forward whose outputs, and what is for the backward, are `outputs`."""
     op = _OPS[name]
     frozen = op.frozen(options, ctx.needs_input_grad[2:])
-    saved = op.saved(tensors, outputs, frozen)
+    saved = op.saved(tensors, options, outputs, frozen)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*outputs[op.differentiable :])
     ctx.save_for_backward(*saved)
     ctx.call = (name, options, frozen)
     if frozen and not torch.compiler.is_compiling():
@@ -511,9 +536,12 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, name: str, options: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        outputs = _OPS[name].forward(tensors, options)
+        op = _OPS[name]
+        outputs = op.forward(tensors, options)
         _set_up(ctx, name, options, tensors, outputs)
-        return outputs
+        if op.outputs > op.differentiable:
+            ctx.mark_non_differentiable(*outputs[op.differentiable : op.outputs])
+        return outputs[: op.outputs]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -546,10 +574,11 @@ class _TransformedValue(_Value):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         name, options, *tensors = inputs
         _set_up(ctx, name, options, tensors, output)
+        ctx.mark_non_differentiable(*output[_OPS[name].differentiable :])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return _one_by_one(lambda name, options, *tensors: _run(name, options, tensors), info, in_dims, args)
+        return _one_by_one(_TransformedValue.apply, info, in_dims, args)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
@@ -648,7 +677,7 @@ def _one_by_one(
 
 def _refuse_forward_mode(name: str) -> None:
     raise NotImplementedError(
-        f"{_OPS[name].users}: no derivative in forward mode (jvp, jacfwd, hessian, torch.autograd.forward_ad). "
-        "Take torch.func.grad, vjp or jacrev, also of one another, or the function of the same name in "
+        f"{_OPS[name].users}: no derivative in forward mode (jvp, jacfwd, hessian, autograd.forward_ad); "
+        "take torch.func.grad, vjp or jacrev, also of one another, or the function of the same name in "
         "cl_kernels.reference, plain PyTorch with whole matrices"
     )

@@ -94,7 +94,7 @@ def sce_loss(
     if targets is not None:
         keys, positive = _keys(k, k_global, queue, rank)
         _check_targets(targets, q, k, keys)
-        rows = _to_targets(q, k, keys, positive, tau, weight, targets)
+        rows = _to_targets(q, k, keys, positive, q.shape[0] * rank, tau, weight, targets)
     elif k_global is None and queue is not None:
         rows = _beside_queue(q, k, queue, tau, target_tau, weight, positive_in_target)
     else:
@@ -170,13 +170,15 @@ def _to_targets(
     k: Tensor,
     keys: list[Tensor],
     positive: Tensor | None,
+    start: int,
     tau: float | Tensor,
     coeff: float | Tensor,
     targets: SCETargets,
 ) -> Tensor:
     """[N]: the losses by known targets."""
     scale = inverse(tau, q)
-    first = autograd.contrastive(q, keys[0], scale, Pairs(exclude=None, positive_index=positive))
+    pairs = Pairs(exclude=None, positive_index=positive, first_positive=start)
+    first = autograd.contrastive(q, keys[0], scale, pairs)
     lse = first.lse
     for part in keys[1:]:
         lse = torch.logaddexp(lse, autograd.contrastive(q, part, scale, Pairs(exclude=None)).lse)
@@ -214,6 +216,7 @@ def _among_keys(
         inverse(tau, q),
         inverse(target_tau, q),
         positive=torch.arange(first, first + q.shape[0], device=q.device),
+        first_positive=first,
         positive_in_target=positive_in_target,
     )
     if positive_in_target == "exclude" and sum(x.shape[0] for x in keys) == 1:
