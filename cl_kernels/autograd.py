@@ -137,7 +137,7 @@ def soft_target_means(
     tensors = (target_q, target_q, scale, scale, positive, *keys, *keys)
     options = (positive_in_target, True, None, dispatch.select("soft_target_forward", target_q))
     with torch.no_grad():
-        if _in_transform():
+        if in_transform():
             _, target_lse, _, _, _, mean = _TransformedValue.apply("soft_target", options, *tensors)
         else:
             _, target_lse, _, _, _, mean = _SoftTarget.forward(tensors, options)
@@ -505,7 +505,7 @@ def _version(x: Tensor | None) -> int:
     return 0 if x is None or x.is_inference() else x._version
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
     """Whether torch.func's transforms are at work, or forward-mode differentiation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -514,7 +514,7 @@ def _run(name: str, options: Options, tensors: Tensors) -> tuple[Tensor, ...]:
     """The outputs of an op, differentiable."""
     if torch.compiler.is_compiling():
         return _Value.apply(name, options, *_distinct(tensors))
-    if _in_transform():
+    if in_transform():
         return _TransformedValue.apply(name, options, *tensors)[: _OPS[name].outputs]
     return _Value.apply(name, options, *tensors)
 
@@ -550,7 +550,7 @@ class _Value(torch.autograd.Function):
         grads = grads[: op.differentiable]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _in_transform()):
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or in_transform()):
             return None, None, *op.gradient(saved, options, grads, needs, frozen)
         tensors = saved[: len(needs)]
         if frozen:
@@ -582,7 +582,7 @@ class _TransformedValue(_Value):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        _refuse_forward_mode(ctx.call[0])
+        _refuse_forward_mode(_OPS[ctx.call[0]].users)
 
 
 class _Gradient(torch.autograd.Function):
@@ -636,7 +636,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        _refuse_forward_mode(ctx.call[0])
+        _refuse_forward_mode(_OPS[ctx.call[0]].users)
 
 
 def _pull_back(
@@ -662,6 +662,51 @@ def _pull_back(
     return gradients
 
 
+def recomputed(function: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
+    """`function(*args)`, plain PyTorch of which no intermediate result is kept: what
+    torch.utils.checkpoint does, in torch.func's transforms. The function holds no tensors of its own."""
+    return _Recomputed.apply(function, *args)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function, computed again in the backward, which is such a function itself."""
+
+    @staticmethod
+    def forward(function: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
+        return function(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.function, *args = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+        ctx.rest = [None if isinstance(x, Tensor) else x for x in args]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        function, needs = ctx.function, ctx.needs_input_grad[1:]
+        args = [x if x is not None else other for x, other in zip(ctx.saved_tensors, ctx.rest, strict=True)]
+        places = [i for i, grad in enumerate(grads) if grad is not None]
+        if not places:
+            return (None,) * (1 + len(needs))
+
+        def gradient(*args: Any) -> tuple[Tensor, ...]:
+            inputs, cotangents = args[: len(needs)], args[len(needs) :]
+            found = _pull_back(lambda given: [function(*given)[i] for i in places], inputs, needs, cotangents)
+            return tuple(grad for grad in found if grad is not None)
+
+        found = iter(_Recomputed.apply(gradient, *args, *(grads[i] for i in places)))
+        return None, *(next(found) if needed else None for needed in needs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Recomputed.apply, info, in_dims, args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        _refuse_forward_mode("supcon_loss in chunks")
+
+
 def _one_by_one(
     function: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -675,9 +720,9 @@ def _one_by_one(
     return tuple(outputs), (0,) * len(outputs)
 
 
-def _refuse_forward_mode(name: str) -> None:
+def _refuse_forward_mode(users: str) -> None:
     raise NotImplementedError(
-        f"{_OPS[name].users}: no derivative in forward mode (jvp, jacfwd, hessian, autograd.forward_ad); "
+        f"{users}: no derivative in forward mode (jvp, jacfwd, hessian, autograd.forward_ad); "
         "take torch.func.grad, vjp or jacrev, also of one another, or the function of the same name in "
         "cl_kernels.reference, plain PyTorch with whole matrices"
     )

@@ -34,7 +34,7 @@ def scalar(x: Tensor) -> Tensor:
     return x.masked_fill(x == -torch.inf, 0.0).sin().sum()
 
 
-# Functions of x [N, D] by a module of losses (ours or the reference), given other data y [N, D], z [N + 2, D].
+# Of x [N, D], by a module of losses (ours or the reference), given other data y [N, D] and z [N + 2, D].
 CASES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "supcon": lambda m, x, y, z: m.supcon_loss(views(x, y), temperature=0.4),
     "supcon labels": lambda m, x, y, z: m.supcon_loss(views(x, y), LABELS, temperature=0.4),

@@ -1,4 +1,4 @@
-"""Changes in place between forward and backward: of a queue of frozen keys freely, of the rest never silently."""
+"""Changes in place between forward and backward: a queue of frozen keys freely, the rest never silently."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,19 +165,23 @@ def _chunked_rows(rows: Tensor, anchors: int, batch: int, **options: Any) -> tup
         "supcon_loss with positives_cap, denominator='one_positive', or a mask beside 'out' and 'all'"
     )
     keys = rows.to(validation.accumulate_dtype(rows.dtype))
-    own = torch.arange(anchors, device=keys.device)
     step = max(1, CHUNK_LOGITS // keys.shape[0])
     if step >= anchors:
+        own = torch.arange(anchors, device=keys.device)
         return reference.supcon_rows(keys[:anchors], keys, own, batch, **options)
 
-    def chunk(first: int) -> tuple[Tensor, Tensor]:
-        those = slice(first, min(first + step, anchors))
-        return reference.supcon_rows(keys[those], keys, own[those], batch, **options)
+    names = ("scale", "labels", "mask")
+    tensors = [options.pop(name) for name in names]
 
-    parts = [
-        checkpoint(chunk, first, use_reentrant=False, preserve_rng_state=False)
-        for first in range(0, anchors, step)
-    ]
+    def chunk(first: int, keys: Tensor, *tensors: Any) -> tuple[Tensor, Tensor]:
+        own = torch.arange(first, min(first + step, anchors), device=keys.device)
+        given = dict(zip(names, tensors, strict=True))
+        return reference.supcon_rows(keys[first : first + own.shape[0]], keys, own, batch, **given, **options)
+
+    again: Callable[..., tuple[Tensor, ...]] = autograd.recomputed
+    if torch.compiler.is_compiling() or not autograd.in_transform():
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    parts = [again(chunk, first, keys, *tensors) for first in range(0, anchors, step)]
     loss, count = zip(*parts, strict=True)
     return torch.cat(loss), torch.cat(count)
 
