@@ -655,11 +655,32 @@ def _pull_back(
             given[i] = value
         return tuple(x for x, grad in zip(function(given), grads, strict=True) if grad is not None)
 
-    outputs, pull_back, *_ = torch.func.vjp(of_needed, *(inputs[i] for i in places))
-    found = pull_back(tuple(grad.to(x.dtype) for x, grad in zip(outputs, cotangents, strict=True)))
+    values = [inputs[i] for i in places]
+    if in_transform() or not all(x.requires_grad for x in values):
+        outputs, pull_back, *_ = torch.func.vjp(of_needed, *values)
+        found = pull_back(tuple(grad.to(x.dtype) for x, grad in zip(outputs, cotangents, strict=True)))
+    else:  # without torch.func, which takes no hooks on saved tensors
+        found = _plain_vjp(of_needed, values, cotangents)
     for i, gradient in zip(places, found, strict=True):
         gradients[i] = gradient
     return gradients
+
+
+def _plain_vjp(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Tensors:
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [x.view_as(x) for x in inputs]  # an input computed from another stays independent
+        pairs = [
+            (out, grad.to(out.dtype))
+            for out, grad in zip(function(*views), grads, strict=True)
+            if out.requires_grad
+        ]
+        if not pairs:
+            return [None] * len(inputs)
+        outputs, cotangents = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, views, cotangents, create_graph=create_graph, allow_unused=True)
 
 
 def recomputed(function: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
