@@ -189,9 +189,6 @@ class _Op:
     users: str  # as a message names them
     outputs: int  # how many of what the op returns, the first ones; the rest is for the backward
     differentiable: int  # how many of the outputs
-    from_output = (
-        False  # the gradient is a function of the output: saved has that in place of the first tensor
-    )
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
@@ -418,7 +415,6 @@ class _MaskedLogSoftmax(_Op):
     users = "masked_log_softmax"
     outputs = 1
     differentiable = 1
-    from_output = True
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
@@ -489,8 +485,8 @@ def _positive_keys(
 
 
 class _Kept:
-    """Tensors that only a second derivative reads, as they are now: unlike those that autograd saves they may
-    be changed in place, and only then it is refused."""
+    """Tensors that only a second derivative reads. Unlike what autograd saves they may be changed in place
+    before the first; then it is the second that is refused."""
 
     def __init__(self, tensors: Tensors) -> None:
         self.tensors = tensors
@@ -594,7 +590,7 @@ class _Gradient(torch.autograd.Function):
         op = _OPS[name]
         first = op.differentiable
         found = op.gradient(args[first + len(needs) :], options, args[:first], needs, frozen)
-        return tuple(grad for grad, needed in zip(found, needs, strict=True) if needed and grad is not None)
+        return tuple(grad for grad, needed in zip(found, needs, strict=True) if needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
