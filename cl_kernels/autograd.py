@@ -1,8 +1,14 @@
 """The autograd Functions: forward and backward of the engine and of each primitive, each a call of one op.
 
-A derivative taken with `create_graph=True` does not use the backward op: it differentiates the plain formula
-of `reference.py`, which holds whole matrices, and is right to any order. Under torch.compile it is always the
-op, and PyTorch itself refuses a second derivative there.
+What there is to know of each op stands in a class of its own; two Functions make use of it. `_Value` is the
+forward op, and its backward the backward op, in torch.func's transforms (grad, vjp, jacrev, vmap) as well.
+Where that backward must itself be differentiable it is `_Gradient`: the same op, whose own backward
+differentiates the plain formula of `reference.py`. Only a second derivative pays for that: it holds whole
+matrices, and is right to any order. Under torch.compile the backward is the op alone, and PyTorch itself
+refuses a second derivative there.
+
+With frozen keys the gradient comes with the forward. Nothing as large as the keys is saved then, and they may
+be changed in place before the backward, as a queue is.
 """
 
 from __future__ import annotations
@@ -13,9 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cl_kernels import dispatch, reference
 from cl_kernels.validation import accumulate_dtype, full_precision
+
+Tensors = Sequence[Any]  # of tensors and None
+Options = tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +38,7 @@ class Pairs:
     among: str = "all"  # "same", "different": restricts the denominator by label
     label_positives: bool = False  # positives: equal labels
     positive_index: Tensor | None = None  # int64 [N], -1: none
+    first_positive: int | None = None  # where the index is known to count up from here, row by row
     positive_mask: Tensor | None = None  # [R, C], weight of (i, j) at [i % R, j % C]
 
     @property
@@ -77,15 +88,16 @@ def contrastive(
     mask = None if pairs.positive_mask is None else pairs.positive_mask.to(acc)
     bias = None if key_bias is None else key_bias.to(acc)
     backend = dispatch.select("contrastive_forward", q)
-    tensors = _distinct(
-        q, k, as_scale(scale, q), bias, pairs.row_labels, pairs.col_labels, pairs.positive_index, mask
-    )
+    tensors = (q, k, as_scale(scale, q), bias, pairs.row_labels, pairs.col_labels, pairs.positive_index, mask)
     # With frozen keys the gradient of q is one vector a row, and comes with the forward.
     summed = pairs.label_positives or mask is not None
     frozen = k is not None and not (both_axes or summed or _needs_gradient(k, bias))
     save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, tensors[2])
-    options = (pairs.exclude, pairs.among, pairs.label_positives, both_axes, save_gradient, backend)
-    return ContrastiveStats(*Contrastive.apply(*tensors, *options))
+    options = (
+        pairs.exclude, pairs.among, pairs.label_positives, both_axes, save_gradient, pairs.first_positive,
+        backend,
+    )  # fmt: skip
+    return ContrastiveStats(*_run("contrastive", options, tensors))
 
 
 def soft_target(
@@ -97,22 +109,19 @@ def soft_target(
     target_scale: float | Tensor,
     *,
     positive: Tensor | None = None,
+    first_positive: int | None = None,
     positive_in_target: str = "exclude",
 ) -> SoftTargetStats:
-    """LSEs of the student's and the target's logits, the target's mean of the student's, the positives'."""
+    """LSEs of the student's and the target's logits, the target's mean of the student's, the positives'.
+
+    `first_positive`: as in `Pairs`."""
     s, target_s = as_scale(scale, q), as_scale(target_scale, q)
     frozen = not _needs_gradient(*k, target_q, *target_k, target_s)
     save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, s)
     backend = dispatch.select("soft_target_forward", q)
-    tensors = _distinct(q, target_q, s, target_s, positive, *k, *target_k)
-    options = (positive_in_target, save_gradient, backend)
-    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and _needs_gradient(*tensors)):
-        # Dynamo inlines a Function then, and counts arguments to tell whether its forward takes a context:
-        # with segments in any number it mistakes one for the other.
-        half = 5 + len(k)
-        problem = (tensors[0], tensors[5:half], tensors[1], tensors[half:], *tensors[2:5], *options[:2])
-        return SoftTargetStats(*dispatch.call("soft_target_forward", backend, *problem)[:4])
-    return SoftTargetStats(*SoftTarget.apply(*tensors[:5], *options, *tensors[5:]))
+    tensors = (q, target_q, s, target_s, positive, *k, *target_k)
+    options = (positive_in_target, save_gradient, first_positive, backend)
+    return SoftTargetStats(*_run("soft_target", options, tensors))
 
 
 def soft_target_means(
@@ -125,12 +134,13 @@ def soft_target_means(
     """target_lse [N] and softmax(T) keys [N, D] without the positive, T = target_scale target_q keys^T: what
     students share. Not differentiable."""
     scale = as_scale(target_scale, target_q)
-    segments = list(keys)
+    tensors = (target_q, target_q, scale, scale, positive, *keys, *keys)
+    options = (positive_in_target, True, None, dispatch.select("soft_target_forward", target_q))
     with torch.no_grad():
-        _, target_lse, _, _, _, mean = dispatch.call(
-            "soft_target_forward", dispatch.select("soft_target_forward", target_q), target_q, segments,
-            target_q, segments, scale, scale, positive, positive_in_target, True,
-        )  # fmt: skip
+        if in_transform():
+            _, target_lse, _, _, _, mean = _TransformedValue.apply("soft_target", options, *tensors)
+        else:
+            _, target_lse, _, _, _, mean = _SoftTarget.forward(tensors, options)
     return target_lse, mean
 
 
@@ -139,28 +149,29 @@ def dimcl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, positive_sum, positive_count [2D] of the columns' Pearson correlations, z0 and z1 [N, D]."""
     backend = dispatch.select("dimcl_forward", z0)
-    return DimCL.apply(*_distinct(z0, z1, as_scale(scale, z0), positive_mask), backend)
+    outputs = _run("dimcl", (backend,), (z0, z1, as_scale(scale, z0), positive_mask))
+    lse, positive_sum, positive_count = outputs
+    return lse, positive_sum, positive_count
 
 
 def similarity(q: Tensor, k: Tensor | None, scale: float | Tensor, normalize: bool) -> Tensor:
     """scale q k^T [N, M], of unit rows with `normalize`."""
     backend = dispatch.select("similarity_forward", q)
-    return Similarity.apply(*_distinct(q, k, as_scale(scale, q)), normalize, backend)
+    return _run("similarity", (normalize, backend), (q, k, as_scale(scale, q)))[0]
 
 
 def masked_log_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
     """Log-softmax of [N, M] over what the bool mask [N, M] includes; -inf elsewhere."""
-    return MaskedLogSoftmax.apply(logits, mask, dispatch.select("masked_log_softmax_forward", logits))
+    backend = dispatch.select("masked_log_softmax_forward", logits)
+    return _run("masked_log_softmax", (backend,), (logits, mask))[0]
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.requires_grad for x in tensors)
 
 
-def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+def _distinct(tensors: Tensors) -> list[Tensor | None]:
     """The tensors, repeated ones as views of themselves: dynamo takes no tensor twice in one Function."""
-    if not torch.compiler.is_compiling():
-        return list(tensors)
     distinct: list[Tensor | None] = []
     for x in tensors:
         repeated = x is not None and any(x is other for other in distinct)
@@ -168,239 +179,567 @@ def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     return distinct
 
 
-def _double_backward() -> bool:
-    """Whether the running backward must itself be differentiable."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+class _Op:
+    """An op, its backward op, and the plain formula that a second derivative differentiates.
 
+    `tensors` are those of the forward. `saved` is what the backward op reads: one for each of the tensors,
+    then what the forward left for it; with `frozen` keys, compact arguments in place of the tensors.
+    """
 
-@full_precision
-def _differentiate(
-    formula: Callable[..., Sequence[Tensor]],
-    inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    grads: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """Differentiable gradients of `formula(*inputs)`; `needs` says which inputs get one."""
-    views = [
-        x if x is None else x.view_as(x) for x in inputs
-    ]  # an input computed from another stays independent
-    pairs = zip(formula(*views), grads, strict=False)
-    outputs = [(out, grad.to(out.dtype)) for out, grad in pairs if grad is not None and out.requires_grad]
-    wanted = [x for x, needed in zip(views, needs, strict=True) if needed and x is not None]
-    if not outputs or not wanted:
-        return [None] * len(views)
-    values, cotangents = zip(*outputs, strict=True)
-    found = iter(torch.autograd.grad(values, wanted, cotangents, create_graph=True, allow_unused=True))
-    return [next(found) if needed else None for needed in needs]
+    users: str  # as a message names them
+    outputs: int  # how many of what the op returns, the first ones; the rest is for the backward
+    differentiable: int  # how many of the outputs
 
-
-def _if(needed: bool, grad: Tensor) -> Tensor | None:
-    return grad if needed else None
-
-
-class Contrastive(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor | None,
-        scale: Tensor,
-        key_bias: Tensor | None,
-        row_labels: Tensor | None,
-        col_labels: Tensor | None,
-        positive_index: Tensor | None,
-        positive_mask: Tensor | None,
-        exclude: int | None,
-        among: str,
-        label_positives: bool,
-        both_axes: bool,
-        save_gradient: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        lse, lse_cols, positive_sum, positive_count, residual = dispatch.call(
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    @staticmethod
+    def frozen(options: Options, needs: Sequence[bool]) -> bool:
+        return False
+
+    @staticmethod
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        raise NotImplementedError
+
+    @staticmethod
+    def gradient(
+        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        """By the backward op; None where no gradient is needed."""
+        raise NotImplementedError
+
+    @staticmethod
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        """The differentiable outputs, first of all."""
+        raise NotImplementedError
+
+    @classmethod
+    def plain_gradient(
+        cls, tensors: Tensors, options: Options, grads: Tensors, needs: Sequence[bool]
+    ) -> Tensors:
+        """The gradient in differentiable PyTorch."""
+        return _pull_back(
+            lambda given: cls.formula(given, options)[: cls.differentiable], tensors, needs, grads
+        )
+
+
+class _Contrastive(_Op):
+    users = "the contrastive losses and contrastive_lse"
+    outputs = 4
+    differentiable = 3
+
+    @staticmethod
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask = tensors
+        exclude, among, label_positives, both_axes, save_gradient, _, backend = options
+        return dispatch.call(
             "contrastive_forward", backend, q, k, scale, exclude, row_labels, col_labels, among,
             label_positives, positive_index, positive_mask, key_bias, both_axes, save_gradient,
         )  # fmt: skip
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(positive_count)
-        ctx.save_for_backward(
-            q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask,
-            lse, lse_cols, residual,
-        )  # fmt: skip
-        ctx.options = (exclude, among, label_positives, both_axes, backend)
-        return lse, lse_cols, positive_sum, positive_count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask, *stats = (
-            ctx.saved_tensors
-        )
-        exclude, among, label_positives, both_axes, backend = ctx.options
-        pairs = (exclude, row_labels, col_labels, among, label_positives, positive_index, positive_mask)
-        needs_q, needs_k, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-        if _double_backward():
+    def frozen(options: Options, needs: Sequence[bool]) -> bool:
+        save_gradient = options[4]
+        return save_gradient and not (needs[1] or needs[3])
 
-            def formula(
-                q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None
-            ) -> Sequence[Tensor]:
-                return reference.contrastive_stats(q, k, scale, *pairs, key_bias, both_axes)
+    @staticmethod
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        lse, lse_cols, _, _, residual = outputs
+        if not frozen:
+            return *tensors, lse, lse_cols, residual
+        q, k, scale, _, _, _, index, _ = tensors
+        keys, own = _positive_keys([k], index, options[5])
+        return q, keys, scale, None, None, None, own, None, lse, lse_cols, residual
 
-            inputs = _differentiate(formula, (q, k, scale, key_bias), ctx.needs_input_grad[:4], grads[:3])
-            return *inputs, *([None] * 10)
+    @staticmethod
+    def gradient(
+        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask, *stats = saved
+        exclude, among, label_positives, both_axes, _, _, backend = options
+        if frozen:
+            k, exclude, among = q if k is None else k, None, "all"
         has_positives = label_positives or positive_index is not None or positive_mask is not None
-        grad_lse, grad_cols, grad_positive = grads[:3]
+        grad_lse, grad_cols, grad_positive = grads
+        needs_q, needs_k, needs_scale, needs_bias = needs[:4]
         grad_q, grad_k, grad_scale, grad_bias = dispatch.call(
             "contrastive_backward", backend, grad_lse, grad_cols if both_axes else None,
-            grad_positive if has_positives else None, q, k, scale, *pairs, key_bias, both_axes, *stats,
+            grad_positive if has_positives else None, q, k, scale, exclude, row_labels, col_labels, among,
+            label_positives, positive_index, positive_mask, key_bias, both_axes, *stats,
             (needs_q, needs_k, needs_bias),
         )  # fmt: skip
         return (
-            _if(needs_q, grad_q), _if(needs_k, grad_k), grad_scale.to(scale.device) if needs_scale else None,
-            _if(needs_bias, grad_bias), *([None] * 10),
+            _if(needs_q, grad_q), _if(needs_k, grad_k), _like(grad_scale, scale, needs_scale),
+            _if(needs_bias, grad_bias), None, None, None, None,
+        )  # fmt: skip
+
+    @staticmethod
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask = tensors
+        exclude, among, label_positives, both_axes, *_ = options
+        return reference.contrastive_stats(
+            q, k, scale, exclude, row_labels, col_labels, among, label_positives, positive_index,
+            positive_mask, key_bias, both_axes,
         )  # fmt: skip
 
 
-class SoftTarget(torch.autograd.Function):
+class _SoftTarget(_Op):
+    users = "sce_loss and soft_target_cross_entropy"
+    outputs = 4
+    differentiable = 4
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        target_q: Tensor,
-        scale: Tensor,
-        target_scale: Tensor,
-        positive: Tensor | None,
-        positive_in_target: str,
-        save_gradient: bool,
-        backend: str,
-        *segments: Tensor,
-    ) -> tuple[Tensor, ...]:
-        k, target_k = segments[: len(segments) // 2], segments[len(segments) // 2 :]
-        lse, target_lse, cross, positive_sum, mean_key, mean_target_key = dispatch.call(
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        q, target_q, scale, target_scale, positive, *segments = tensors
+        positive_in_target, save_gradient, _, backend = options
+        k, target_k = _halves(segments)
+        return dispatch.call(
             "soft_target_forward", backend, q, k, target_q, target_k, scale, target_scale, positive,
             positive_in_target, save_gradient,
         )  # fmt: skip
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            q, target_q, scale, target_scale, positive,
-            lse, target_lse, cross, positive_sum, mean_key, mean_target_key, *segments,
-        )  # fmt: skip
-        ctx.options = (positive_in_target, backend)
-        return lse, target_lse, cross, positive_sum
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, target_q, scale, target_scale, positive, *stats = ctx.saved_tensors[:11]
-        segments = ctx.saved_tensors[11:]
-        half = len(segments) // 2
-        k, target_k = segments[:half], segments[half:]
-        positive_in_target, backend = ctx.options
-        needs_q, needs_target_q, needs_scale, needs_target_scale = ctx.needs_input_grad[:4]
-        needs_segments = ctx.needs_input_grad[8:]
-        if _double_backward():
+    def frozen(options: Options, needs: Sequence[bool]) -> bool:
+        save_gradient = options[1]
+        return save_gradient and not (needs[1] or any(needs[3:]))
 
-            def formula(q: Tensor, t: Tensor, s: Tensor, target_s: Tensor, *keys: Tensor) -> Sequence[Tensor]:
-                k, u = keys[:half], keys[half:]
-                return reference.soft_target_stats(q, k, t, u, s, target_s, positive, positive_in_target)
+    @staticmethod
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        if not frozen:
+            return *tensors, *outputs
+        q, _, scale, _, positive, *segments = tensors
+        keys, own = _positive_keys(_halves(segments)[0], positive, options[2])
+        return q, None, scale, None, own, keys, *[None] * (len(segments) - 1), *outputs
 
-            inputs = _differentiate(
-                formula,
-                (q, target_q, scale, target_scale, *segments),
-                (*ctx.needs_input_grad[:4], *needs_segments),
-                grads,
-            )
-            return *inputs[:4], *([None] * 4), *inputs[4:]
+    @staticmethod
+    def gradient(
+        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        q, target_q, scale, target_scale, positive, *segments = saved[: len(needs)]
+        positive_in_target, _, _, backend = options
+        k, target_k = _halves(segments)
+        if frozen:
+            k = target_k = [q if segments[0] is None else segments[0]]
+            target_q, target_scale = q, scale
+        needs_q, needs_target_q, needs_scale, needs_target_scale, _, *needs_segments = needs
+        needs_k, needs_target_k = _halves(needs_segments)
+        needed = (needs_q, any(needs_k), needs_target_q or needs_target_scale, any(needs_target_k))
         grad_lse, grad_target_lse, grad_cross, grad_positive = grads
-        needs = (
-            needs_q,
-            any(needs_segments[:half]),
-            needs_target_q or needs_target_scale,
-            any(needs_segments[half:]),
-        )
         grad_q, grad_k, grad_target_q, grad_target_k, grad_scale, grad_target_scale = dispatch.call(
             "soft_target_backward", backend, grad_lse, grad_target_lse, grad_cross,
-            None if positive is None else grad_positive,
-            q, k, target_q, target_k, scale, target_scale, positive, positive_in_target, *stats, needs,
+            None if positive is None else grad_positive, q, k, target_q, target_k, scale, target_scale,
+            positive, positive_in_target, *saved[len(needs) :], needed,
         )  # fmt: skip
+        grad_segments = [None] * len(segments) if frozen else [*grad_k, *grad_target_k]
         return (
-            _if(needs_q, grad_q), _if(needs_target_q, grad_target_q),
-            grad_scale.to(scale.device) if needs_scale else None,
-            grad_target_scale.to(target_scale.device) if needs_target_scale else None, *([None] * 4),
-            *(_if(n, g) for n, g in zip(needs_segments, (*grad_k, *grad_target_k), strict=True)),
+            _if(needs_q, grad_q), _if(needs_target_q, grad_target_q), _like(grad_scale, scale, needs_scale),
+            _like(grad_target_scale, target_scale, needs_target_scale), None,
+            *(_if(needed, grad) for needed, grad in zip(needs_segments, grad_segments, strict=True)),
         )  # fmt: skip
 
-
-class DimCL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, z0: Tensor, z1: Tensor, scale: Tensor, positive_mask: Tensor | None, backend: str
-    ) -> tuple[Tensor, ...]:
-        lse, positive_sum, positive_count, mean, rnorm = dispatch.call(
-            "dimcl_forward", backend, z0, z1, scale, positive_mask
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        q, target_q, scale, target_scale, positive, *segments = tensors
+        k, target_k = _halves(segments)
+        return reference.soft_target_stats(
+            q, k, target_q, target_k, scale, target_scale, positive, options[0]
         )
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(positive_count)
-        ctx.save_for_backward(z0, z1, scale, positive_mask, lse, mean, rnorm)
-        ctx.backend = backend
-        return lse, positive_sum, positive_count
+
+
+class _DimCL(_Op):
+    users = "dimcl_loss"
+    outputs = 3
+    differentiable = 2
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        z0, z1, scale, positive_mask, *stats = ctx.saved_tensors
-        needs_z0, needs_z1, needs_scale = ctx.needs_input_grad[:3]
-        if _double_backward():
-
-            def formula(z0: Tensor, z1: Tensor, scale: Tensor) -> Sequence[Tensor]:
-                return reference.dimcl_stats(z0, z1, scale, positive_mask)
-
-            return *_differentiate(formula, (z0, z1, scale), ctx.needs_input_grad[:3], grads[:2]), None, None
-        grad_z0, grad_z1, grad_scale = dispatch.call(
-            "dimcl_backward", ctx.backend, *grads[:2], z0, z1, scale, positive_mask, *stats
-        )
-        grad_scale = grad_scale.to(scale.device) if needs_scale else None
-        return _if(needs_z0, grad_z0), _if(needs_z1, grad_z1), grad_scale, None, None
-
-
-class Similarity(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor | None, scale: Tensor, normalize: bool, backend: str
-    ) -> Tensor:
-        out, q_rnorm, k_rnorm = dispatch.call("similarity_forward", backend, q, k, scale, normalize)
-        ctx.save_for_backward(q, k, scale, q_rnorm, k_rnorm)
-        ctx.options = (normalize, backend)
-        return out
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        (backend,) = options
+        return dispatch.call("dimcl_forward", backend, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, scale, q_rnorm, k_rnorm = ctx.saved_tensors
-        normalize, backend = ctx.options
-        needs_q, needs_k, needs_scale = ctx.needs_input_grad[:3]
-        if _double_backward():
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        lse, _, _, mean, rnorm = outputs
+        return *tensors, lse, mean, rnorm
 
-            def formula(q: Tensor, k: Tensor | None, scale: Tensor) -> Sequence[Tensor]:
-                return [reference.similarity_matrix(q, k, scale, normalize)]
+    @staticmethod
+    def gradient(
+        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        (backend,) = options
+        needs_z0, needs_z1, needs_scale, _ = needs
+        grad_z0, grad_z1, grad_scale = dispatch.call("dimcl_backward", backend, *grads, *saved)
+        return (
+            _if(needs_z0, grad_z0), _if(needs_z1, grad_z1), _like(grad_scale, saved[2], needs_scale), None
+        )  # fmt: skip
 
-            return *_differentiate(formula, (q, k, scale), ctx.needs_input_grad[:3], grads), None, None
+    @staticmethod
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        return reference.dimcl_stats(*tensors)
+
+
+class _Similarity(_Op):
+    users = "similarity"
+    outputs = 1
+    differentiable = 1
+
+    @staticmethod
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        normalize, backend = options
+        return dispatch.call("similarity_forward", backend, *tensors, normalize)
+
+    @staticmethod
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        return *tensors, *outputs[1:]
+
+    @staticmethod
+    def gradient(
+        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        normalize, backend = options
+        q, k, scale, q_rnorm, k_rnorm = saved
+        needs_q, needs_k, needs_scale = needs
         grad_q, grad_k, grad_scale = dispatch.call(
             "similarity_backward", backend, *grads, q, k, scale, normalize, q_rnorm, k_rnorm,
             (needs_q, needs_k),
         )  # fmt: skip
-        grad_scale = grad_scale.to(scale.device) if needs_scale else None
-        return _if(needs_q, grad_q), _if(needs_k, grad_k), grad_scale, None, None
-
-
-class MaskedLogSoftmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-        out = dispatch.call("masked_log_softmax_forward", backend, logits, mask)
-        ctx.save_for_backward(out, mask)
-        ctx.backend = backend
-        return out
+        return _if(needs_q, grad_q), _if(needs_k, grad_k), _like(grad_scale, scale, needs_scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        out, mask = ctx.saved_tensors
-        if _double_backward():
-            grad = grads[0] if mask is None else grads[0].masked_fill(~mask, 0)
-            return grad - out.exp() * grad.sum(1, keepdim=True), None, None
-        return dispatch.call("masked_log_softmax_backward", ctx.backend, *grads, out, mask), None, None
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        q, k, scale = tensors
+        return [reference.similarity_matrix(q, k, scale, options[0])]
+
+
+class _MaskedLogSoftmax(_Op):
+    users = "masked_log_softmax"
+    outputs = 1
+    differentiable = 1
+
+    @staticmethod
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        (backend,) = options
+        return (dispatch.call("masked_log_softmax_forward", backend, *tensors),)
+
+    @staticmethod
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        return outputs[0], tensors[1]
+
+    @staticmethod
+    def gradient(
+        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        (backend,) = options
+        return dispatch.call("masked_log_softmax_backward", backend, *grads, *saved), None
+
+    @classmethod
+    def plain_gradient(
+        cls, tensors: Tensors, options: Options, grads: Tensors, needs: Sequence[bool]
+    ) -> Tensors:
+        (out, mask), (grad,) = tensors, grads
+        left_out = (out == -torch.inf).all(1, keepdim=True)
+        if mask is not None:
+            left_out = left_out | ~mask
+        grad = grad.masked_fill(left_out, 0)
+        return grad - out.exp() * grad.sum(1, keepdim=True), None
+
+
+_OPS: dict[str, type[_Op]] = {
+    "contrastive": _Contrastive,
+    "soft_target": _SoftTarget,
+    "dimcl": _DimCL,
+    "similarity": _Similarity,
+    "masked_log_softmax": _MaskedLogSoftmax,
+}
+
+
+def _if(needed: bool, grad: Tensor | None) -> Tensor | None:
+    return grad if needed else None
+
+
+def _like(grad: Tensor, scalar: Tensor, needed: bool) -> Tensor | None:
+    return grad.to(scalar.device) if needed else None
+
+
+def _halves(parts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    half = len(parts) // 2
+    return list(parts[:half]), list(parts[half:])
+
+
+def _positive_keys(
+    keys: Sequence[Tensor], index: Tensor | None, first: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Copies of the rows' positives among the concatenated keys, [N, D], and the index into these."""
+    if index is None:
+        return None, None
+    n = index.shape[0]
+    if first is not None and first + n <= keys[0].shape[0]:
+        own = keys[0][first : first + n].clone(memory_format=torch.contiguous_format)
+        return own, index - first if first else index
+    found, start = None, 0
+    for part in keys:
+        here = part.index_select(0, (index - start).clamp(0, part.shape[0] - 1))
+        found = here if found is None else torch.where((index >= start)[:, None], here, found)
+        start += part.shape[0]
+    return found, torch.where(index >= 0, torch.arange(n, device=index.device), -1)
+
+
+class _Kept:
+    """Tensors that only a second derivative reads. Unlike what autograd saves they may be changed in place
+    before the first; then it is the second that is refused."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+        self._versions = [_version(x) for x in tensors]
+
+    @property
+    def changed(self) -> bool:
+        return self._versions != [_version(x) for x in self.tensors]
+
+
+def _version(x: Tensor | None) -> int:
+    return 0 if x is None or x.is_inference() else x._version
+
+
+def in_transform() -> bool:
+    """Whether torch.func's transforms are at work, or forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _run(name: str, options: Options, tensors: Tensors) -> tuple[Tensor, ...]:
+    """The outputs of an op, differentiable."""
+    if torch.compiler.is_compiling():
+        return _Value.apply(name, options, *_distinct(tensors))
+    if in_transform():
+        return _TransformedValue.apply(name, options, *tensors)[: _OPS[name].outputs]
+    return _Value.apply(name, options, *tensors)
+
+
+def _set_up(ctx: Any, name: str, options: Options, tensors: Tensors, outputs: Sequence[Tensor]) -> None:
+    """The context of a forward whose outputs, and what is for the backward, are `outputs`."""
+    op = _OPS[name]
+    frozen = op.frozen(options, ctx.needs_input_grad[2:])
+    saved = op.saved(tensors, options, outputs, frozen)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*saved)
+    ctx.call = (name, options, frozen)
+    if frozen and not torch.compiler.is_compiling():
+        ctx.kept = _Kept([None if x is y else x for x, y in zip(tensors, saved, strict=False)])
+
+
+class _Value(torch.autograd.Function):
+    """An op, in the form that costs least and that torch.compile takes."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, options: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        op = _OPS[name]
+        outputs = op.forward(tensors, options)
+        _set_up(ctx, name, options, tensors, outputs)
+        if op.outputs > op.differentiable:
+            ctx.mark_non_differentiable(*outputs[op.differentiable : op.outputs])
+        return outputs[: op.outputs]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        name, options, frozen = ctx.call
+        op, needs, saved = _OPS[name], ctx.needs_input_grad[2:], ctx.saved_tensors
+        grads = grads[: op.differentiable]
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or in_transform()):
+            return None, None, *op.gradient(saved, options, grads, needs, frozen)
+        tensors = saved[: len(needs)]
+        if frozen:
+            pairs = zip(tensors, ctx.kept.tensors, strict=True)
+            tensors = [kept if kept is not None else x for x, kept in pairs]
+        call = (name, options, frozen, needs, frozen and ctx.kept.changed)
+        found = iter(_Gradient.apply(call, *grads, *tensors, *saved))
+        return None, None, *(next(found) if needed else None for needed in needs)
+
+
+class _TransformedValue(_Value):
+    """The same in the form that torch.func's transforms want."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        name: str, options: Options, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return _OPS[name].forward(tensors, options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        name, options, *tensors = inputs
+        _set_up(ctx, name, options, tensors, output)
+        ctx.mark_non_differentiable(*output[_OPS[name].differentiable :])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _one_by_one(_TransformedValue.apply, info, in_dims, args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        _refuse_forward_mode(_OPS[ctx.call[0]].users)
+
+
+class _Gradient(torch.autograd.Function):
+    """A backward op, differentiable: in the gradients that come in and in the tensors of the forward."""
+
+    @staticmethod
+    def forward(call: tuple[Any, ...], *args: Tensor | None) -> tuple[Tensor, ...]:
+        name, options, frozen, needs, _ = call
+        op = _OPS[name]
+        first = op.differentiable
+        found = op.gradient(args[first + len(needs) :], options, args[:first], needs, frozen)
+        return tuple(grad for grad, needed in zip(found, needs, strict=True) if needed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *args = inputs
+        name, _, _, needs, _ = call
+        first = _OPS[name].differentiable
+        last = first + len(needs)
+        tracked = [i < first or needed for i, needed in enumerate(ctx.needs_input_grad[1 : last + 1])]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(_if(saved, x) for x, saved in zip(args, tracked, strict=False)))
+        ctx.kept = _Kept([_if(not saved, x) for x, saved in zip(args, tracked, strict=False)])
+        ctx.call = call
+
+    @staticmethod
+    @full_precision
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        name, options, _, needs, changed = ctx.call
+        if changed or ctx.kept.changed:
+            raise RuntimeError(
+                f"a second derivative of {_OPS[name].users} needs the keys, the labels and the scale as the "
+                "forward saw them, but one of them has since been modified in place: clone it before the "
+                "forward, or take the derivative before the modification"
+            )
+        pairs = zip(ctx.saved_tensors, ctx.kept.tensors, strict=True)
+        tensors = [kept if x is None else x for x, kept in pairs]
+        first = _OPS[name].differentiable
+
+        def gradient(tensors: Tensors) -> Tensors:
+            found = _OPS[name].plain_gradient(tensors[first:], options, tensors[:first], needs)
+            return [grad for grad, needed in zip(found, needs, strict=True) if needed]
+
+        wanted = ctx.needs_input_grad[1 : len(tensors) + 1]
+        second = _pull_back(gradient, tensors, wanted, grads)
+        return None, *second, *[None] * (len(ctx.needs_input_grad) - 1 - len(second))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Gradient.apply, info, in_dims, args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        _refuse_forward_mode(_OPS[ctx.call[0]].users)
+
+
+def _pull_back(
+    function: Callable[[Tensors], Tensors], inputs: Tensors, needs: Sequence[bool], grads: Tensors
+) -> Tensors:
+    """Differentiable gradients of `function(inputs)` from those of its outputs; None where there is none."""
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    places = [i for i, needed in enumerate(needs) if needed and inputs[i] is not None]
+    cotangents = [grad for grad in grads if grad is not None]
+    if not places or not cotangents:
+        return gradients
+
+    def of_needed(*values: Tensor) -> tuple[Tensor, ...]:
+        given = list(inputs)
+        for i, value in zip(places, values, strict=True):
+            given[i] = value
+        return tuple(x for x, grad in zip(function(given), grads, strict=True) if grad is not None)
+
+    values = [inputs[i] for i in places]
+    if in_transform() or not all(x.requires_grad for x in values):
+        outputs, pull_back, *_ = torch.func.vjp(of_needed, *values)
+        found = pull_back(tuple(grad.to(x.dtype) for x, grad in zip(outputs, cotangents, strict=True)))
+    else:  # without torch.func, which takes no hooks on saved tensors
+        found = _plain_vjp(of_needed, values, cotangents)
+    for i, gradient in zip(places, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def _plain_vjp(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Tensors:
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [x.view_as(x) for x in inputs]  # an input computed from another stays independent
+        pairs = [
+            (out, grad.to(out.dtype))
+            for out, grad in zip(function(*views), grads, strict=True)
+            if out.requires_grad
+        ]
+        if not pairs:
+            return [None] * len(inputs)
+        outputs, cotangents = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, views, cotangents, create_graph=create_graph, allow_unused=True)
+
+
+def recomputed(function: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
+    """`function(*args)`, plain PyTorch of which no intermediate result is kept: what
+    torch.utils.checkpoint does, in torch.func's transforms. The function holds no tensors of its own."""
+    return _Recomputed.apply(function, *args)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function, computed again in the backward, which is such a function itself."""
+
+    @staticmethod
+    def forward(function: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
+        return function(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.function, *args = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+        ctx.rest = [None if isinstance(x, Tensor) else x for x in args]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        function, needs = ctx.function, ctx.needs_input_grad[1:]
+        args = [x if x is not None else other for x, other in zip(ctx.saved_tensors, ctx.rest, strict=True)]
+        places = [i for i, grad in enumerate(grads) if grad is not None]
+        if not places:
+            return (None,) * (1 + len(needs))
+
+        def gradient(*args: Any) -> tuple[Tensor, ...]:
+            inputs, cotangents = args[: len(needs)], args[len(needs) :]
+            found = _pull_back(lambda given: [function(*given)[i] for i in places], inputs, needs, cotangents)
+            return tuple(grad for grad in found if grad is not None)
+
+        found = iter(_Recomputed.apply(gradient, *args, *(grads[i] for i in places)))
+        return None, *(next(found) if needed else None for needed in needs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Recomputed.apply, info, in_dims, args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        _refuse_forward_mode("supcon_loss in chunks")
+
+
+def _one_by_one(
+    function: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The rule of vmap: the problems of a batch in turn, and their outputs stacked."""
+
+    def problem(i: int) -> tuple[Tensor, ...]:
+        pairs = zip(args, in_dims, strict=True)
+        return function(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs))
+
+    outputs = [torch.stack(parts) for parts in zip(*map(problem, range(info.batch_size)), strict=True)]
+    return tuple(outputs), (0,) * len(outputs)
+
+
+def _refuse_forward_mode(users: str) -> None:
+    raise NotImplementedError(
+        f"{users}: no derivative in forward mode (jvp, jacfwd, hessian, autograd.forward_ad); "
+        "take torch.func.grad, vjp or jacrev, also of one another, or the function of the same name in "
+        "cl_kernels.reference, plain PyTorch with whole matrices"
+    )

@@ -181,6 +181,36 @@ def test_the_sum_of_far_apart_exponentials() -> None:
     torch.testing.assert_close(log_add(x, y), torch.logaddexp(x, y), rtol=1e-15, atol=1e-15)
 
 
+def test_third_derivatives() -> None:
+    inputs = [f64(4, 3).requires_grad_(), f64(5, 3).requires_grad_(), scalar(1.5).requires_grad_()]
+
+    def third(module: Any) -> tuple[Tensor, ...]:
+        q, k, scale = inputs
+        value = module.contrastive_lse(q, k, scale=scale, exclude=1).sin().sum()
+        for x, function in ((q, torch.sin), (k, torch.cos)):
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            value = function(gradient).sum()
+        return torch.autograd.grad(value, inputs)
+
+    for found, expected in zip(third(clk), third(clk.reference), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_saved_tensors_on_the_cpu() -> None:
+    """Hooks on saved tensors, which torch.func refuses, are there while a second derivative is taken."""
+    function, make = CASES["info_nce with a queue"]
+    inputs = [x.requires_grad_() for x in make()]
+
+    def second() -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(function(*inputs), inputs, create_graph=True)
+        return torch.autograd.grad(sum(x.sin().sum() for x in first), inputs)
+
+    expected = second()
+    with torch.autograd.graph.save_on_cpu():
+        found = second()
+    assert all(map(torch.equal, found, expected))
+
+
 def test_gradient_penalty() -> None:
     """A second derivative through a network, in float32."""
     torch.manual_seed(1)

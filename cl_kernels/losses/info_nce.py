@@ -60,7 +60,7 @@ def info_nce_loss(
     scale = inverse(tau, q)
     if queue is None:
         own = torch.arange(q.shape[0], device=q.device)
-        stats = autograd.contrastive(q, k, scale, Pairs(exclude=None, positive_index=own))
+        stats = autograd.contrastive(q, k, scale, Pairs(exclude=None, positive_index=own, first_positive=0))
         return reduced(cross_entropy(stats.lse, stats.positive_sum, q.shape[0]), reduction, q)
     others = autograd.contrastive(q, queue, scale, Pairs(exclude=None)).lse
     return reduced(-F.logsigmoid(own_similarity(q, k, scale) - others), reduction, q)

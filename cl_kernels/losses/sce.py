@@ -102,7 +102,7 @@ def sce_loss(
     if targets is not None:
         keys, positive = _keys(k, k_global, queue, rank)
         _check_targets(targets, q, k, keys)
-        rows = _to_targets(q, k, keys, positive, tau, weight, targets)
+        rows = _to_targets(q, k, keys, positive, q.shape[0] * rank, tau, weight, targets)
     elif k_global is None and queue is not None:
         rows = _beside_queue(q, k, queue, tau, target_tau, weight, positive_in_target)
     else:
@@ -178,13 +178,15 @@ def _to_targets(
     k: Tensor,
     keys: list[Tensor],
     positive: Tensor | None,
+    start: int,
     tau: float | Tensor,
     coeff: float | Tensor,
     targets: SCETargets,
 ) -> Tensor:
     """[N]: the losses by known targets."""
     scale = inverse(tau, q)
-    first = autograd.contrastive(q, keys[0], scale, Pairs(exclude=None, positive_index=positive))
+    pairs = Pairs(exclude=None, positive_index=positive, first_positive=start)
+    first = autograd.contrastive(q, keys[0], scale, pairs)
     lse = first.lse
     for part in keys[1:]:
         lse = log_add(lse, autograd.contrastive(q, part, scale, Pairs(exclude=None)).lse)
@@ -221,6 +223,7 @@ def _among_keys(
         inverse(tau, q),
         inverse(target_tau, q),
         positive=torch.arange(first, first + q.shape[0], device=q.device),
+        first_positive=first,
         positive_in_target=positive_in_target,
     )
     target = _mix(stats.cross, stats.positive_sum, coeff)

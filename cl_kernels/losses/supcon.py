@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,8 +122,8 @@ def supcon_loss(
             anchors,
             batch,
             scale,
-            labels=labels,
-            mask=mask,
+            labels,
+            mask,
             summation=summation,
             denominator=denominator,
             kept_samples=kept,
@@ -159,32 +161,38 @@ def _inside_rows(
 
 
 def _chunked_rows(
-    rows: Tensor, anchors: int, batch: int, scale: float | Tensor, **options: Any
+    rows: Tensor,
+    anchors: int,
+    batch: int,
+    scale: float | Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`reference.supcon_rows` of chunks of the anchors, recomputed in the backward: memory stays bounded."""
     dispatch.require_engine(
         "supcon_loss with positives_cap, denominator='one_positive', or a mask beside 'out' and 'all'"
     )
     keys = rows.to(validation.accumulate_dtype(rows.dtype))
-    own = torch.arange(anchors, device=keys.device)
     step = max(1, CHUNK_LOGITS // keys.shape[0])
+    tensors = (keys, scale, labels, mask)
 
-    def chunk(first: int) -> tuple[Tensor, Tensor]:
-        those = slice(first, min(first + step, anchors))
+    def chunk(first: int, keys: Tensor, scale: Any, labels: Any, mask: Any) -> tuple[Tensor, Tensor]:
+        own = torch.arange(first, min(first + step, anchors), device=keys.device)
         # By an op: what a compiled graph traces is multiplied in bfloat16 under autocast, in its backward.
-        logits = autograd.similarity(keys[those], keys, scale, normalize=False)
-        return reference.supcon_rows_of(logits, own[those], batch, **options)
+        logits = autograd.similarity(keys[first : first + own.shape[0]], keys, scale, normalize=False)
+        return reference.supcon_rows_of(logits, own, batch, labels=labels, mask=mask, **options)
 
     if step >= anchors:
-        loss, count = chunk(0)
+        loss, count = chunk(0, *tensors)
     else:
-        parts = [
-            checkpoint(chunk, first, use_reentrant=False, preserve_rng_state=False)
-            for first in range(0, anchors, step)
-        ]
+        again: Callable[..., tuple[Tensor, ...]] = autograd.recomputed
+        if torch.compiler.is_compiling() or not autograd.in_transform():
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        parts = [again(chunk, first, *tensors) for first in range(0, anchors, step)]
         loss, count = (torch.cat(part) for part in zip(*parts, strict=True))
     if options["denominator"] != "only_negatives":
-        loss = at_least_zero(loss, options["mask"])
+        loss = at_least_zero(loss, mask)
     return loss, count
 
 
