@@ -167,16 +167,18 @@ def test_new_floats_do_not_compile_again(case: str, backend: str) -> None:
         pytest.skip("the losses are traced alike on every backend")
     function = WITH_FLOATS[case]
     x, y = unit(6, 4).requires_grad_(), unit(6, 4)
-    for dynamic, graphs in ((True, 1), (None, 2)) if case == "sce" else ((True, 1),):
+    for dynamic, more in ((True, 0), (None, 1)) if case == "sce" else ((True, 0),):
         counter = CompileCounterWithBackend("aot_eager")
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=dynamic)
+        first = 0  # graphs of the first call, which may start over
         for a, b in ((0.1, 0.7), (0.2, 0.6), (0.5, 0.5)):
             found, expected = compiled(x, y, a, b), function(x, y, a, b)
             torch.testing.assert_close(found, expected)
             grads = (torch.autograd.grad(loss, x)[0] for loss in (found, expected))
             torch.testing.assert_close(*grads)
-        assert counter.frame_count <= graphs
+            first = first or counter.frame_count
+        assert counter.frame_count <= first + more
 
 
 @pytest.mark.parametrize("case", ["sce", "sce queue", "sce momentum", "supcon labels", "clip"])
