@@ -190,8 +190,8 @@ def serve(op_name: str, args: Sequence[Any]) -> Any:
     """Run an op on GPU tensors under "auto".
 
     A backend that asks for more than the GPU has is passed over from then on, for the forward and the
-    backward of such problems. Where it is the backward that does not launch, the next backend finishes it from
-    the statistics that the forward saved, which mean the same to all of them; the logits that it recomputes
+    backward of such problems. Where it is the backward that does not launch, the next backend finishes it
+    from the statistics that the forward saved, which mean the same to all; the logits that it recomputes
     differ from the forward's by their rounding, this once.
     """
     while True:

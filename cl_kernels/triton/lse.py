@@ -190,13 +190,14 @@ def _lse_kernel(
 
             if MIRRORED or COLUMNS:
                 bound = q_norm * tl.load(norms + q_blocks + block_j)
-                shift = tl.maximum(bound - SAFE, 0.0)
+                shift = tl.where(bound > SAFE, bound - SAFE, 0.0)
                 e = tl.exp2(s - shift)
                 part, col_part = tl.sum(e, 1), tl.sum(e, 0)
                 part_peak = tl.zeros((BLOCK_M,), tl.float32) + shift
                 col_peak = tl.zeros((BLOCK_N,), tl.float32) + shift
                 if not (bound <= SAFE):
-                    if not (tl.minimum(tl.min(part, 0), tl.min(col_part, 0)) >= TINY):
+                    least = tl.minimum(tl.min(part, 0), tl.min(col_part, 0))
+                    if not ((least >= TINY) & (tl.max(part, 0) < float("inf"))):
                         part_peak = tl.maximum(tl.max(s, 1), NOTHING)
                         part = tl.sum(tl.exp2(s - part_peak[:, None]), 1)
                         col_peak = tl.maximum(tl.max(s, 0), NOTHING)
