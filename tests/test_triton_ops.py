@@ -159,6 +159,33 @@ def test_nan_stays_nan_in_its_rows_only() -> None:
     assert found.isnan().nonzero().flatten().tolist() == [3]
 
 
+@pytest.mark.parametrize("positives", ["labels", "mask"])
+@pytest.mark.parametrize("kind", ["converged", "collapsed"])
+def test_sums_over_positives_share_the_rounding_of_the_lse(kind: str, positives: str) -> None:
+    """Float32 whose logits cancel: at most twice eager's error, which rounds each logit once for both."""
+    classes, views, tau = 64, 2, 0.01
+    labels = torch.arange(classes, device=DEVICE) % 3
+    rows = torch.randn(3, 1, 40) if kind == "converged" else torch.ones(3, 1, 40)
+    rows = torch.nn.functional.normalize(rows, dim=-1).to(DEVICE)
+    features = rows[labels].expand(classes, views, 40).contiguous()
+
+    def plain(features: Tensor) -> Tensor:
+        z, y = torch.cat(features.unbind(1)), labels.repeat(views)
+        own = torch.eye(len(z), dtype=torch.bool, device=DEVICE)
+        logits, same = z @ z.T / tau, ((y[:, None] == y) & ~own).to(z)
+        log_p = logits - logits.masked_fill(own, -torch.inf).logsumexp(1)[:, None]
+        return -(log_p * same).sum(1) / same.sum(1)
+
+    given = {"labels": labels} if positives == "labels" else {"mask": (labels[:, None] == labels).float()}
+    with clk.use_backend("triton"):
+        ours = clk.supcon_loss(
+            features, **given, temperature=tau, base_temperature=tau, reduction="none"
+        )  # fmt: skip
+    truth = plain(features.double())
+    rounding = torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (ours - truth).abs().max() <= 2 * (plain(features) - truth).abs().max() + rounding
+
+
 NAN_SIZES = (35, 19, 3)  # N, M, D: two blocks of each
 NAN_PAIRS: dict[str, dict[str, Any]] = {
     "self": {},
