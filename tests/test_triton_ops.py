@@ -159,6 +159,42 @@ def test_nan_stays_nan_in_its_rows_only() -> None:
     assert found.isnan().nonzero().flatten().tolist() == [3]
 
 
+@pytest.mark.parametrize("positives", [True, False])
+def test_backwards_from_the_forward_read_the_keys_of_positives_only(positives: bool) -> None:
+    """With frozen keys: the positives' keys, gathered, serve as well as all of them; without, none."""
+    n, m, d = 21, 19, 5
+    q, k, t = (torch.randn(size, d).to(DEVICE) for size in (n, m, n))
+    scale, grad = torch.tensor(2.0), torch.randn(n, dtype=torch.float64).to(DEVICE)
+    index = (torch.arange(n, device=DEVICE) % (m + 1) - 1) if positives else None  # -1: none
+    own = None if index is None else torch.where(index < 0, -1, torch.arange(n, device=DEVICE))
+    compact = k[:0] if index is None else k[index.clamp(min=0)]
+    of_positive = grad if positives else None
+
+    def contrastive(k: Tensor, index: Tensor | None) -> list[Any]:
+        return [q, k, scale, None, None, None, "all", False, index, None, None, False]
+
+    lse, cols, _, _, residual = by_triton("contrastive_forward", *contrastive(k, index), True)
+    full, gathered = (
+        by_triton(
+            "contrastive_backward", grad, None, of_positive, *x, lse, cols, residual, (True, False, False)
+        )
+        for x in (contrastive(k, index), contrastive(compact, own))
+    )
+    assert torch.equal(full[0], gathered[0]) and torch.equal(full[2], gathered[2])
+
+    def soft_target(k: list[Tensor], index: Tensor | None) -> list[Any]:
+        return [q, k, t, k, scale, scale, index, "exclude"]
+
+    stats = by_triton("soft_target_forward", *soft_target([k[:7], k[7:]], index), True)
+    needs = (True, False, False, False)
+    full, gathered = (
+        by_triton("soft_target_backward", grad, None, grad, of_positive, *x, *stats, needs)
+        for x in (soft_target([k[:7], k[7:]], index), soft_target([compact], own))
+    )
+    assert torch.equal(full[0], gathered[0])
+    torch.testing.assert_close(full[4], gathered[4])
+
+
 @pytest.mark.parametrize("positives", ["labels", "mask"])
 @pytest.mark.parametrize("kind", ["converged", "collapsed"])
 def test_sums_over_positives_share_the_rounding_of_the_lse(kind: str, positives: str) -> None:
