@@ -88,8 +88,8 @@ Key = tuple[str, str, str]  # kernel, architecture, kind of dtype
 
 TABLE: dict[Key, dict[int, Shape]] = {
     # Log-sum-exps, "lse_pairs" with labels or a mask. At 128 registers two programs of 8 warps share a
-    # multiprocessor, at 168 three of 4. What takes its last register spills with another release of Triton, so
-    # that wide rows with a mask (DimCL's above all) have more than that.
+    # multiprocessor, at 168 three of 4. What takes its last register spills with another release of Triton:
+    # wide rows with a mask (DimCL's above all) have more than that.
     ("lse", "sm_80", "half"): {
         32: Shape(128, 64, 32, 8, 3, 128),
         64: Shape(128, 64, 64, 8, 3, 128),
