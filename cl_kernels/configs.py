@@ -1,7 +1,8 @@
 """Two tables for GPUs: which backend serves an op under "auto", and the launch shapes of Triton's kernels.
 
-`SERVING` is read from the top, and the first row that fits decides. A row is marked "measured" where both
-backends ran on a GPU of that architecture, and "model" where docs/performance.md decides on paper.
+`SERVING` is read from the top, and the first row that fits decides. Triton serves by default; CUDA C++ only
+where a row says that both ran on a GPU of that architecture and it was faster: `python -m cl_kernels tune
+--serving` prints such rows.
 
 `TABLE` has launch shapes by kernel, architecture, dtype and padded width. A row is found for the architecture
 of a tensor's device, the kind of its dtype and its number of features rounded up to a power of two; where the
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,7 +48,7 @@ _INTERPRETED = Shape(32, 16, 32, 1, 1)
 
 
 class Serving(NamedTuple):
-    """Which backend serves an op; `ANY` fits all."""
+    """Which backend serves an op; `ANY` fits all. A row for "cuda" counts only if its basis is "measured"."""
 
     op: str
     variant: str  # of VARIANTS
@@ -55,11 +56,16 @@ class Serving(NamedTuple):
     architecture: str
     widest: int | None  # features, at most
     backend: str  # "cuda", "triton"
-    basis: str  # "measured", "model"
+    basis: str  # "measured", "default"
+
+    @property
+    def counts(self) -> bool:
+        return self.backend != "cuda" or self.basis == "measured"
 
     def fits(self, op: str, variant: str, kind: str, architecture: str, width: int) -> bool:
         fixed = zip(self[:4], (op, variant, kind, architecture), strict=True)
-        return all(wanted in (ANY, got) for wanted, got in fixed) and width <= (self.widest or width)
+        narrow_enough = width <= (self.widest or width)
+        return self.counts and narrow_enough and all(wanted in (ANY, got) for wanted, got in fixed)
 
 
 ANY = "any"
@@ -75,21 +81,15 @@ VARIANTS = {
 
 SERVING = (
     # op, variant, kind of dtype, architecture, widest, backend, basis
-    Serving(ANY, ANY, ANY, "gfx942", None, "triton", "model"),
-    Serving(ANY, "transposed", ANY, ANY, None, "triton", "model"),  # cuda's kernels copy these
-    Serving("masked_log_softmax", ANY, ANY, ANY, None, "cuda", "model"),
-    Serving("contrastive", "self", "half", "sm_90", None, "cuda", "model"),
-    Serving("contrastive", "keys", "half", "sm_90", None, "cuda", "model"),
-    Serving("contrastive", "both axes", "half", "sm_90", None, "cuda", "model"),
-    Serving("similarity", ANY, "half", "sm_90", None, "cuda", "model"),
-    Serving("dimcl", ANY, "half", "sm_90", None, "cuda", "model"),
-    Serving(ANY, ANY, ANY, ANY, None, "triton", "model"),
+    Serving(ANY, ANY, ANY, ANY, None, "triton", "default"),
 )
 
 Key = tuple[str, str, str]  # kernel, architecture, kind of dtype
 
 TABLE: dict[Key, dict[int, Shape]] = {
-    # Log-sum-exps, "lse_pairs" with labels or a mask. At 128 registers two programs share a multiprocessor.
+    # Log-sum-exps, "lse_pairs" with labels or a mask. At 128 registers two programs of 8 warps share a
+    # multiprocessor, at 168 three of 4. What takes its last register spills with another release of Triton:
+    # wide rows with a mask (DimCL's above all) have more than that.
     ("lse", "sm_80", "half"): {
         32: Shape(128, 64, 32, 8, 3, 128),
         64: Shape(128, 64, 64, 8, 3, 128),
@@ -100,12 +100,12 @@ TABLE: dict[Key, dict[int, Shape]] = {
     ("lse_pairs", "sm_80", "half"): {
         32: Shape(64, 32, 32, 4, 3, 168),
         64: Shape(64, 32, 64, 4, 3, 168),
-        128: Shape(64, 32, 128, 4, 2, 168),
-        256: Shape(64, 32, 256, 8, 2, 128),
+        128: Shape(64, 32, 128, 4, 2, 240),
+        256: Shape(64, 32, 256, 8, 2, 240),
         512: Shape(128, 32, 64, 8, 3, 240),
     },
     ("lse", "sm_80", "float32"): {32: Shape(128, 32, 32, 8, 3)},
-    ("lse_pairs", "sm_80", "float32"): {32: Shape(128, 32, 32, 8, 3)},
+    ("lse_pairs", "sm_80", "float32"): {32: Shape(64, 32, 32, 8, 3)},
     ("lse", "sm_90", "half"): {
         32: Shape(128, 64, 32, 8, 3, 128),
         64: Shape(128, 64, 64, 8, 3, 128),
@@ -114,14 +114,14 @@ TABLE: dict[Key, dict[int, Shape]] = {
         512: Shape(128, 128, 64, 8, 3),
     },
     ("lse_pairs", "sm_90", "half"): {
-        32: Shape(128, 32, 32, 8, 3, 128),
-        64: Shape(128, 32, 64, 8, 2, 128),
-        128: Shape(128, 32, 128, 8, 3, 128),
-        256: Shape(128, 32, 256, 8, 2, 128),
+        32: Shape(64, 32, 32, 8, 3, 128),
+        64: Shape(64, 32, 64, 8, 3, 128),
+        128: Shape(64, 32, 128, 8, 3, 128),
+        256: Shape(64, 32, 256, 8, 2, 240),
         512: Shape(128, 32, 64, 8, 3),
     },
     ("lse", "sm_90", "float32"): {32: Shape(128, 64, 32, 8, 3)},
-    ("lse_pairs", "sm_90", "float32"): {32: Shape(128, 32, 32, 8, 3)},
+    ("lse_pairs", "sm_90", "float32"): {32: Shape(64, 32, 32, 8, 3)},
     ("lse", "sm_100", "half"): {
         32: Shape(128, 32, 32, 8, 3, 240),
         64: Shape(128, 32, 64, 8, 3, 240),
@@ -137,7 +137,7 @@ TABLE: dict[Key, dict[int, Shape]] = {
         512: Shape(128, 32, 64, 8, 3, 240),
     },
     ("lse", "sm_100", "float32"): {32: Shape(128, 32, 32, 8, 3)},
-    ("lse_pairs", "sm_100", "float32"): {32: Shape(128, 32, 32, 8, 3, 240)},
+    ("lse_pairs", "sm_100", "float32"): {32: Shape(64, 32, 32, 8, 3)},
     ("lse", "gfx942", "half"): {
         32: Shape(64, 64, 32, 4, 2),
         64: Shape(64, 64, 64, 4, 2),
@@ -313,7 +313,7 @@ TABLE["soft_target", "gfx942", "float32"] = {1024: Shape(64, 64, 32, 4, 1)}
 
 # soft_target_means.py, whose tiles hold 2 block_m rows of the whole width.
 TABLE["soft_target_means", "sm_80", "half"] = {128: Shape(64, 64, 128, 8, 2), 256: Shape(32, 32, 256, 8, 2)}
-TABLE["soft_target_means", "sm_90", "half"] = {128: Shape(64, 64, 128, 8, 3), 256: Shape(64, 64, 256, 8, 2)}
+TABLE["soft_target_means", "sm_90", "half"] = {128: Shape(64, 64, 128, 8, 3), 256: Shape(64, 32, 256, 8, 2)}
 TABLE["soft_target_means", "sm_100", "half"] = {128: Shape(64, 64, 128, 8, 3), 256: Shape(64, 32, 256, 8, 3)}
 TABLE["soft_target_means", "gfx942", "half"] = {128: Shape(64, 64, 128, 8, 1), 256: Shape(32, 32, 256, 8, 1)}
 TABLE["soft_target_means", "sm_80", "float32"] = {64: Shape(32, 16, 64, 8, 2)}
@@ -338,16 +338,35 @@ for _architecture in ARCHITECTURES:  # soft_target_gradient.py: no products, mem
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
+    return Device(_named(properties), properties.multi_processor_count)
+
+
+def _named(properties: Any) -> str:
+    """Whose rows of the tables a GPU has: its own name where none were made for it."""
     if torch.version.hip is not None:
-        architecture = "gfx942"
-    else:
-        architecture = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
-    return Device(architecture, properties.multi_processor_count)
+        return str(properties.gcnArchName).partition(":")[0]
+    if properties.major < 8:
+        return f"sm_{properties.major}{properties.minor}"
+    return {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+
+
+def unsuited(architecture: str) -> str | None:
+    """Why Triton's kernels have no launch shapes for an architecture, or None."""
+    if architecture in ARCHITECTURES:
+        return None
+    if architecture.startswith("sm_"):
+        return f"takes GPUs from sm_80 on, for their shared memory and bfloat16, not {architecture}"
+    return f"has launch shapes for gfx942 only among AMD's GPUs, not for {architecture}"
 
 
 def device_of(x: torch.Tensor) -> Device:
     """The device of a tensor; a CPU tensor is the interpreter's."""
     return Device(INTERPRETER, 4) if x.device.type == "cpu" else _cuda_device(x.device.index)
+
+
+def architecture_of(index: int) -> str:
+    """That of a GPU."""
+    return _cuda_device(index).architecture
 
 
 def dtype_kind(dtype: torch.dtype) -> str:
@@ -363,7 +382,7 @@ def rows_for(op: str, architecture: str) -> list[Serving]:
     """The rows of SERVING that can decide for an op on an architecture."""
     rows = []
     for row in SERVING:
-        if row.op in (ANY, op) and row.architecture in (ANY, architecture):
+        if row.counts and row.op in (ANY, op) and row.architecture in (ANY, architecture):
             rows.append(row)
             if (row.variant, row.kind, row.widest) == (ANY, ANY, None):
                 break

@@ -1,7 +1,7 @@
 """Which backend serves an op: the choice by name, the reasons why one cannot serve, and the call itself.
 
 Under "auto" PyTorch's dispatcher picks: a compiled kernel where there is one, else the chunked reference. For
-GPU tensors `serving` picks, by the table in `configs.py`.
+GPU tensors `serve` picks, by the table in `configs.py`, and passes over what cannot be launched.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +39,20 @@ def _checked_and_ready(name: object, source: str) -> str:
     checked = _checked(name, source)
     if checked == "cuda":
         extension.require_cuda()
+    if checked == "triton" and ops.has_triton() and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):  # before a compiled graph asks about them
+            _triton_unsuited(index)
     return checked
+
+
+_unsuited: dict[int, str | None] = {}
+
+
+def _triton_unsuited(index: int) -> str | None:
+    """Why Triton's kernels do not run on this GPU, or None."""
+    if index not in _unsuited:
+        _unsuited[index] = configs.unsuited(configs.architecture_of(index))
+    return _unsuited[index]
 
 
 _backend = _checked_and_ready(os.environ.get("CL_KERNELS_BACKEND") or "auto", "CL_KERNELS_BACKEND")
@@ -95,7 +109,13 @@ def obstacle(
         return f"takes GPU tensors, not {device.type} tensors"
     if dtype is not None and dtype not in _GPU_DTYPES:
         return f"takes float16, bfloat16 and float32, not {dtype}"
-    return _cuda_obstacle(device, op_name) if backend == "cuda" else None
+    if backend == "cuda":
+        return _cuda_obstacle(device, op_name)
+    return _triton_unsuited(_index(device)) if device.type == "cuda" else None
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _cpu_obstacle(device: torch.device, op_name: str | None) -> str | None:
@@ -118,7 +138,7 @@ def _cuda_obstacle(device: torch.device, op_name: str | None) -> str | None:
         return f"the compiled extension has no kernel for {op_name}"
     if device.type == "cpu":
         return None
-    return extension.cuda_unsuited(torch.cuda.current_device() if device.index is None else device.index)
+    return extension.cuda_unsuited(_index(device))
 
 
 def interpreted() -> bool:
@@ -134,23 +154,70 @@ def select(op_name: str, tensor: Tensor) -> str:
     return "interpreter" if _backend == "triton" and tensor.device.type == "cpu" else _backend
 
 
-def serving(op_name: str, args: Sequence[Any]) -> str:
-    """The backend that serves an op on GPU tensors under "auto": the table's, else the next one that can. The
-    same for an op's forward and backward, which must see the same logits."""
+class Problem(NamedTuple):
+    """What the table of serving backends distinguishes."""
+
+    op: str  # without forward or backward
+    variant: str
+    kind: str  # of dtype
+    architecture: str
+    width: int
+
+
+_exhausted: dict[tuple[str, Problem], str] = {}
+"""Why a backend that should have served a problem could not be launched."""
+
+
+def _problem(op_name: str, args: Sequence[Any]) -> Problem:
+    """The same for an op's forward and backward, which must see the same logits."""
     features = ops.features(op_name, args)
-    architecture = configs.device_of(features).architecture
-    row = configs.row_serving(
-        _family(op_name), variant(op_name, args), configs.dtype_kind(features.dtype), architecture,
-        features.shape[1],
-    )  # fmt: skip
-    return _first_able(row.backend, op_name, features.device, features.dtype)
+    kind, architecture = configs.dtype_kind(features.dtype), configs.device_of(features).architecture
+    return Problem(_family(op_name), variant(op_name, args), kind, architecture, features.shape[1])
 
 
-def _first_able(
-    preferred: str, op_name: str, device: str | torch.device, dtype: torch.dtype | None = None
-) -> str:
-    order = dict.fromkeys((preferred, "triton", "cuda"))
-    return next((b for b in order if obstacle(b, device, op_name, dtype) is None), "reference")
+def serving(op_name: str, args: Sequence[Any]) -> str:
+    """The backend that serves an op on GPU tensors under "auto": the table's, else Triton, else the chunked
+    reference."""
+    features, problem = ops.features(op_name, args), _problem(op_name, args)
+    for backend in dict.fromkeys((configs.row_serving(*problem).backend, "triton")):
+        launches = (backend, problem) not in _exhausted
+        if launches and obstacle(backend, features.device, op_name, features.dtype) is None:
+            return backend
+    return "reference"
+
+
+def serve(op_name: str, args: Sequence[Any]) -> Any:
+    """Run an op on GPU tensors under "auto".
+
+    A backend that asks for more than the GPU has is passed over from then on, for the forward and the
+    backward of such problems. Where it is the backward that does not launch, the next backend finishes it
+    from the statistics that the forward saved, which mean the same to all; the logits that it recomputes
+    differ from the forward's by their rounding, this once.
+    """
+    while True:
+        backend = serving(op_name, args)
+        try:
+            return implementation(op_name, backend)(*args)
+        except Exception as error:
+            if backend == "reference" or not _lacks_resources(error):
+                raise
+            problem, reason = _problem(op_name, args), " ".join(str(error).split())
+            _exhausted[backend, problem] = reason
+            warnings.warn(
+                f"{backend} cannot launch {op_name} for {problem.variant} {problem.kind} features of width "
+                f"{problem.width} on {problem.architecture} ({reason}): {serving(op_name, args)} serves them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _lacks_resources(error: Exception) -> bool:
+    """Whether a kernel was not launched because it takes more registers, threads or shared memory than the
+    GPU has: Triton's own error, CUDA's, or that of csrc/cuda/launch.h."""
+    if type(error).__name__ == "OutOfResources":
+        return True
+    messages = ("too many resources requested for launch", "raising the limit of shared memory")
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
 def _family(op_name: str) -> str:
@@ -191,7 +258,16 @@ def implementation(op_name: str, backend: str) -> Callable[..., Any]:
 @full_precision
 def call(op_name: str, backend: str, *args: Any) -> Any:
     """Run an op on a selected backend. The backward passes on the backend that its forward selected."""
-    return implementation(op_name, backend)(*args)
+    run = implementation(op_name, backend)
+    if backend in ("auto", "reference", "cpu") or torch.compiler.is_compiling():
+        return run(*args)
+    try:
+        return run(*args)
+    except Exception as error:
+        if not _lacks_resources(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise BackendError(f"backend {backend!r} cannot serve {op_name} here: {reason}") from error
 
 
 def require_engine(what: str) -> None:
@@ -228,21 +304,22 @@ def _row(op: str, device: str) -> Row:
         for backend, tool in (("triton", "Triton's interpreter"), ("cuda", "the emulator")):
             if obstacles[backend] is None:
                 obstacles[backend] = f"serves CPU tensors by name only, under {tool}"
+    rows: list[configs.Serving] = []
+    if device == "cuda" and obstacles["cuda"] is None:
+        rows = configs.rows_for(_family(op), configs.architecture_of(torch.cuda.current_device()))
+        if all(row.backend != "cuda" for row in rows):
+            obstacles["cuda"] = "serves by name only: no row of configs.SERVING has measured it to be faster"
     able = [backend for backend in compiled if obstacles[backend] is None]
     reasons: dict[str, list[str]] = {}
     for backend, reason in obstacles.items():
         if reason is not None:
             reasons.setdefault(reason, []).append(backend)
     why = [f"{', '.join(who)}: {reason}" for reason, who in reasons.items()]
-    if device == "cuda" and len(able) > 1:
-        rows = configs.rows_for(_family(op), _architecture_here())
+    if "cuda" in able:
+        rows = [row for row in rows if obstacles[row.backend] is None]
         why = [_cases(list(part)) for _, part in itertools.groupby(rows, lambda row: row[-2:])] + why
         return Row(op, device, ", ".join(dict.fromkeys(row.backend for row in rows)), "; ".join(why))
     return Row(op, device, able[0] if able else "reference", "; ".join(why))
-
-
-def _architecture_here() -> str:
-    return configs.device_of(torch.empty(0, device="cuda")).architecture
 
 
 def _cases(rows: Sequence[configs.Serving]) -> str:

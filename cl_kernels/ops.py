@@ -2,7 +2,7 @@
 
 The default implementation of every op is the function of the same name in `chunked.py`; the compiled
 extension registers faster CPU kernels for the same schemas. GPU tensors go on to one of two libraries, as
-`dispatch.serving` says: `torch.ops.cl_kernels_triton.*`, the functions of `triton/ops.py`, and
+`dispatch.serve` says: `torch.ops.cl_kernels_triton.*`, the functions of `triton/ops.py`, and
 `torch.ops.cl_kernels_cuda.*`, whose kernels the CUDA extension registers. Gradients are attached in
 `autograd.py`: the ops themselves are not differentiable.
 
@@ -145,7 +145,7 @@ def _on_gpu(name: str) -> Callable[..., Any]:
     def op(*args: Any) -> Any:
         from cl_kernels import dispatch  # which imports this module
 
-        return dispatch.implementation(name, dispatch.serving(name, args))(*args)
+        return dispatch.serve(name, args)
 
     return op
 

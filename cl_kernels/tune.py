@@ -169,7 +169,8 @@ def decisions(step: Callable[[], object]) -> list[Serving]:
 
 
 def serving_rows(work: Workload, ours: Implementation) -> list[str]:
-    """Lines to paste into SERVING: the faster backend of a whole step, with both times."""
+    """Lines to paste into SERVING, above its last: the faster backend of a whole step, with both times. Where
+    one of the two cannot serve, nothing was compared, and there are comments only."""
     rows = decisions(differentiate(ours, work.temperature, work.inputs("cuda")))
     copies = [work.inputs("cuda", seed) for seed in range(4)]
     steps, lines = {}, []
@@ -181,7 +182,7 @@ def serving_rows(work: Workload, ours: Implementation) -> list[str]:
         except Exception as error:  # cannot serve; says why
             lines.append(f"# {backend}: {' '.join(str(error).split())[:100]}")
     times = {name: median(x.both) for name, x in timing.interleaved(steps, "cuda", rounds=11).items()}
-    if not times:
+    if len(times) < 2:
         return lines
     fastest = min(times, key=lambda name: times[name])
     shown = ", ".join(f"{name} {1e3 * seconds:.4f} ms" for name, seconds in times.items())
@@ -212,6 +213,8 @@ def main(options: argparse.Namespace) -> int:
         print("tune: there is no GPU here; shapes are timed on the GPU that they are for", file=sys.stderr)
         return 2
     print(f"# {torch.cuda.get_device_name()}")
+    if options.serving:
+        print(f"# rows for SERVING in {configs.__file__}, above its last")
     cases = [(name, dtype, width) for name in options.workloads for dtype in options.dtype
              for width in options.width]  # fmt: skip
     tuned: dict[Key, dict[int, tuple[Shape, str]]] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,11 +31,32 @@ def test_the_table_has_an_answer_for_everything() -> None:
         FAMILIES, kinds, configs.ARCHITECTURES, widths
     ):
         row = configs.row_serving(op, variant, kind, architecture, width)
-        assert row.backend in ("cuda", "triton")
-        assert row.basis in ("measured", "model")
+        assert row.backend == "triton" or (row.backend, row.basis) == ("cuda", "measured")
         assert row in configs.rows_for(op, architecture)
     assert configs.row_serving("new_op", "plain", "half", "sm_90", 128).backend == "triton"
     assert configs.row_serving("contrastive", "new", "half", "sm_200", 128).backend == "triton"
+
+
+MEASURED = configs.Serving("contrastive", "self", "half", "sm_90", None, "cuda", "measured")
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if CUDA C++ had been measured to be faster for one case."""
+    monkeypatch.setattr(configs, "SERVING", (MEASURED, *configs.SERVING))
+
+
+@pytest.mark.parametrize("basis", ["model", "default"])
+def test_cuda_that_is_not_measured_serves_nobody(basis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "SERVING", (MEASURED._replace(basis=basis), *configs.SERVING))
+    assert configs.row_serving("contrastive", "self", "half", "sm_90", 128).backend == "triton"
+    assert {row.backend for row in configs.rows_for("contrastive", "sm_90")} == {"triton"}
+
+
+def test_a_measured_row_serves(measured: None) -> None:
+    assert configs.row_serving("contrastive", "self", "half", "sm_90", 128) == MEASURED
+    for elsewhere in (("dimcl", "self", "half", "sm_90"), ("contrastive", "self", "half", "sm_80")):
+        assert configs.row_serving(*elsewhere, 128).backend == "triton"
 
 
 def test_every_row_of_the_table_decides_something() -> None:
@@ -52,13 +75,6 @@ def test_a_row_stops_at_its_width() -> None:
     assert row.fits("dimcl", "plain", "half", "sm_80", 256)
     assert not row.fits("dimcl", "plain", "half", "sm_80", 257)
     assert not row.fits("dimcl", "plain", "float32", "sm_80", 256)
-
-
-def test_amd_and_transposed_features_are_tritons() -> None:
-    for op, variant in FAMILIES:
-        assert configs.row_serving(op, variant, "half", "gfx942", 128).backend == "triton"
-    for op in configs.VARIANTS:
-        assert configs.row_serving(op, "transposed", "half", "sm_90", 128).backend == "triton"
 
 
 # What distinguishes calls
@@ -125,7 +141,7 @@ def arguments() -> tuple[Any, ...]:
         ("sm_90", {"cuda", "triton"}, "cuda"),
         ("sm_90", {"triton"}, "triton"),
         ("sm_80", {"cuda", "triton"}, "triton"),
-        ("sm_80", {"cuda"}, "cuda"),
+        ("sm_80", {"cuda"}, "reference"),  # not measured there
         ("sm_80", set(), "reference"),
     ],
 )
@@ -134,6 +150,7 @@ def test_the_next_backend_that_can_serve(
     able: set[str],
     expected: str,
     arguments: tuple[Any, ...],
+    measured: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(configs, "device_of", lambda x: configs.Device(architecture, 4))
@@ -141,12 +158,158 @@ def test_the_next_backend_that_can_serve(
     assert dispatch.serving("contrastive_forward", arguments) == expected
 
 
-def test_float64_is_the_references(arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_is_the_references(
+    arguments: tuple[Any, ...], measured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 4))
     monkeypatch.setattr(extension, "emulated_ops", frozenset(ops.SCHEMAS))
     assert dispatch.serving("contrastive_forward", arguments) == "cuda"
     q, *rest = arguments
     assert dispatch.serving("contrastive_forward", (q.double(), *rest)) == "reference"
+
+
+# GPUs that Triton's kernels do not serve
+
+
+def as_gpu(patch: pytest.MonkeyPatch, major: int, minor: int, amd: str | None = None) -> None:
+    """Tensors are taken for those of a GPU of this kind."""
+    properties = SimpleNamespace(
+        major=major, minor=minor, multi_processor_count=40, gcnArchName=f"{amd}:sramecc+:xnack-"
+    )
+    patch.setattr(torch.version, "hip", None if amd is None else "7.0")
+    patch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    patch.setattr(torch.cuda, "current_device", lambda: 0)
+    patch.setattr(ops, "has_triton", lambda: True)
+    patch.setattr(dispatch, "_unsuited", {})
+    patch.setattr(configs, "_cuda_device", configs._cuda_device.__wrapped__)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "shapes"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_80"),
+        ((9, 4, "gfx942"), "gfx942"),
+        ((7, 0), None),
+        ((7, 5), None),
+        ((9, 0, "gfx90a"), None),
+        ((11, 0, "gfx1100"), None),
+    ],
+)
+def test_a_gpu_has_launch_shapes_or_a_reason(
+    gpu: tuple[Any, ...], shapes: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_gpu(monkeypatch, *gpu)
+    architecture, reason = configs.architecture_of(0), dispatch.obstacle("triton", GPU)
+    if shapes is not None:
+        assert (architecture, reason) == (shapes, None)
+        return
+    assert architecture not in configs.ARCHITECTURES
+    assert architecture in str(reason)
+    row = dispatch._row("contrastive_forward", "cuda")
+    assert row.backend == "reference" and f"triton: {reason}" in row.reason
+
+
+def test_an_unsuited_gpu_by_name_and_under_auto(
+    arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_gpu(monkeypatch, 7, 5)
+    q = SimpleNamespace(device=GPU, dtype=torch.float16, shape=(6, 4))
+    monkeypatch.setattr(ops, "features", lambda name, args: q)
+    assert dispatch.serving("contrastive_forward", arguments) == "reference"
+    with clk.use_backend("triton"), pytest.raises(clk.BackendError, match="not sm_75"):
+        dispatch.select("contrastive_forward", q)
+
+
+class OutOfResources(Exception):
+    """As Triton raises it."""
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
+    """CPU tensors are taken for those of an sm_90 GPU, on which Triton and CUDA C++ can serve, by chunked.py.
+    What an op raises by name, for the test to fill in."""
+    failing: dict[str, Exception] = {}
+    original = dispatch.implementation
+
+    def implementation(op_name: str, backend: str) -> Callable[..., Any]:
+        def launch(*args: Any) -> Any:
+            if op_name in failing:
+                raise failing[op_name]
+            return original(op_name, "reference")(*args)
+
+        return original(op_name, backend) if backend == "reference" else launch
+
+    monkeypatch.setattr(dispatch, "implementation", implementation)
+    monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
+    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 4))
+    monkeypatch.setattr(dispatch, "_exhausted", {})
+    return failing
+
+
+def step(q: Tensor, serve: Callable[..., Any]) -> Tensor:
+    """The gradient of q by the ops, as autograd calls them."""
+    pairs = (0, None, None, "all", False, None, None, None, False)
+    lse, lse_cols, *_, residual = serve("contrastive_forward", (q, None, torch.tensor(2.0), *pairs, False))
+    grads = (torch.ones_like(lse), None, None)
+    saved = (lse, lse_cols, residual, (True, False, False))
+    return serve("contrastive_backward", (*grads, q, None, torch.tensor(2.0), *pairs, *saved))[0]
+
+
+RESOURCES = [
+    OutOfResources("out of resource: shared memory, Required: 131072, Hardware limit: 101376."),
+    RuntimeError("Triton Error [CUDA]: too many resources requested for launch"),
+    RuntimeError("raising the limit of shared memory: invalid argument"),
+]
+
+
+@pytest.mark.parametrize("error", RESOURCES, ids=str)
+@pytest.mark.parametrize("failing", ["contrastive_forward", "contrastive_backward"])
+def test_what_does_not_launch_is_passed_over_once(
+    failing: str, error: Exception, launches: dict[str, Exception]
+) -> None:
+    q = unit(6, 4)
+    expected = step(q, lambda name, args: getattr(chunked, name)(*args))
+    launches[failing] = error
+    with pytest.warns(RuntimeWarning, match=f"triton cannot launch {failing}.*reference serves") as seen:
+        assert torch.equal(step(q, dispatch.serve), expected)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(step(q, dispatch.serve), expected)
+        # Of forward and backward alike, and of nothing else.
+        forward = (q, None, torch.tensor(2.0), 0, None, None, "all", False, None, None, None, False, False)
+        assert dispatch.serving("contrastive_forward", forward) == "reference"
+        assert dispatch.serving("contrastive_forward", (unit(6, 5), *forward[1:])) == "triton"
+        assert dispatch.serving("contrastive_forward", (q.bfloat16(), *forward[1:])) == "triton"
+
+
+def test_what_does_not_launch_goes_from_cuda_to_triton(
+    measured: None, launches: dict[str, Exception]
+) -> None:
+    launches["contrastive_forward"] = RESOURCES[2]
+    with pytest.warns(RuntimeWarning) as seen:
+        step(unit(6, 4).bfloat16(), dispatch.serve)
+    assert ["triton serves" in str(seen[0].message), "reference serves" in str(seen[1].message)] == [True] * 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: misaligned address"), ValueError("no")], ids=str)
+def test_other_errors_are_raised(error: Exception, launches: dict[str, Exception]) -> None:
+    launches["contrastive_forward"] = error
+    with pytest.raises(type(error), match=str(error)):
+        step(unit(6, 4), dispatch.serve)
+    assert not dispatch._exhausted
+
+
+@pytest.mark.parametrize("error", RESOURCES, ids=str)
+def test_what_does_not_launch_by_name(error: Exception, launches: dict[str, Exception]) -> None:
+    launches["contrastive_forward"] = error
+    for backend in ("triton", "cuda"):
+        with clk.use_backend(backend), pytest.raises(clk.BackendError, match="cannot serve contrastive_f"):
+            clk.contrastive_lse(unit(6, 4))
 
 
 # The backend "cuda" by name
@@ -203,12 +366,16 @@ def test_gpus_that_the_kernels_were_not_compiled_for(
 
 
 def test_info_says_what_the_table_has(loaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "_architecture_here", lambda: "sm_90")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    as_gpu(monkeypatch, 9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     row = dispatch._row("contrastive_forward", "cuda")
-    assert row.backend == "triton, cuda"
-    assert "cuda for half self, half keys, half both axes" in row.reason
+    assert row.backend == "triton"
+    assert "cuda: serves by name only" in row.reason
+    with monkeypatch.context() as patch:
+        patch.setattr(configs, "SERVING", (MEASURED, *configs.SERVING))
+        row = dispatch._row("contrastive_forward", "cuda")
+        assert row.backend == "cuda, triton"
+        assert "cuda for half self (measured); triton for the rest (default)" in row.reason
     monkeypatch.setattr(extension, "cuda_module", None)
     monkeypatch.setattr(extension, "cuda_missing_because", "it was not built")
     row = dispatch._row("contrastive_forward", "cuda")

@@ -103,6 +103,7 @@ def test_range(m: int) -> None:
     torch.testing.assert_close(out[:5], logits[:5].double().log_softmax(1).float())
     assert (out[5] == -math.inf).all()
     grad = ops.masked_log_softmax_backward(torch.ones_like(out), out, None)
+    assert (grad[5] == 0).all()
     torch.testing.assert_close(grad[:5], 1 - m * logits[:5].double().softmax(1).float())
     assert grad.isfinite().all()
 
@@ -122,3 +123,25 @@ def test_nan_stays_where_it_counts(m: int) -> None:
     out = ops.masked_log_softmax_backward(grad, out, mask)
     assert (out.isnan().any(1) == (torch.arange(N) == 2)).all()
     assert (out[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("m", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_include_only_minus_infinity(dtype: torch.dtype, m: int) -> None:
+    """Have gradient 0; beside finite logits one of -inf has the gradient that torch gives it."""
+    logits, mask = torch.randn(4, m).to(dtype), torch.ones(4, m, dtype=torch.bool)
+    logits[0] = logits[1, : m // 2] = logits[2, 0] = -math.inf
+    mask[1, m // 2 :] = False  # all that is finite
+    grad = torch.randn(4, m).to(dtype)
+    for given in (None, mask):
+        out = ops.masked_log_softmax_forward(logits, given)
+        found = ops.masked_log_softmax_backward(grad, out, given)
+        empty = [0] if given is None else [0, 1]
+        if m == 1:
+            empty = [0, 1, 2] if given is not None else [0, 2]
+        assert (found[empty] == 0).all()
+        if m > 1:
+            torch.testing.assert_close(found[2, 0], grad[2, 0])
+            leaf = logits[2:].double().requires_grad_()
+            leaf.log_softmax(1).backward(grad[2:].double())
+            torch.testing.assert_close(found[2:].double(), leaf.grad, rtol=0.02, atol=0.05)

@@ -5,6 +5,7 @@ On the CPU the kernels run under Triton's interpreter; CL_KERNELS_TEST_DEVICE=cu
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from op_checks import ALL, DEVICE, DTYPES, SIZES, TRIPLES, assert_close, by_refe
 from torch import Tensor
 
 import cl_kernels as clk
-from cl_kernels import configs, dispatch, ops
-from cl_kernels.triton import gradient_chunks, launch, lse
+from cl_kernels import configs, dispatch, ops, reference
+from cl_kernels.triton import gradient, gradient_chunks, launch, lse
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
@@ -56,11 +57,23 @@ def test_several_chunks_of_the_gradient(variant: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_atomic_triangle(variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CL_KERNELS_ATOMICS", "1")
+    torch.use_deterministic_algorithms(False)
+    seen = []
+    rows = gradient.row_gradients
+    monkeypatch.setattr(gradient, "row_gradients", lambda *a, **b: (seen.append(b), rows(*a, **b))[1])
     square = configs.Shape(16, 16, 32, 1, 1)
     if DEVICE == "cpu":
         monkeypatch.setattr(configs, "_INTERPRETED", square)
     results = run("contrastive", variant, SIZES["tails"], dtype, by_triton)
     assert_close(results, run("contrastive", variant, SIZES["tails"], dtype, by_reference), dtype)
+    assert seen == [{"triangle": True}]
+
+
+def test_determinism_goes_before_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CL_KERNELS_ATOMICS", "1")
+    for deterministic in (True, False):  # the fixture `poisoned` puts it back
+        torch.use_deterministic_algorithms(deterministic)
+        assert gradient.atomics_allowed() is not deterministic
 
 
 @pytest.mark.parametrize("op", ["contrastive", "dimcl", "soft_target"])
@@ -144,6 +157,154 @@ def test_nan_stays_nan_in_its_rows_only() -> None:
     )
     found = by_triton("contrastive_forward", *arguments, False, False)[0]
     assert found.isnan().nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("positives", [True, False])
+def test_backwards_from_the_forward_read_the_keys_of_positives_only(positives: bool) -> None:
+    """With frozen keys: the positives' keys, gathered, serve as well as all of them; without, none."""
+    n, m, d = 21, 19, 5
+    q, k, t = (torch.randn(size, d).to(DEVICE) for size in (n, m, n))
+    scale, grad = torch.tensor(2.0), torch.randn(n, dtype=torch.float64).to(DEVICE)
+    index = (torch.arange(n, device=DEVICE) % (m + 1) - 1) if positives else None  # -1: none
+    own = None if index is None else torch.where(index < 0, -1, torch.arange(n, device=DEVICE))
+    compact = k[:0] if index is None else k[index.clamp(min=0)]
+    of_positive = grad if positives else None
+
+    def contrastive(k: Tensor, index: Tensor | None) -> list[Any]:
+        return [q, k, scale, None, None, None, "all", False, index, None, None, False]
+
+    lse, cols, _, _, residual = by_triton("contrastive_forward", *contrastive(k, index), True)
+    full, gathered = (
+        by_triton(
+            "contrastive_backward", grad, None, of_positive, *x, lse, cols, residual, (True, False, False)
+        )
+        for x in (contrastive(k, index), contrastive(compact, own))
+    )
+    assert torch.equal(full[0], gathered[0]) and torch.equal(full[2], gathered[2])
+
+    def soft_target(k: list[Tensor], index: Tensor | None) -> list[Any]:
+        return [q, k, t, k, scale, scale, index, "exclude"]
+
+    stats = by_triton("soft_target_forward", *soft_target([k[:7], k[7:]], index), True)
+    needs = (True, False, False, False)
+    full, gathered = (
+        by_triton("soft_target_backward", grad, None, grad, of_positive, *x, *stats, needs)
+        for x in (soft_target([k[:7], k[7:]], index), soft_target([compact], own))
+    )
+    assert torch.equal(full[0], gathered[0])
+    torch.testing.assert_close(full[4], gathered[4])
+
+
+@pytest.mark.parametrize("positives", ["labels", "mask"])
+@pytest.mark.parametrize("kind", ["converged", "collapsed"])
+def test_sums_over_positives_share_the_rounding_of_the_lse(kind: str, positives: str) -> None:
+    """Float32 whose logits cancel: at most twice eager's error, which rounds each logit once for both."""
+    classes, views, tau = 64, 2, 0.01
+    labels = torch.arange(classes, device=DEVICE) % 3
+    rows = torch.randn(3, 1, 40) if kind == "converged" else torch.ones(3, 1, 40)
+    rows = torch.nn.functional.normalize(rows, dim=-1).to(DEVICE)
+    features = rows[labels].expand(classes, views, 40).contiguous()
+
+    def plain(features: Tensor) -> Tensor:
+        z, y = torch.cat(features.unbind(1)), labels.repeat(views)
+        own = torch.eye(len(z), dtype=torch.bool, device=DEVICE)
+        logits, same = z @ z.T / tau, ((y[:, None] == y) & ~own).to(z)
+        log_p = logits - logits.masked_fill(own, -torch.inf).logsumexp(1)[:, None]
+        return -(log_p * same).sum(1) / same.sum(1)
+
+    given = {"labels": labels} if positives == "labels" else {"mask": (labels[:, None] == labels).float()}
+    with clk.use_backend("triton"):
+        ours = clk.supcon_loss(
+            features, **given, temperature=tau, base_temperature=tau, reduction="none"
+        )  # fmt: skip
+    truth = plain(features.double())
+    rounding = torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (ours - truth).abs().max() <= 2 * (plain(features) - truth).abs().max() + rounding
+
+
+NAN_SIZES = (35, 19, 3)  # N, M, D: two blocks of each
+NAN_PAIRS: dict[str, dict[str, Any]] = {
+    "self": {},
+    "keys": {"keys": True},
+    "keys, frozen": {"keys": True, "frozen": True},
+    "both axes": {"keys": True, "both_axes": True},
+    "both axes, bias": {"keys": True, "both_axes": True, "bias": True},
+    "self, labels": {"positives": "labels"},
+    "self, mask": {"positives": "mask"},
+    "keys, offset, labels": {"keys": True, "exclude": 1, "positives": "labels"},
+    "keys, among different": {"keys": True, "among": "different"},
+}
+
+
+@pytest.mark.parametrize("variant", NAN_PAIRS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_that_takes_part_is_nan(dtype: torch.dtype, variant: str) -> None:
+    """In the log-sum-exps of exactly the rows and columns where plain PyTorch has it, at any scale."""
+    (n, m, d), options = NAN_SIZES, NAN_PAIRS[variant]
+    keys, labelled = options.get("keys"), options.get("positives") == "labels" or "among" in options
+    for in_keys, scale in ((False, 2.0), (True, 300.0)):
+        q, k = torch.randn(n, d).to(DEVICE, dtype), torch.randn(m, d).to(DEVICE, dtype) if keys else None
+        (k if in_keys and k is not None else q)[-1, -1] = torch.nan
+        columns = m if keys else n
+        row_labels, col_labels = (torch.arange(size, device=DEVICE) % 3 for size in (n, columns))
+        if not keys:
+            col_labels = row_labels
+        mask = torch.rand(n, columns, device=DEVICE) if options.get("positives") == "mask" else None
+        arguments = (
+            q, k, torch.tensor(scale), options.get("exclude", None if keys else 0),
+            row_labels if labelled else None, col_labels if labelled else None,
+            options.get("among", "all"), options.get("positives") == "labels", None, mask,
+            torch.randn(columns, device=DEVICE) if options.get("bias") else None,
+            options.get("both_axes", False),
+        )  # fmt: skip
+        lse_rows, lse_cols, positive_sum, *_ = by_triton(
+            "contrastive_forward", *arguments, options.get("frozen", False)
+        )
+        truth, truth_cols, truth_sum, _ = reference.contrastive_stats(q.double(), *_wide(k), *arguments[2:])
+        assert torch.equal(lse_rows.isnan(), truth.isnan()) and truth.isnan().any()
+        assert torch.equal(lse_cols.isnan(), truth_cols.isnan())
+        assert torch.equal(lse_rows.isfinite(), truth.isfinite())
+        assert not (positive_sum.isnan() & ~truth_sum.isnan()).any()
+
+
+def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.double() for x in tensors]
+
+
+@pytest.mark.parametrize("where", ["q", "k", "target_q", "target_k", "own key", "own target key"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_of_student_or_teacher_is_nan(dtype: torch.dtype, where: str) -> None:
+    """In exactly the rows where plain PyTorch has it, with mean keys and without, keys shared or not."""
+    m, n, d = NAN_SIZES
+    in_targets = ("exclude", "zero", "exclude", "none")
+    modes = itertools.product((False, True), repeat=2)
+    for in_target, (shared, save_gradient) in zip(in_targets, modes, strict=True):
+        q, target_q = (torch.randn(n, d).to(DEVICE, dtype) for _ in range(2))
+        k = torch.randn(m, d).to(DEVICE, dtype)
+        u = k if shared else torch.randn(m, d).to(DEVICE, dtype)
+        positive = None if in_target == "none" else torch.arange(n, device=DEVICE)
+        spoiled = {"q": q, "k": k, "target_q": target_q, "target_k": u, "own key": k, "own target key": u}
+        spoiled[where][0 if where.startswith("own") else -1, 0] = torch.nan
+        scales = (torch.tensor(3.0), torch.tensor(2.0))
+        rest = (positive, "exclude" if in_target == "none" else in_target)
+        stats = by_triton("soft_target_forward", q, [k], target_q, [u], *scales, *rest, save_gradient)
+        truth = reference.soft_target_stats(*_wide(q), _wide(k), *_wide(target_q), _wide(u), *scales, *rest)
+        for mine, theirs in zip(stats[:2], truth[:2], strict=True):
+            assert torch.equal(mine.isnan(), theirs.isnan())
+        # The positive's weight of 0 times a NaN is NaN in the formula, and nothing here: the lse has it.
+        ours, plain = (x[0].isnan() | x[1].isnan() | x[2].isnan() for x in (stats, truth))
+        assert torch.equal(ours, plain)
+        if save_gradient:
+            assert not stats[5][stats[1].isnan()].isfinite().any()
+
+
+def test_a_bias_beside_keys_of_zeros() -> None:
+    """Whose bound is inf times 0: no sum that overflows is trusted."""
+    q, k = torch.randn(20, 5).to(DEVICE), torch.zeros(30, 5, device=DEVICE)
+    bias = torch.full((30,), 200.0, device=DEVICE)
+    arguments = (q, k, torch.tensor(1.0), None, None, None, "all", False, None, None, bias, True, False)
+    results, truth = (call("contrastive_forward", *arguments) for call in (by_triton, by_reference))
+    assert_close(list(results[:2]), list(truth[:2]), torch.float32)
 
 
 def test_two_runs_are_bitwise_equal() -> None:

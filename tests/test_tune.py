@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from cl_kernels import __main__, configs, tune
+from cl_kernels import __main__, configs, dispatch, tune
 from cl_kernels.bench.workloads import differentiate
 from cl_kernels.configs import Shape
 
@@ -57,15 +59,53 @@ def test_rows_used_are_those_that_a_step_looks_up(monkeypatch: pytest.MonkeyPatc
 
 def test_decisions_are_those_that_a_step_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def step() -> None:
-        assert configs.row_serving("contrastive", "self", "half", "sm_90", 128).backend == "cuda"
+        configs.row_serving("contrastive", "self", "half", "sm_90", 128)
         configs.row_serving("contrastive", "frozen keys", "half", "sm_80", 64)
 
     before = configs.row_serving
     assert [row[:6] for row in tune.decisions(step)] == [
-        ("contrastive", "self", "half", "sm_90", 128, "cuda"),
+        ("contrastive", "self", "half", "sm_90", 128, "triton"),
         ("contrastive", "frozen keys", "half", "sm_80", 64, "triton"),
     ]
     assert configs.row_serving is before
+
+
+def test_serving_rows_are_literals_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `tune --serving` prints goes into SERVING as it stands, and then CUDA C++ serves under "auto"."""
+    work, ours = tune.work_of("nt_xent", 64, 8, "bfloat16")
+    decided = [configs.Serving("contrastive", "self", "half", "sm_90", 8, "triton", "default")]
+    monkeypatch.setattr(tune, "decisions", lambda step: decided)
+    monkeypatch.setattr(tune, "by_backend", lambda backend, ours: ours)
+    monkeypatch.setattr(type(work), "inputs", lambda work, device, seed=0: [])
+    monkeypatch.setattr(tune, "differentiate", lambda *_: lambda: None)
+    monkeypatch.setattr(tune.timing, "Steps", lambda *_: None)
+
+    def interleaved(steps: dict[str, object], device: str, rounds: int) -> dict[str, SimpleNamespace]:
+        times = {"cuda": 1e-4, "triton": 2e-4}
+        return {name: SimpleNamespace(both=[times[name]] * rounds) for name in steps}
+
+    monkeypatch.setattr(tune.timing, "interleaved", interleaved)
+    text = "\n".join(tune.serving_rows(work, ours))
+    assert "cuda 0.1000 ms, triton 0.2000 ms" in text
+    rows = eval(f"({text}\n)", {"Serving": configs.Serving})
+    assert rows == (configs.Serving("contrastive", "self", "half", "sm_90", 8, "cuda", "measured"),)
+
+    def cannot(backend: str, ours: object) -> object:
+        if backend == "cuda":
+            raise RuntimeError("it was not built")
+        return ours
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "by_backend", cannot)
+        assert tune.serving_rows(work, ours) == ["# cuda: it was not built"]
+
+    monkeypatch.setattr(configs, "SERVING", (*rows, *configs.SERVING))
+    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 132))
+    monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
+    pairs = (0, None, None, "all", False, None, None, None, False)
+    for width, backend in ((8, "cuda"), (9, "triton")):
+        q = torch.ones(4, width).bfloat16()
+        assert dispatch.serving("contrastive_forward", (q, None, torch.ones(()), *pairs, False)) == backend
 
 
 @pytest.mark.parametrize("name", tune.WORKLOADS)

@@ -17,7 +17,10 @@ from cl_kernels.triton.pairs import Contrast
 
 
 def atomics_allowed() -> bool:
-    """CL_KERNELS_ATOMICS=1: gradients of q with itself in fewer operations, by additions in any order."""
+    """CL_KERNELS_ATOMICS=1: gradients of q with itself in fewer operations, by additions in any order; not
+    under `torch.use_deterministic_algorithms(True)`."""
+    if torch.are_deterministic_algorithms_enabled():
+        return False
     return os.environ.get("CL_KERNELS_ATOMICS", "0") not in ("", "0")
 
 

@@ -50,6 +50,19 @@ def _store_log_softmax(out, b_x, b_peak, b_sum, i_n, m_n, i_m, m):
     _store(out, b_out, i_n, m_n, i_m, m)
 
 
+@triton.jit
+def _softmax(output, i_n, m_n, i_m, m, stride_on, stride_om):
+    """exp of the output, 0 outside."""
+    b_log = _load(output, output, i_n, m_n, i_m, m, stride_on, stride_om, 0, 0, float("-inf"), False)
+    return tl.exp2(b_log * tiles.LOG2E)
+
+
+@triton.jit
+def _store_gradient(out, b_g, b_softmax, b_sum, b_total, i_n, m_n, i_m, m):
+    b_out = tl.where((b_total == 0)[:, None], 0.0, b_g - b_softmax * b_sum[:, None])
+    _store(out, b_out, i_n, m_n, i_m, m)
+
+
 # A program owns a few rows. Those that fit one block (WHOLE) are read once and stay in registers; longer ones
 # are walked twice, for the maximum and the sum, then for the output.
 @triton.jit
@@ -84,7 +97,8 @@ def _forward_kernel(
             _store_log_softmax(out, b_x, b_peak, b_sum, i_n, m_n, first + i_block, m)
 
 
-# grad - softmax sum(grad), the sum over what is included; the softmax is exp of the forward's output.
+# grad - softmax sum(grad), the sum over what is included; the softmax is exp of the forward's output. It sums
+# to 1, or to 0 where a row includes nothing but -inf: such a row is constant, and its gradient 0.
 @triton.jit
 def _backward_kernel(
     grad, output, mask, out, n, m, stride_gn, stride_gm, stride_on, stride_om, stride_mask_n, stride_mask_m,
@@ -94,13 +108,15 @@ def _backward_kernel(
     m_n = i_n < n
     i_block = tl.arange(0, BLOCK_N)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    b_total = tl.zeros((BLOCK_M,), tl.float32)
     if WHOLE:
         b_g = _load(
             grad, mask, i_n, m_n, i_block, m, stride_gn, stride_gm, stride_mask_n, stride_mask_m, 0.0, MASKED
         )
-        b_log = _load(output, mask, i_n, m_n, i_block, m, stride_on, stride_om, 0, 0, 0.0, False)
+        b_softmax = _softmax(output, i_n, m_n, i_block, m, stride_on, stride_om)
         b_sum += tl.sum(b_g, 1)
-        _store(out, b_g - tl.exp2(b_log * tiles.LOG2E) * b_sum[:, None], i_n, m_n, i_block, m)
+        b_total += tl.sum(b_softmax, 1)
+        _store_gradient(out, b_g, b_softmax, b_sum, b_total, i_n, m_n, i_block, m)
     else:
         for first in range(0, m, BLOCK_N):
             i_m = first + i_block
@@ -108,13 +124,15 @@ def _backward_kernel(
                 grad, mask, i_n, m_n, i_m, m, stride_gn, stride_gm, stride_mask_n, stride_mask_m, 0.0, MASKED
             )
             b_sum += tl.sum(b_g, 1)
+            if tl.min(b_total, 0) == 0:  # mostly read once
+                b_total += tl.sum(_softmax(output, i_n, m_n, i_m, m, stride_on, stride_om), 1)
         for first in range(0, m, BLOCK_N):
             i_m = first + i_block
             b_g = _load(
                 grad, mask, i_n, m_n, i_m, m, stride_gn, stride_gm, stride_mask_n, stride_mask_m, 0.0, MASKED
             )
-            b_log = _load(output, mask, i_n, m_n, i_m, m, stride_on, stride_om, 0, 0, 0.0, False)
-            _store(out, b_g - tl.exp2(b_log * tiles.LOG2E) * b_sum[:, None], i_n, m_n, i_m, m)
+            b_softmax = _softmax(output, i_n, m_n, i_m, m, stride_on, stride_om)
+            _store_gradient(out, b_g, b_softmax, b_sum, b_total, i_n, m_n, i_m, m)
 
 
 def masked_log_softmax_forward(

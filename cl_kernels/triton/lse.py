@@ -12,8 +12,11 @@ needed while that is at most 2^100, which keeps every sum in range. Past it the 
 where a sum came out too small, one maximum for each row and each column is taken instead.
 
 A partial statistic is a shift and a sum of 2^(S - shift), in base 2; sums over positives by label or mask,
-and their counts, are two further planes. The logits of positives given by index the second kernel computes
-itself, from products of the same precision.
+and their counts, are two further planes. In float32 the whole parts of the positives' logits, which add up
+exactly, have a third, and the fractions that are left keep their digits: so the sum over positives shares
+each logit's rounding with the log-sum-exp, and it cancels in a converged row. Shifts that are no maxima are
+whole numbers for the same reason. The logits of positives given by index the second kernel computes itself,
+from products of the same precision.
 """
 
 from __future__ import annotations
@@ -67,6 +70,11 @@ def _plus(a, b, more_a, more_b):
 
 
 @triton.jit
+def _plus3(a, b, c, more_a, more_b, more_c):
+    return a + more_a, b + more_b, c + more_c
+
+
+@triton.jit
 def _add(at, value, m_at, again):
     """Write values, or add them to what stands there."""
     value += tl.load(at, mask=m_at & again, other=0.0)
@@ -106,7 +114,8 @@ def _lse_kernel(
 ):  # fmt: skip
     SUMS: tl.constexpr = (POSITIVES == "labels") or (POSITIVES == "mask")
     LABELS: tl.constexpr = (POSITIVES == "labels") or (AMONG != "all")
-    PLANES: tl.constexpr = 4 if SUMS else 2
+    WHOLES: tl.constexpr = SUMS and (q.dtype.element_ty == tl.float32)
+    PLANES: tl.constexpr = 5 if WHOLES else 4 if SUMS else 2
     group = tl.program_id(0)
     if MIRRORED:
         # Each unordered pair of groups once: (g, g + step), around the circle.
@@ -130,6 +139,7 @@ def _lse_kernel(
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         positive_sum = tl.zeros((BLOCK_M,), tl.float32)
         positive_count = tl.zeros((BLOCK_M,), tl.float32)
+        positive_wholes = tl.zeros((BLOCK_M,), tl.float32)
         if WHOLE:
             i_d = tl.arange(0, BLOCK_D)
             b_q = load_rows(q, i, i < n, i_d, i_d < d, stride_qn, stride_qd, EVEN_D)
@@ -170,12 +180,22 @@ def _lse_kernel(
                     weight = mask_tile(mask, i, j, mask_rows, mask_cols, stride_mask_row, stride_mask_col)
                 if edge:
                     weight = tl.where(_counted(i, j, n, m, exclude, EXCLUDE, MIRRORED), weight, 0.0)
-                # Both at once: to count apart, the compiler makes the weights again in a layout of its own.
-                part_sum, part_count = tl.reduce((weight * s, weight), 1, _plus)
+                # All at once: to count apart, the compiler makes the weights again in a layout of its own.
+                if WHOLES:
+                    whole = tl.floor(s)
+                    terms = (weight * (s - whole), weight, weight * whole)
+                    part_sum, part_count, part_wholes = tl.reduce(terms, 1, _plus3)
+                    positive_wholes += part_wholes
+                else:
+                    part_sum, part_count = tl.reduce((weight * s, weight), 1, _plus)
                 positive_sum += part_sum
                 positive_count += part_count
                 if MIRRORED:
-                    part_sum, part_count = tl.reduce((weight * s, weight), 0, _plus)
+                    if WHOLES:
+                        part_sum, part_count, part_wholes = tl.reduce(terms, 0, _plus3)
+                        _add(cols + 4 * m + j, part_wholes, j < m, again)
+                    else:
+                        part_sum, part_count = tl.reduce((weight * s, weight), 0, _plus)
                     _add(cols + 2 * m + j, part_sum, j < m, again)
                     _add(cols + 3 * m + j, part_count, j < m, again)
 
@@ -190,13 +210,14 @@ def _lse_kernel(
 
             if MIRRORED or COLUMNS:
                 bound = q_norm * tl.load(norms + q_blocks + block_j)
-                shift = tl.maximum(bound - SAFE, 0.0)
+                shift = tl.where(bound > SAFE, tl.ceil(bound - SAFE), 0.0)
                 e = tl.exp2(s - shift)
                 part, col_part = tl.sum(e, 1), tl.sum(e, 0)
                 part_peak = tl.zeros((BLOCK_M,), tl.float32) + shift
                 col_peak = tl.zeros((BLOCK_N,), tl.float32) + shift
                 if not (bound <= SAFE):
-                    if not (tl.minimum(tl.min(part, 0), tl.min(col_part, 0)) >= TINY):
+                    least = tl.minimum(tl.min(part, 0), tl.min(col_part, 0))
+                    if not ((least >= TINY) & (tl.max(part, 0) < float("inf"))):
                         part_peak = tl.maximum(tl.max(s, 1), NOTHING)
                         part = tl.sum(tl.exp2(s - part_peak[:, None]), 1)
                         col_peak = tl.maximum(tl.max(s, 0), NOTHING)
@@ -214,16 +235,17 @@ def _lse_kernel(
         if SUMS:
             tl.store(rows + 2 * n + i, positive_sum, mask=i < n)
             tl.store(rows + 3 * n + i, positive_count, mask=i < n)
+        if WHOLES:
+            tl.store(rows + 4 * n + i, positive_wholes, mask=i < n)
 
 
 @triton.jit(do_not_specialize=["n", "m", "slots", "group_rows"])
 def _combine_kernel(
     parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count,
     n, m, d, slots, group_rows, stride_qn, stride_qd, stride_kn, stride_kd,
-    MIRRORED: tl.constexpr, SCALE_TENSOR: tl.constexpr, POSITIVES: tl.constexpr, SUMS: tl.constexpr,
+    MIRRORED: tl.constexpr, SCALE_TENSOR: tl.constexpr, POSITIVES: tl.constexpr, PLANES: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    PLANES: tl.constexpr = 4 if SUMS else 2
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     peak = tl.full((BLOCK_M,), NOTHING, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float64)
@@ -245,9 +267,11 @@ def _combine_kernel(
             total *= tl.exp2(peak - top).to(tl.float64)
             total += tl.sum((b_sum * tl.exp2(b_peak - top[None, :])).to(tl.float64), 0)
             peak = top
-            if SUMS:
+            if PLANES > 2:
                 weighted += tl.sum(tl.load(at + 2 * n, mask=m_slot, other=0.0).to(tl.float64), 0)
                 count += tl.sum(tl.load(at + 3 * n, mask=m_slot, other=0.0).to(tl.float64), 0)
+            if PLANES == 5:
+                weighted += tl.sum(tl.load(at + 4 * n, mask=m_slot, other=0.0).to(tl.float64), 0)
     tl.store(lse + i, (peak.to(tl.float64) + tl.log2(total)) * LN2, mask=i < n)
     if POSITIVES == "index":
         b_index = tl.load(index + i, mask=i < n, other=-1)
@@ -294,7 +318,7 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             q, k, norms, n, m, d, row_blocks, *q.stride(), *k.stride(),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=32,
         )  # fmt: skip
-    planes = 4 if sums else 2
+    planes = (5 if q.dtype == torch.float32 else 4) if sums else 2  # as the kernel has it
     rows = q.new_empty((groups_k, planes, n), dtype=torch.float32)
     cols = q.new_empty((groups_q, planes, m), dtype=torch.float32) if mirrored or columns else rows
     programs = groups_q * (groups_q + 1) // 2 if mirrored else groups_q * groups_k
@@ -319,7 +343,7 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def combine_parts(
-    parts: Tensor,  # [slots, 2 or 4, n]
+    parts: Tensor,  # [slots, 2, 4 or 5, n]
     problem: Contrast | None = None,  # whose positives are asked for, None: no positives
     mirrored: Tensor | None = None,  # as parts, where columns stand for rows too
     group_rows: int = 1,
@@ -339,6 +363,6 @@ def combine_parts(
     _combine_kernel[(launch.cdiv(n, 32),)](
         parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count, n, m, d, slots, group_rows,
         *strides, MIRRORED=mirrored is not None, SCALE_TENSOR=isinstance(scale, Tensor), POSITIVES=positives,
-        SUMS=planes == 4, PRECISION=precision, BLOCK_SLOTS=32, BLOCK_M=32, BLOCK_D=32, num_warps=4,
+        PLANES=planes, PRECISION=precision, BLOCK_SLOTS=32, BLOCK_M=32, BLOCK_D=32, num_warps=4,
     )  # fmt: skip
     return lse, positive_sum, positive_count

@@ -104,7 +104,7 @@ def _kernel(
         b_peak, b_target_peak = b_new, b_target_new
 
     at = statistics + i_m.to(tl.int64) * slots + slot + tl.program_id(1)
-    plane = n.to(tl.int64) * slots
+    plane = tl.cast(n, tl.int64) * slots
     tl.store(at, b_peak, mask=m_m)
     tl.store(at + plane, b_sum, mask=m_m)
     tl.store(at + 2 * plane, b_target_peak, mask=m_m)

@@ -26,7 +26,7 @@ def _kernel(
     i_row = tl.program_id(0).to(tl.int64)
     i_s = tl.arange(0, SLOTS)
     m_s = i_s < slots
-    row, plane = i_row * slots, n.to(tl.int64) * slots
+    row, plane = i_row * slots, tl.cast(n, tl.int64) * slots
     b_peak = tl.load(statistics + row + i_s, mask=m_s, other=NOTHING).to(tl.float64)
     b_sum = tl.load(statistics + plane + row + i_s, mask=m_s, other=0.0).to(tl.float64)
     b_target_peak = tl.load(statistics + 2 * plane + row + i_s, mask=m_s, other=NOTHING).to(tl.float64)
@@ -57,7 +57,7 @@ def _kernel(
             target_sum += weight
             beside += weight * (logit - top)
         tl.store(positive_sum + i_row, tl.where(has_own, logit, 0.0) * LN2)
-    has_target = target_sum > 0
+    has_target = target_sum != 0  # also where it is NaN
     lse2 = top + tl.log2(row_sum)
     divisor = tl.where(has_target, target_sum, 1.0)
     target_lse2 = tl.where(has_target, target_top + tl.log2(divisor), -float("inf"))

@@ -98,7 +98,7 @@ def _kernel(
 
     place = slot + tl.program_id(1)
     i_slot = i_m.to(tl.int64) * slots + place
-    plane = n.to(tl.int64) * slots
+    plane = tl.cast(n, tl.int64) * slots
     at = statistics + i_slot + tl.where(m_student, 0, 2 * plane)
     tl.store(at, b_peak, mask=m_m)
     tl.store(at + plane, b_sum, mask=m_m)

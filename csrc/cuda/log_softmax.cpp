@@ -51,7 +51,7 @@ at::Tensor run(const at::Tensor& x, const at::Tensor& y, const std::optional<at:
   p.mask_stride = mask ? bits.stride(0) : 0;
   p.n = static_cast<int>(n);
   p.m = static_cast<int>(m);
-  p.splits = log_softmax_splits(p.n, p.m, type, multiprocessors());
+  p.splits = log_softmax_splits(p.n, p.m, type, multiprocessors(), shared_memory());
   at::Tensor parts = at::empty({n * p.splits, 2}, x.options().dtype(at::kFloat));
   p.parts = static_cast<float2*>(parts.mutable_data_ptr());
   launch(p, type, stream());

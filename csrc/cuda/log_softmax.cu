@@ -358,7 +358,8 @@ __global__ void __launch_bounds__(kStreamThreads, 4) write_kernel(const LogSoftm
 }
 
 constexpr int kMostThreads = 1024, kMostHeld = 8;
-constexpr int64_t kLongest = int64_t{kMostThreads} * kMostHeld * 2 * 16;  // bytes that a multiprocessor holds
+// Bytes of a row that registers hold, and as many more in shared memory where the device has that.
+constexpr int64_t kHeldBytes = int64_t{kMostThreads} * kMostHeld * 16;
 
 template <typename T, bool kBackward, int kThreads, int kHeld, bool kSpare = false>
 void launch_rows_held(const LogSoftmaxParams& p, cudaStream_t stream) {
@@ -390,10 +391,11 @@ void launch_rows(const LogSoftmaxParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-int log_softmax_splits(int n, int m, Type type, int multiprocessors) {
+int log_softmax_splits(int n, int m, Type type, int multiprocessors, int shared_bytes) {
   const int64_t bytes = int64_t{m} * (type == Type::kFloat ? 4 : 2);
+  const int64_t longest = shared_bytes >= kHeldBytes ? 2 * kHeldBytes : kHeldBytes;
   const bool few = 2 * n <= multiprocessors && bytes > 32 * 1024;
-  if (bytes <= kLongest && !few) return 0;
+  if (bytes <= longest && !few) return 0;
   const int64_t wanted = ceil_div(kWaves * multiprocessors, n);
   const int64_t most = ceil_div<int64_t>(bytes, kStreamThreads * kStreamed * 16);
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, most));

@@ -18,8 +18,9 @@ struct LogSoftmaxParams {
   float2* parts;  // [n, splits]
 };
 
-// Into how many parts to cut the rows: 0 where a multiprocessor holds a row and there are rows enough.
-int log_softmax_splits(int n, int m, Type, int multiprocessors);
+// Into how many parts to cut the rows: 0 where a multiprocessor, with so much shared memory for a block,
+// holds a row and there are rows enough.
+int log_softmax_splits(int n, int m, Type, int multiprocessors, int shared_bytes);
 
 // out = x - LSE(x over the included); -inf elsewhere.
 void launch_log_softmax_forward(const LogSoftmaxParams&, Type, cudaStream_t);

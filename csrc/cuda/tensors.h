@@ -43,6 +43,11 @@ inline cudaStream_t stream() {
 inline int multiprocessors() {
   return 3;
 }
+// Bytes that a block may take: Hopper's, or CL_KERNELS_EMULATED_SHARED.
+inline int shared_memory() {
+  const char* given = std::getenv("CL_KERNELS_EMULATED_SHARED");
+  return given != nullptr ? std::stoi(given) : 227 * 1024;
+}
 // The architecture whose kernels are to run: sm_80's, or Hopper's with CL_KERNELS_EMULATED_ARCHITECTURE=90.
 inline int architecture() {
   const char* given = std::getenv("CL_KERNELS_EMULATED_ARCHITECTURE");
@@ -71,6 +76,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 }
 inline int multiprocessors() {
   return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+inline int shared_memory() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 inline int architecture() {
   return device_attribute(cudaDevAttrComputeCapabilityMajor) * 10 +
