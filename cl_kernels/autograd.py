@@ -655,7 +655,9 @@ def _pull_back(
         return tuple(x for x, grad in zip(function(given), grads, strict=True) if grad is not None)
 
     values = [inputs[i] for i in places]
-    if in_transform() or not all(x.requires_grad for x in values):
+    # torch.func's pull-backs run outside of their transforms, on what those had wrapped.
+    wrapped = in_transform() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, values))
+    if wrapped or not all(x.requires_grad for x in values):
         outputs, pull_back, *_ = torch.func.vjp(of_needed, *values)
         found = pull_back(tuple(grad.to(x.dtype) for x, grad in zip(outputs, cotangents, strict=True)))
     else:  # without torch.func, which takes no hooks on saved tensors

@@ -86,9 +86,18 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor], 
     "jacrev": lambda f, x, y, z: jacrev(lambda x: torch.stack([f(x, y[0], z), f(x, y[1], z).sin()]))(x[0]),
     "jacrev of grad": lambda f, x, y, z: jacrev(grad(f))(x[0], y[0], z),
     "grad of grad": lambda f, x, y, z: grad(lambda y: grad(f)(x[0], y, z).sin().sum())(y[0]),
+    "vjp of vjp": lambda f, x, y, z: pulled_back(
+        lambda y: pulled_back(lambda x: f(x, y, z), x[0]).sin().sum(), y[0]
+    ),
 }
 EVERY_CASE = ("grad", "vmap of grad", "grad of vmap", "jacrev of grad")
 SOME = ("supcon labels", "clip", "info_nce queue", "dimcl", "sce keys", "masked_log_softmax", "similarity")
+
+
+def pulled_back(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The gradient by a pull-back that runs outside of its transform."""
+    value, pull_back = vjp(function, x)
+    return pull_back(torch.ones_like(value))[0]
 
 
 def of_leaf(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
