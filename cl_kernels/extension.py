@@ -50,6 +50,8 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         return None, "the compiled extension is switched off by CL_KERNELS_NO_EXTENSION"
     if not _is_built(name):
         reason = build_record.reason(Path(__file__).parent, name)
+        if reason is None and _is_source_checkout():
+            reason = f"nothing was compiled in the checkout {_ROOT}"
         because = f", because {reason}" if reason else ""
         return None, f"the compiled extension {name} was not built{because}"
     try:
