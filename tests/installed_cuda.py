@@ -1,5 +1,5 @@
-"""Holds an installed CUDA build to what it was built for; needs no GPU. `make cuda-build` runs it, outside the
-checkout, in the environment that the package was installed into.
+"""Holds an installed CUDA build to what it was built for; needs no GPU. `make cuda-build` runs it, outside
+the checkout, in the environment that the package was installed into.
 
     python tests/installed_cuda.py --architectures "8.0;9.0"
 """

@@ -1,5 +1,5 @@
-"""Building and installing: why an extension was not built is told, a source distribution is whole, and README's
-installation works as written."""
+"""Building and installing: why an extension was not built is told, a source distribution is whole, and
+README's installation works as written."""
 
 from __future__ import annotations
 
