@@ -40,7 +40,8 @@ def copy_of(names: tuple[str, ...], folder: Path) -> Path:
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CL_KERNELS_")}
+    ours = ("CL_KERNELS_", "TRITON_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     done = subprocess.run(
         command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, timeout=600
     )
