@@ -1,4 +1,5 @@
-# `make help` lists the targets. Everything happens in .venv; stamps there keep a second run short.
+# `make help` lists the targets. Everything happens in .venv (`make cuda-build`: in .venv-cuda); stamps there keep
+# a second run short.
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
@@ -7,22 +8,27 @@ DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 GATE_FLAGS ?=
 GPU_FLAGS ?=
+CUDA_TORCH ?= 2.12.0
 CL_KERNELS_SKIP_BUILD ?=
-CL_KERNELS_SKIP_CUDA_BUILD ?=
+CL_KERNELS_FORCE_CUDA_BUILD ?=
+# Where there is no GPU, nothing here would run CUDA kernels: they would be minutes of compilation for nothing.
+GPUS := $(wildcard /dev/nvidia[0-9]* /dev/dxg)
+CL_KERNELS_SKIP_CUDA_BUILD ?= $(if $(GPUS)$(filter-out 0,$(CL_KERNELS_FORCE_CUDA_BUILD)),,1)
 # Here a build that fails is an error; without a compiler: make demo CL_KERNELS_SKIP_BUILD=1
 CL_KERNELS_FORCE_BUILD ?= $(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),,1)
-export CL_KERNELS_SKIP_BUILD CL_KERNELS_FORCE_BUILD CL_KERNELS_SKIP_CUDA_BUILD
+export CL_KERNELS_SKIP_BUILD CL_KERNELS_FORCE_BUILD CL_KERNELS_SKIP_CUDA_BUILD CL_KERNELS_FORCE_CUDA_BUILD
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES))
-# Stamps of both kinds of install, so that changing the switch installs again.
-BUILT := $(VENV)/.built$(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),-pure)
+# A stamp for each kind of install, so that changing a switch installs again.
+KIND := $(if $(filter-out 0,$(CL_KERNELS_SKIP_CUDA_BUILD)),-cpu)
+BUILT := $(VENV)/.built$(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),-pure,$(KIND))
 
 .PHONY: help demo test test-full lint format bench bench-report acceptance regression figures compile-gate gpu-check
-.PHONY: build clean distclean
+.PHONY: build cuda-build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -31,8 +37,9 @@ help:  ## show this list
 	@echo "  PYTHON=python3.12          the interpreter that .venv is made with"
 	@echo "  PIP_FLAGS=...              passed to every pip install"
 	@echo "  PYTEST_FLAGS='-k supcon'   passed to pytest; likewise DEMO_, BENCH_, GATE_, GPU_FLAGS"
+	@echo "  CUDA_TORCH=2.11.0          the torch of cuda-build, each in an environment of its own"
 	@echo "  CL_KERNELS_SKIP_BUILD=1    do without a C++ compiler"
-	@echo "  CL_KERNELS_SKIP_CUDA_BUILD=1    do without nvcc where torch has CUDA"
+	@echo "  CL_KERNELS_SKIP_CUDA_BUILD=0    compile the CUDA kernels for torch with CUDA on a machine without a GPU"
 
 demo: $(BUILT)  ## train on handwritten digits, eager against ours; plot time and memory
 	$(BIN)/python examples/digits.py $(DEMO_FLAGS)
@@ -83,13 +90,13 @@ gpu-check:  ## tests, memory checkers and timings on this machine's GPU
 build: $(BUILT)  ## install the package in .venv and compile its extensions
 
 # python setup.py build_ext keeps its objects in build/, so that only changed files are compiled again.
-$(VENV)/.built: $(VENV)/.installed setup.py cl_kernels/cuda_build.py $(SOURCES)
+$(VENV)/.built $(VENV)/.built-cpu: $(VENV)/.installed setup.py cl_kernels/cuda_build.py $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	@rm -f $(VENV)/.built-pure && touch $@
+	@rm -f $(VENV)/.built* && touch $@
 
 $(VENV)/.built-pure: $(VENV)/.installed
-	rm -f cl_kernels/_C.*so cl_kernels/_cuda.*so $(VENV)/.built
-	@touch $@
+	CL_KERNELS_FORCE_BUILD= $(BIN)/python setup.py --quiet build_ext --inplace
+	@rm -f $(VENV)/.built* && touch $@
 
 $(VENV)/.installed: $(VENV)/.demo pyproject.toml
 	CL_KERNELS_SKIP_BUILD=1 CL_KERNELS_FORCE_BUILD= $(PIP) --no-build-isolation --no-deps --editable .
@@ -111,10 +118,32 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "cl_kernels needs Python 3.10 or later; PYTHON= names another")'
 	$(PYTHON) -m venv $(VENV)
 
+# A wheel is built away from the checkout, as for its users, and imported from outside.
+CUDA_VENV := $(abspath .venv-cuda/$(CUDA_TORCH))
+CUDA_PIP := $(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+CUDA_ARCHITECTURES := $(or $(TORCH_CUDA_ARCH_LIST),8.0;9.0)
+
+cuda-build: $(CUDA_VENV)/.torch  ## compile the CUDA kernels for a CUDA build of torch, install and check them; no GPU
+	rm -rf $(CUDA_VENV)/build/lib* $(CUDA_VENV)/build/bdist*
+	printf '[build]\nbuild_base = %s\n' $(CUDA_VENV)/build > $(CUDA_VENV)/build.cfg
+	CL_KERNELS_SKIP_BUILD= CL_KERNELS_SKIP_CUDA_BUILD= CL_KERNELS_FORCE_BUILD=1 CL_KERNELS_FORCE_CUDA_BUILD=1 \
+		TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)' MAX_JOBS=$(or $(MAX_JOBS),$(JOBS)) \
+		DIST_EXTRA_CONFIG=$(CUDA_VENV)/build.cfg PATH="$(CUDA_VENV)/bin:$$PATH" \
+		$(CUDA_PIP) --no-build-isolation --no-deps --force-reinstall $(CURDIR)
+	cd $(CUDA_VENV) && bin/python $(CURDIR)/tests/installed_cuda.py --architectures '$(CUDA_ARCHITECTURES)'
+
+$(CUDA_VENV)/.torch:
+	@command -v nvcc >/dev/null || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" \
+		|| { echo "cuda-build needs nvcc of the CUDA toolkit; CUDA_HOME names it" >&2; exit 1; }
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PIP) torch==$(CUDA_TORCH) numpy ninja 'setuptools>=77.0.3,<82'
+	@touch $@
+
 clean:  ## remove build products
 	rm -rf build dist demo_output bench_output gpu_check_output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
-	rm -f cl_kernels/_C.*so cl_kernels/_cuda.*so $(VENV)/.built* $(VENV)/.installed
+	rm -f cl_kernels/_C.*so cl_kernels/_cuda.*so cl_kernels/_not_built.json $(VENV)/.built* $(VENV)/.installed
+	rm -rf .venv-cuda/*/build
 	find cl_kernels tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-distclean: clean  ## remove .venv as well
-	rm -rf $(VENV)
+distclean: clean  ## remove .venv and .venv-cuda as well
+	rm -rf $(VENV) .venv-cuda

@@ -8,22 +8,34 @@ CL_KERNELS_FORCE_CUDA_BUILD=1  an extension for GPUs that cannot be built is an 
 TORCH_CUDA_ARCH_LIST           the GPU architectures to compile for; by default those of the GPUs here
 MAX_JOBS                       compilers at once
 none of these                  compile where that works; otherwise print why not, and do without
+
+Why an extension was not built stays with the installation, for `python -m cl_kernels info`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_ext import build_ext as SetuptoolsBuildExt
+from setuptools.command.build_py import build_py as SetuptoolsBuildPy
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # older ones misread pyproject.toml
+    raise SystemExit(
+        f"cl_kernels is built with setuptools 77.0.3 or later, and this is {setuptools.__version__}: "
+        "run `pip install 'setuptools>=77.0.3,<82'` first"
+    )
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -42,15 +54,15 @@ FORCED = {CPU: FORCE, CUDA: FORCE_CUDA}
 FORCING = {CPU: "CL_KERNELS_FORCE_BUILD", CUDA: "CL_KERNELS_FORCE_CUDA_BUILD"}
 
 
-def load_cuda_build() -> ModuleType:
-    """cl_kernels/cuda_build.py, without importing the package."""
-    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "cl_kernels" / "cuda_build.py")
+def load(name: str) -> ModuleType:
+    """A module of cl_kernels, without importing the package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "cl_kernels" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-cuda_build = load_cuda_build()
+build_record, cuda_build = load("build_record"), load("cuda_build")
 cuda_build.name_toolkit()  # before torch looks for it
 
 
@@ -110,7 +122,7 @@ def cpu_extension():
     from torch.utils.cpp_extension import CppExtension
 
     # The instruction set is chosen at run time: csrc/cpu/isa_*.cpp raise their target, the rest is baseline.
-    compile_args = ["-O3", "-g0", "-DNDEBUG", "-fvisibility=hidden"]
+    compile_args = ["-O3", "-g0", "-DNDEBUG", "-fvisibility=hidden", "-Wno-psabi"]
     link_args: list[str] = []
     if platform.system() == "Linux":
         compile_args.append("-fopenmp")
@@ -140,10 +152,32 @@ def cuda_extension():
     )
 
 
-def build_command(base: type) -> type:
+def recording(base: type, reasons: dict[str, str | None]) -> type:
+    """`base`, a command, that leaves beside the extensions why one was not built."""
+
+    class Recording(base):
+        def run(self) -> None:
+            super().run()
+            inplace = getattr(self, "inplace", False) or getattr(self, "editable_mode", False)
+            folders = [Path(self.build_lib), *([ROOT] if inplace else [])]
+            for package in (folder / "cl_kernels" for folder in folders):
+                self.remove_stale(package)
+                if package.exists():
+                    build_record.write(package, reasons)
+
+        def remove_stale(self, package: Path) -> None:
+            """An extension of an earlier build must not outlive one that left it out."""
+            for name in (name for name, reason in reasons.items() if reason is not None):
+                suffix = sysconfig.get_config_var("EXT_SUFFIX")
+                (package / f"{name.rpartition('.')[2]}{suffix}").unlink(missing_ok=True)
+
+    return Recording
+
+
+def build_command(base: type, reasons: dict[str, str | None]) -> type:
     """`base` (torch's BuildExtension) that does without an extension where its compilation fails."""
 
-    class BuildExt(base):
+    class BuildExt(recording(base, reasons)):
         def run(self) -> None:
             version = self.distribution.get_version()
             for ext in self.extensions:
@@ -156,26 +190,49 @@ def build_command(base: type) -> type:
             built = []
             for ext in self.extensions:
                 self.extensions = [ext]
+                log = Path(self.build_temp) / f"{ext.name}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                print(f"cl_kernels: compiling {ext.name}", file=sys.stderr, flush=True)
                 try:
-                    super().build_extensions()
+                    with printed_to(log):
+                        super().build_extensions()
                 except Exception as error:
+                    print(log.read_text(errors="replace"), flush=True)
                     if FORCED[ext.name]:
                         raise
-                    self.remove_stale(ext)
-                    summary = str(error).strip().splitlines()[0]
-                    notice(ext.name, f"the compilation failed ({summary}; the compiler's output is above)")
+                    reasons[ext.name] = f"the compilation failed: {first_error(log, error)}"
+                    notice(ext.name, reasons[ext.name])
                 else:
                     built.append(ext)
+                    if self.verbose:
+                        print(log.read_text(errors="replace"), flush=True)
             self.extensions = self.distribution.ext_modules = built
 
-        def remove_stale(self, ext) -> None:
-            """An extension of an earlier build must not outlive a failed one."""
-            stem = ext.name.rpartition(".")[2]
-            for package in (ROOT / "cl_kernels", Path(self.build_lib) / "cl_kernels"):
-                for path in (*package.glob(f"{stem}.*so"), *package.glob(f"{stem}.*pyd")):
-                    path.unlink()
-
     return BuildExt
+
+
+@contextlib.contextmanager
+def printed_to(log: Path) -> Iterator[None]:
+    """What this process and the compilers that it starts print meanwhile goes to a file."""
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    sys.stdout.flush(), sys.stderr.flush()
+    with log.open("wb") as file:
+        for descriptor in kept:
+            os.dup2(file.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        for descriptor, original in kept.items():
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
+def first_error(log: Path, error: Exception) -> str:
+    """What went wrong, in a line: the compiler's first error, or that of the build."""
+    lines = [*log.read_text(errors="replace").splitlines(), str(error).strip() or repr(error)]
+    found = (line for line in lines if re.search(r"\berror\b.*: |undefined reference", line))
+    return next(found, lines[-1].splitlines()[0]).strip().replace(f"{ROOT}/", "")[:300]
 
 
 def with_objects_of_their_own(object_filenames):
@@ -213,12 +270,16 @@ def build_arguments() -> dict[str, object]:
             for command in ("bdist_wheel", "editable_wheel", "build_ext", "install", "develop")
         ):
             notice(name, reason)
+    commands = {"build_py": recording(SetuptoolsBuildPy, reasons)}
     if reasons[CPU] is not None:
-        return {"cmdclass": {"build_ext": SetuptoolsBuildExt}}
+        return {"cmdclass": {**commands, "build_ext": recording(SetuptoolsBuildExt, reasons)}}
     from torch.utils.cpp_extension import BuildExtension
 
     extensions = [cpu_extension()] + ([cuda_extension()] if reasons[CUDA] is None else [])
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": build_command(BuildExtension)}}
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {**commands, "build_ext": build_command(BuildExtension, reasons)},
+    }
 
 
-setup(**build_arguments())
+setuptools.setup(**build_arguments())

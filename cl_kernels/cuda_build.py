@@ -71,7 +71,7 @@ def gencode(compiled: Sequence[str]) -> list[str]:
 
 def flags(compiled: Sequence[str]) -> dict[str, list[str]]:
     """By compiler, beside what torch adds: its include paths, the C++ standard, -fPIC."""
-    cxx = ["-O3", "-g0", "-DNDEBUG", "-fvisibility=hidden"]
+    cxx = ["-O3", "-g0", "-DNDEBUG", "-fvisibility=hidden", "-Wno-psabi"]
     cxx.append(f"-DCL_KERNELS_CUDA_ARCHITECTURES={','.join(compiled)}")
     nvcc = ["-O3", "-DNDEBUG", "--compiler-options=-fvisibility=hidden", *gencode(compiled)]
     return {"cxx": cxx, "nvcc": nvcc}

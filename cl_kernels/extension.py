@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from cl_kernels import cuda_build, ops
+from cl_kernels import build_record, cuda_build, ops
 
 _BUILD_HINT = (
     "install cl_kernels with `pip install --no-build-isolation` into the environment that has this PyTorch, "
@@ -49,7 +49,11 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     if _switched_off():
         return None, "the compiled extension is switched off by CL_KERNELS_NO_EXTENSION"
     if not _is_built(name):
-        return None, f"the compiled extension {name} was not built"
+        reason = build_record.reason(Path(__file__).parent, name)
+        if reason is None and _is_source_checkout():
+            reason = f"nothing was compiled in the checkout {_ROOT}"
+        because = f", because {reason}" if reason else ""
+        return None, f"the compiled extension {name} was not built{because}"
     try:
         extension = importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:

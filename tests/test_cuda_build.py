@@ -1,14 +1,17 @@
-"""How the CUDA extension is built: architectures, flags, and errors that say why it is not."""
+"""How the CUDA extension is built: architectures, flags, its host files as a compiler for a GPU sees them,
+and errors that say why it is not built."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+from emulator import build as emulator
 
 from cl_kernels import cuda_build
 
@@ -138,3 +141,31 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "from 8.0 on" in str(cuda_build.obstacle(checkout))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     assert cuda_build.obstacle(checkout) is None
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The compiler and its options for host files, without the emulator's: torch's headers, also those of a
+    build for the CPU, which lacks one that CUDA's builds generate, and the toolkit's."""
+    if reason := emulator.obstacle():
+        pytest.skip(reason)
+    from torch.utils import cpp_extension
+
+    stub = tmp_path_factory.mktemp("stub")
+    (stub / "c10" / "cuda" / "impl").mkdir(parents=True)
+    (stub / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h").touch()
+    theirs = [*cpp_extension.include_paths(), sysconfig.get_path("include"), emulator.toolkit() / "include"]
+    return [
+        *(cpp_extension.get_cxx_compiler(), "-std=c++20", "-fsyntax-only", "-DTORCH_EXTENSION_NAME=_cuda"),
+        *cuda_build.flags(["sm_80"])["cxx"],
+        *(f"-I{folder}" for folder in cuda_build.include_folders(ROOT)),
+        *(f"-isystem{folder}" for folder in theirs),
+        f"-idirafter{stub}",
+    ]
+
+
+@pytest.mark.parametrize("file", cuda_build.sources(ROOT, ".cpp"), ids=lambda path: path.name)
+def test_host_files_compile_for_a_gpu(file: Path, compiler: list[str]) -> None:
+    """What the emulator replaces, a GPU's build alone would see."""
+    done = subprocess.run([*compiler, str(file)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr

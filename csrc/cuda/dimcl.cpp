@@ -16,7 +16,8 @@ namespace cl_kernels {
 namespace cuda {
 namespace {
 
-void check(const at::Tensor& z0, const at::Tensor& z1, const std::optional<at::Tensor>& positive_mask) {
+void check_arguments(const at::Tensor& z0, const at::Tensor& z1,
+                     const std::optional<at::Tensor>& positive_mask) {
   TORCH_CHECK_VALUE(z0.dim() == 2, "z0 must be [N, D], got ", z0.sizes());
   TORCH_CHECK_VALUE(z1.sizes() == z0.sizes(), "z1 must be ", z0.sizes(), " as z0, got ", z1.sizes());
   TORCH_CHECK_TYPE(z1.scalar_type() == z0.scalar_type(), "z1 must be of z0's type ", z0.scalar_type(),
@@ -82,7 +83,7 @@ Contrast column_problem(const at::Tensor& x, const at::Tensor& scale,
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dimcl_forward(
     const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
     const std::optional<at::Tensor>& positive_mask) {
-  cuda::check(z0, z1, positive_mask);
+  cuda::check_arguments(z0, z1, positive_mask);
   const cuda::DeviceGuard guard(z0);
   const cuda::Columns columns = cuda::standardise(z0, z1);
   const cuda::Statistics out =
@@ -96,7 +97,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
     const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
     const std::optional<at::Tensor>& positive_mask, const at::Tensor& lse, const at::Tensor&,
     const at::Tensor&) {
-  cuda::check(z0, z1, positive_mask);
+  cuda::check_arguments(z0, z1, positive_mask);
   const cuda::DeviceGuard guard(z0);
   const int64_t n = z0.size(0), d = z0.size(1);
   const cuda::Columns columns = cuda::standardise(z0, z1);

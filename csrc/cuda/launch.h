@@ -20,7 +20,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 
 #else
 
-inline void check(cudaError_t status, const char* what) {
+inline void check_status(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
@@ -29,16 +29,16 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
   if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          "raising the limit of shared memory");
+    check_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_bytes)),
+                 "raising the limit of shared memory");
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "launching a kernel");
+  check_status(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "launching a kernel");
 }
 
 #endif

@@ -10,7 +10,7 @@ namespace cl_kernels {
 namespace cuda {
 namespace {
 
-void check(const at::Tensor& logits, const std::optional<at::Tensor>& mask) {
+void check_arguments(const at::Tensor& logits, const std::optional<at::Tensor>& mask) {
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be [N, M], got ", logits.sizes());
   const int64_t most = std::numeric_limits<int>::max() / 2;
   TORCH_CHECK_VALUE(logits.size(0) < most && logits.size(1) < most,
@@ -62,13 +62,13 @@ at::Tensor run(const at::Tensor& x, const at::Tensor& y, const std::optional<at:
 }  // namespace cuda
 
 at::Tensor masked_log_softmax_forward(const at::Tensor& logits, const std::optional<at::Tensor>& mask) {
-  cuda::check(logits, mask);
+  cuda::check_arguments(logits, mask);
   return cuda::run(logits, logits, mask, cuda::launch_log_softmax_forward);
 }
 
 at::Tensor masked_log_softmax_backward(const at::Tensor& grad, const at::Tensor& output,
                                        const std::optional<at::Tensor>& mask) {
-  cuda::check(output, mask);
+  cuda::check_arguments(output, mask);
   TORCH_CHECK_VALUE(grad.sizes() == output.sizes(), "grad must be ", output.sizes(), " as output, got ",
                     grad.sizes());
   TORCH_CHECK_TYPE(grad.scalar_type() == output.scalar_type(), "grad must be of output's type ",

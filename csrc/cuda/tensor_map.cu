@@ -26,7 +26,7 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   static const auto found = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult result;
-    check(
+    check_status(
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result),
         "looking for cuTensorMapEncodeTiled");
     if (result != cudaDriverEntryPointSuccess)

@@ -70,8 +70,8 @@ inline bool is_small(int64_t products) {
 }
 inline int device_attribute(cudaDeviceAttr attribute) {
   int value = 0;
-  check(cudaDeviceGetAttribute(&value, attribute, c10::cuda::current_device()),
-        "asking for a device's attribute");
+  check_status(cudaDeviceGetAttribute(&value, attribute, c10::cuda::current_device()),
+               "asking for a device's attribute");
   return value;
 }
 inline int multiprocessors() {

@@ -254,8 +254,9 @@ inline int multiprocessors_here() {
   return 2;
 #else
   int device, count;
-  check(cudaGetDevice(&device), "looking for the device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "counting multiprocessors");
+  check_status(cudaGetDevice(&device), "looking for the device");
+  check_status(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+               "counting multiprocessors");
   return count;
 #endif
 }
