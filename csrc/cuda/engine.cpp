@@ -169,14 +169,15 @@ std::pair<at::Tensor, at::Tensor> log_sum_exp(const Problem& p, bool both_axes) 
   else
     launch_lse(params, p.type, p.precision, stream());
 
-  launch_lse_combine({row_sums, mirrored ? column_sums : nullptr, s.column_groups,
-                      mirrored ? s.row_groups : 0, p.n(), p.scale, bounds, lse.mutable_data_ptr<double>()},
-                     stream());
+  launch_lse_combine(
+      {row_sums, mirrored ? column_sums : nullptr, s.column_groups, mirrored ? s.row_groups : 0, p.n(),
+       p.scale, bias != nullptr, bounds, lse.mutable_data_ptr<double>()},
+      stream());
   log_sum_exp_online(p, features, rules, nullptr, bias, true, lse);
   if (both_axes) {
-    launch_lse_combine(
-        {column_sums, nullptr, s.row_groups, 0, p.m(), p.scale, bounds, lse_cols.mutable_data_ptr<double>()},
-        stream());
+    launch_lse_combine({column_sums, nullptr, s.row_groups, 0, p.m(), p.scale, bias != nullptr, bounds,
+                        lse_cols.mutable_data_ptr<double>()},
+                       stream());
     log_sum_exp_online(p, across, rules_across, bias, nullptr, true, lse_cols);
   }
   return {lse, lse_cols};

@@ -1,4 +1,5 @@
 #include "lse_tile.h"
+#include "quads.h"
 #include "tiles.h"
 
 namespace cl_kernels::cuda {
@@ -8,26 +9,25 @@ namespace {
 template <typename T>
 __global__ void __launch_bounds__(256) bounds_kernel(const Features f, const float* bias, Bounds* bounds) {
   const int lane = threadIdx.x % kWarp;
+  const bool same = f.x == f.y && f.x_stride == f.y_stride && f.n == f.m;
   float most_x = 0.0f, most_y = 0.0f, most_bias = 0.0f;
   const int warps = gridDim.x * (256 / kWarp);
   for (int row = blockIdx.x * (256 / kWarp) + threadIdx.x / kWarp; row < f.n + f.m; row += warps) {
     const bool of_x = row < f.n;
-    if (!of_x && f.x == f.y) break;
+    if (!of_x && same) break;
     const T* x = of_x ? static_cast<const T*>(f.x) + row * f.x_stride
                       : static_cast<const T*>(f.y) + (row - f.n) * f.y_stride;
     float sum = 0.0f;
     for (int column = lane * Vec<T>::kSize; column < f.d; column += kWarp * Vec<T>::kSize) {
-      const Vec<T> v = load_vec(x + column);
+      float values[Vec<T>::kSize];
+      load_elements(values, x, column, f.d);
 #pragma unroll
-      for (int e = 0; e < Vec<T>::kSize; ++e) {
-        const float value = column + e < f.d ? to_float(v.x[e]) : 0.0f;
-        sum += value * value;
-      }
+      for (float value : values) sum += value * value;
     }
     sum = warp_sum(sum);
     (of_x ? most_x : most_y) = fmaxf(of_x ? most_x : most_y, sum);
   }
-  if (f.x == f.y) most_y = most_x;
+  if (same) most_y = most_x;
   if (bias != nullptr)
     for (int j = blockIdx.x * 256 + threadIdx.x; j < f.m; j += gridDim.x * 256)
       most_bias = fmaxf(most_bias, bias[j]);
@@ -107,9 +107,10 @@ __global__ void __launch_bounds__(128) combine_kernel(const CombineParams p) {
   for (int slot = 0; slot < p.slots; ++slot) total += p.parts[static_cast<int64_t>(slot) * p.n + i];
   for (int slot = 0; slot < p.more_slots; ++slot) total += p.mirrored[static_cast<int64_t>(slot) * p.n + i];
   const float shift = fixed_shift(*p.bounds, p.scale.value());
-  // Without a shift no sum of anything is so small; with one, also what overflowed is computed again.
-  const bool trusted =
-      shift == 0.0f || (total >= 0x1p-100 && total < static_cast<double>(kMostSum)) || isnan(total);
+  // Without a shift and a bias no sum of anything is so small. What overflowed or is NaN is computed again in
+  // any case.
+  const bool large_enough = total >= 0x1p-100 || (shift == 0.0f && !p.biased);
+  const bool trusted = large_enough && total < static_cast<double>(kMostSum);
   p.lse[i] = trusted ? (log2(total) + shift) * kLn2 : untrusted();
 }
 

@@ -46,13 +46,14 @@ void launch_bounds(const Features&, const float* bias, Bounds* bounds, Type,
 void launch_lse(const LseParams&, Type, Precision, cudaStream_t);
 void launch_lse_sm90(const LseParams&, Type, cudaStream_t);  // half-precision features
 
-// Adds the partial sums up, in a fixed order: lse = ln(sum) + c; a sum too small to trust becomes NaN with
-// all bits set, for launch_lse_online.
+// Adds the partial sums up, in a fixed order: lse = ln(sum) + c; a sum too small or too large to trust, or
+// NaN, becomes NaN with all bits set, for launch_lse_online.
 struct CombineParams {
   const float* parts;     // [slots, n]
   const float* mirrored;  // [more slots, n], or null
   int slots, more_slots, n;
   Scalar scale;
+  bool biased;
   const Bounds* bounds;
   double* lse;  // [n]
 };
