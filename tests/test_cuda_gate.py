@@ -44,9 +44,7 @@ def test_a_kernel_of_hoppers_without_its_products_is_a_fault(tmp_path: Path) -> 
     assert kernel.faults() == []
 
 
-@pytest.mark.parametrize(
-    "name", ["attention", "gradient_rows", "gradient_tiles", "lse", "similarity"]
-)
+@pytest.mark.parametrize("name", ["attention", "gradient_rows", "gradient_tiles", "lse", "similarity"])
 def test_hoppers_kernels_trap_elsewhere(name: str, tmp_path: Path) -> None:
     """A launch on the wrong architecture is an error, not memory that nobody wrote."""
     kernels, _ = cuda_gate.compile_file(cuda_gate.SOURCES / f"{name}_sm90.cu", "80", tmp_path)

@@ -41,18 +41,48 @@ __global__ void __launch_bounds__(256) bounds_kernel(const Features f, const flo
   }
 }
 
+// Where a tile's logits are rounded before anything is summed, and those of positives with the others.
+template <typename Loop>
+constexpr bool kWithPositives = std::is_same_v<typename Loop::Element, float>;
+
+// c, products of a tile, times `factor`, and the sums of its positives among them.
+template <typename Loop>
+__device__ __forceinline__ void round_logits(float (&c)[4 * Loop::kTiles], const PositiveTerms& positives,
+                                             const PairRules& pairs, int first_i, int first_j, float factor,
+                                             float reference, int slot, double* columns) {
+#pragma unroll
+  for (float& x : c) x = __fmul_rn(x, factor);
+  if (positives.kind != kNoPositives)
+    add_positives<Loop::kTiles>(c, positives, pairs, first_i, first_j, reference,
+                                positives.rows + static_cast<int64_t>(slot) * pairs.n, columns);
+}
+
 template <typename Loop, bool kColumnSums>
 __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams p) {
   const Group group = p.schedule.group(blockIdx.x);
   const float scale = p.scale.value();
   const float factor = scale * kLog2e, shift = fixed_shift(*p.bounds, scale);
+  const float base = kWithPositives<Loop> ? reference(p.positives.bounds, scale) : 0.0f;
   const Lane lane;
   const int warp = threadIdx.x / kWarp;
   float* row_sums = p.row_sums + static_cast<int64_t>(group.column_group) * p.pairs.n;
   float columns[kColumnSums ? 2 * Loop::kTiles : 1] = {};
+  float* of_warps = reinterpret_cast<float*>(dynamic_shared() + Loop::kShared);
+  // Of positives, by warp as `of_warps`.
+  double* positives = reinterpret_cast<double*>(of_warps + Loop::kWarps * Loop::kColumns);
+  if constexpr (kColumnSums && kWithPositives<Loop>) {
+#pragma unroll
+    for (int at = threadIdx.x; at < Loop::kWarps * Loop::kColumns; at += Loop::kThreads) positives[at] = 0.0;
+  }
 
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
-    logits_of_tile<Loop::kTiles>(c, p.pairs, nullptr, p.bias, first_i, first_j, factor, shift);
+    float unit = factor;
+    if constexpr (kWithPositives<Loop>) {
+      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, factor, base, group.column_group,
+                         positives + warp * Loop::kColumns);
+      unit = 1.0f;
+    }
+    logits_of_tile<Loop::kTiles>(c, p.pairs, nullptr, p.bias, first_i, first_j, unit, shift);
     float rows[2] = {};
 #pragma unroll
     for (int x = 0; x < 4 * Loop::kTiles; ++x) {
@@ -70,7 +100,6 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
   };
   auto on_column = [&](int first_j) {
     if constexpr (kColumnSums) {
-      float* of_warps = reinterpret_cast<float*>(dynamic_shared() + Loop::kShared);
 #pragma unroll
       for (int x = 0; x < 2 * Loop::kTiles; ++x) {
         const float sum = sum_of_column(columns[x]);
@@ -85,6 +114,18 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
         for (int from = 0; from < Loop::kWarps; ++from)
           total += of_warps[from * Loop::kColumns + threadIdx.x];
         p.column_sums[static_cast<int64_t>(group.row_group) * p.pairs.m + j] = total;
+      }
+      if constexpr (kWithPositives<Loop>) {
+        if (threadIdx.x < Loop::kColumns && p.positives.columns != nullptr) {
+          double total = 0.0;
+#pragma unroll
+          for (int from = 0; from < Loop::kWarps; ++from) {
+            total += positives[from * Loop::kColumns + threadIdx.x];
+            positives[from * Loop::kColumns + threadIdx.x] = 0.0;
+          }
+          if (j < p.pairs.m)
+            p.positives.columns[static_cast<int64_t>(group.row_group) * p.pairs.m + j] = total;
+        }
       }
       __syncthreads();
     }
@@ -121,12 +162,18 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) online_kernel(const OnlineP
   const int row = blockIdx.x, own = row * Loop::kRows + static_cast<int>(threadIdx.x), n = p.pairs.n;
   const bool is_own = threadIdx.x < Loop::kRows && own < n;
   if (p.only_untrusted && !__syncthreads_or(is_own && is_untrusted(p.lse[own]))) return;
-  const float factor = p.scale.value() * kLog2e;
+  const float scale = p.scale.value(), factor = scale * kLog2e;
+  const float base = kWithPositives<Loop> ? reference(p.positives.bounds, scale) : 0.0f;
   const int column_blocks = ceil_div(p.pairs.m, kBlock), each = ceil_div(column_blocks, p.splits);
   const int first_column = min(static_cast<int>(blockIdx.y) * each, column_blocks);
   float peak[2] = {kNothing, kNothing}, total[2] = {};
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
-    logits_of_tile<Loop::kTiles>(c, p.pairs, p.own_bias, p.other_bias, first_i, first_j, factor, 0.0f);
+    float unit = factor;
+    if constexpr (kWithPositives<Loop>) {
+      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, factor, base, blockIdx.y, nullptr);
+      unit = 1.0f;
+    }
+    logits_of_tile<Loop::kTiles>(c, p.pairs, p.own_bias, p.other_bias, first_i, first_j, unit, 0.0f);
     float before[2] = {peak[0], peak[1]};
 #pragma unroll
     for (int x = 0; x < 4 * Loop::kTiles; ++x) peak[x / 2 % 2] = fmaxf(peak[x / 2 % 2], c[x]);
@@ -175,9 +222,10 @@ void launch_lse(const LseParams& p, Type type, Precision precision, cudaStream_t
   const dim3 grid(static_cast<unsigned>(p.schedule.programs()));
   dispatch_loop(type, precision, [&](auto loop) {
     using Loop = decltype(loop);
+    constexpr size_t kEach = sizeof(float) + (kWithPositives<Loop> ? sizeof(double) : 0);
     if (p.column_sums != nullptr)
       launch(lse_kernel<Loop, true>, grid, Loop::kThreads,
-             Loop::kShared + Loop::kWarps * Loop::kColumns * sizeof(float), stream, p);
+             Loop::kShared + Loop::kWarps * Loop::kColumns * kEach, stream, p);
     else
       launch(lse_kernel<Loop, false>, grid, Loop::kThreads, Loop::kShared, stream, p);
   });
