@@ -75,8 +75,8 @@ def test_sums(kind: str, precision: str) -> None:
 @pytest.mark.parametrize("kind", ["converged", "collapsed", "classes", "one class"])
 @pytest.mark.parametrize("weights", ["labels", "mask", "none"])
 def test_converged_classes(kind: str, weights: str) -> None:
-    """Errors of rows' losses at tau 0.01: at most twice those of plain torch, which is exact where nothing but
-    the positive counts."""
+    """Errors of rows' losses at tau 0.01: at most twice those of plain torch, which is exact where
+    nothing but the positive counts."""
     labels = torch.arange(64) // {"classes": 8, "one class": 64}.get(kind, 1)
     if kind == "collapsed":
         features = torch.nn.functional.normalize(torch.ones(64, 2, 768), dim=-1)

@@ -166,8 +166,6 @@ PositiveTerms make_positives(const Problem& p, int slots, int more_slots, const 
           masked ? mask.const_data_ptr<float>() : nullptr,
           masked ? static_cast<int>(mask.size(0)) : 1,
           masked ? static_cast<int>(mask.size(1)) : 1,
-          masked ? mask.stride(0) : 0,
-          masked ? mask.stride(1) : 0,
           bounds,
           rows,
           columns};
@@ -354,7 +352,7 @@ std::pair<at::Tensor, at::Tensor> combine(const Problem& p, const at::Tensor& pa
 Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
   const DeviceGuard guard(contrast.q);
   Problem p(contrast);
-  if (!p.half() && p.mask.defined()) p.mask = p.mask.to(at::kFloat);
+  if (!p.half() && p.mask.defined()) p.mask = p.mask.to(at::kFloat).contiguous();
   Statistics out;
   out.residual = floats(p, {0});
   if (save_gradient && p.in_registers()) {

@@ -45,15 +45,15 @@ __global__ void __launch_bounds__(256) bounds_kernel(const Features f, const flo
 template <typename Loop>
 constexpr bool kWithPositives = std::is_same_v<typename Loop::Element, float>;
 
-// c, products of a tile, times `factor`, and the sums of its positives among them.
+// c, products of a tile, becomes its logits, and the sums of the positives among them are taken.
 template <typename Loop>
 __device__ __forceinline__ void round_logits(float (&c)[4 * Loop::kTiles], const PositiveTerms& positives,
-                                             const PairRules& pairs, int first_i, int first_j, float factor,
-                                             float reference, int slot, double* columns) {
+                                             const PairRules& pairs, int first_i, int first_j, float scale,
+                                             int slot, double* columns) {
 #pragma unroll
-  for (float& x : c) x = __fmul_rn(x, factor);
+  for (float& x : c) x = __fmul_rn(x, scale * kLog2e);
   if (positives.kind != kNoPositives)
-    add_positives<Loop::kTiles>(c, positives, pairs, first_i, first_j, reference,
+    add_positives<Loop::kTiles>(c, positives, pairs, first_i, first_j, scale,
                                 positives.rows + static_cast<int64_t>(slot) * pairs.n, columns);
 }
 
@@ -62,7 +62,6 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
   const Group group = p.schedule.group(blockIdx.x);
   const float scale = p.scale.value();
   const float factor = scale * kLog2e, shift = fixed_shift(*p.bounds, scale);
-  const float base = kWithPositives<Loop> ? reference(p.positives.bounds, scale) : 0.0f;
   const Lane lane;
   const int warp = threadIdx.x / kWarp;
   float* row_sums = p.row_sums + static_cast<int64_t>(group.column_group) * p.pairs.n;
@@ -78,7 +77,7 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
     float unit = factor;
     if constexpr (kWithPositives<Loop>) {
-      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, factor, base, group.column_group,
+      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, scale, group.column_group,
                          positives + warp * Loop::kColumns);
       unit = 1.0f;
     }
@@ -163,14 +162,13 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) online_kernel(const OnlineP
   const bool is_own = threadIdx.x < Loop::kRows && own < n;
   if (p.only_untrusted && !__syncthreads_or(is_own && is_untrusted(p.lse[own]))) return;
   const float scale = p.scale.value(), factor = scale * kLog2e;
-  const float base = kWithPositives<Loop> ? reference(p.positives.bounds, scale) : 0.0f;
   const int column_blocks = ceil_div(p.pairs.m, kBlock), each = ceil_div(column_blocks, p.splits);
   const int first_column = min(static_cast<int>(blockIdx.y) * each, column_blocks);
   float peak[2] = {kNothing, kNothing}, total[2] = {};
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
     float unit = factor;
     if constexpr (kWithPositives<Loop>) {
-      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, factor, base, blockIdx.y, nullptr);
+      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, scale, blockIdx.y, nullptr);
       unit = 1.0f;
     }
     logits_of_tile<Loop::kTiles>(c, p.pairs, p.own_bias, p.other_bias, first_i, first_j, unit, 0.0f);

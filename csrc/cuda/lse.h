@@ -35,9 +35,8 @@ struct Bounds {
 struct PositiveTerms {
   Positives kind;
   const int* index;   // [n] the positive of a row, -1: none
-  const float* mask;  // weight of row i and column j at mask[i % rows, j % columns]
+  const float* mask;  // [mask_rows, mask_columns] weight of row i and column j at [i % rows, j % columns]
   int mask_rows, mask_columns;
-  int64_t mask_row_stride, mask_column_stride;
   const Bounds* bounds;  // of reference()
   // Zeros before; base-2 logits without bias, less the reference, times their weights. Columns: of mirrored
   // tiles, whose pairs serve both of their rows.

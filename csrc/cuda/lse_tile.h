@@ -62,16 +62,17 @@ __device__ __forceinline__ void logits_of_tile(float (&c)[4 * kTiles], const Pai
 // summed apart: with weights of 1 the former are exact, and the latter small.
 template <int kTiles>
 __device__ __forceinline__ void add_positives(const float (&s)[4 * kTiles], const PositiveTerms& p,
-                                              const PairRules& pairs, int first_i, int first_j,
-                                              float reference, double* rows, double* columns) {
+                                              const PairRules& pairs, int first_i, int first_j, float scale,
+                                              double* rows, double* columns) {
   const Lane lane;
+  const float base = reference(p.bounds, scale);
   struct Sum {
     float whole = 0.0f, rest = 0.0f;
-    __device__ __forceinline__ void add(float weight, float logit, float reference) {
+    __device__ __forceinline__ void add(float weight, float logit, float base) {
       if (weight == 0.0f) return;
       constexpr float kRounds = 0x1.8p23f;
       const float near = (logit + kRounds) - kRounds;
-      whole += weight * (near - reference);
+      whole += weight * (near - base);
       rest += weight * (logit - near);
     }
     __device__ __forceinline__ bool any() const { return whole != 0.0f || rest != 0.0f; }
@@ -81,7 +82,7 @@ __device__ __forceinline__ void add_positives(const float (&s)[4 * kTiles], cons
   auto sum_rows = [&](auto weight) {
     Sum sums[2];
     for_elements<kTiles>(first_i, first_j, [&](int t, int e, int i, int j) {
-      sums[e / 2].add(weight(e, i, j), s[4 * t + e], reference);
+      sums[e / 2].add(weight(e, i, j), s[4 * t + e], base);
     });
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -99,7 +100,7 @@ __device__ __forceinline__ void add_positives(const float (&s)[4 * kTiles], cons
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int e = 2 * h + x % 2;
-        sum.add(weight(e, first_i + lane.row + 8 * h, first_j + column), s[x / 2 * 4 + e], reference);
+        sum.add(weight(e, first_i + lane.row + 8 * h, first_j + column), s[x / 2 * 4 + e], base);
       }
       if (!__any_sync(0xffffffffu, sum.any())) continue;
       sum = {sum_of_column(sum.whole), sum_of_column(sum.rest)};
@@ -116,7 +117,7 @@ __device__ __forceinline__ void add_positives(const float (&s)[4 * kTiles], cons
     if (pairs.above) sum_columns(weight);
   } else if (p.kind == kMask) {
     auto weight_at = [&](int i, int j) {
-      return __ldg(p.mask + i % p.mask_rows * p.mask_row_stride + j % p.mask_columns * p.mask_column_stride);
+      return __ldg(p.mask + (static_cast<int64_t>(i % p.mask_rows) * p.mask_columns + j % p.mask_columns));
     };
     sum_rows([&](int, int i, int j) { return counts(pairs, i, j) ? weight_at(i, j) : 0.0f; });
     if (pairs.above)
