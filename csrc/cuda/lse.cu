@@ -65,13 +65,15 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
   const Lane lane;
   const int warp = threadIdx.x / kWarp;
   float* row_sums = p.row_sums + static_cast<int64_t>(group.column_group) * p.pairs.n;
-  float columns[kColumnSums ? 2 * Loop::kTiles : 1] = {};
+  // Sums of columns stay in registers, or where positives take these in shared memory, of each warp its own.
+  constexpr bool kInRegisters = !kWithPositives<Loop>;
+  float columns[kColumnSums && kInRegisters ? 2 * Loop::kTiles : 1] = {};
   float* of_warps = reinterpret_cast<float*>(dynamic_shared() + Loop::kShared);
-  // Of positives, by warp as `of_warps`.
   double* positives = reinterpret_cast<double*>(of_warps + Loop::kWarps * Loop::kColumns);
-  if constexpr (kColumnSums && kWithPositives<Loop>) {
+  if constexpr (kColumnSums && !kInRegisters) {
 #pragma unroll
-    for (int at = threadIdx.x; at < Loop::kWarps * Loop::kColumns; at += Loop::kThreads) positives[at] = 0.0;
+    for (int at = threadIdx.x; at < Loop::kWarps * Loop::kColumns; at += Loop::kThreads)
+      of_warps[at] = 0.0f, positives[at] = 0.0;
   }
 
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
@@ -85,9 +87,17 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
     float rows[2] = {};
 #pragma unroll
     for (int x = 0; x < 4 * Loop::kTiles; ++x) {
-      const float e = exp2_fast(c[x]);
-      rows[x / 2 % 2] += e;
-      if constexpr (kColumnSums) columns[x / 4 * 2 + x % 2] += e;
+      c[x] = exp2_fast(c[x]);
+      rows[x / 2 % 2] += c[x];
+      if constexpr (kColumnSums && kInRegisters) columns[x / 4 * 2 + x % 2] += c[x];
+    }
+    if constexpr (kColumnSums && !kInRegisters) {
+#pragma unroll
+      for (int x = 0; x < 2 * Loop::kTiles; ++x) {
+        const int low = x / 2 * 4 + x % 2;
+        const float sum = sum_of_column(c[low] + c[low + 2]);
+        if (lane.row == 0) of_warps[warp * Loop::kColumns + x / 2 * 8 + lane.column + x % 2] += sum;
+      }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -99,31 +109,34 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
   };
   auto on_column = [&](int first_j) {
     if constexpr (kColumnSums) {
+      if constexpr (kInRegisters) {
 #pragma unroll
-      for (int x = 0; x < 2 * Loop::kTiles; ++x) {
-        const float sum = sum_of_column(columns[x]);
-        if (lane.row == 0) of_warps[warp * Loop::kColumns + x / 2 * 8 + lane.column + x % 2] = sum;
-        columns[x] = 0.0f;
+        for (int x = 0; x < 2 * Loop::kTiles; ++x) {
+          const float sum = sum_of_column(columns[x]);
+          if (lane.row == 0) of_warps[warp * Loop::kColumns + x / 2 * 8 + lane.column + x % 2] = sum;
+          columns[x] = 0.0f;
+        }
       }
       __syncthreads();
       const int j = first_j + threadIdx.x;
-      if (threadIdx.x < Loop::kColumns && j < p.pairs.m) {
-        float total = 0.0f;
+      if (threadIdx.x < Loop::kColumns) {
+        const int64_t at = static_cast<int64_t>(group.row_group) * p.pairs.m + j;
+        auto sum_over_warps = [&](auto* of_warps) {
+          auto total = of_warps[threadIdx.x];
 #pragma unroll
-        for (int from = 0; from < Loop::kWarps; ++from)
-          total += of_warps[from * Loop::kColumns + threadIdx.x];
-        p.column_sums[static_cast<int64_t>(group.row_group) * p.pairs.m + j] = total;
-      }
-      if constexpr (kWithPositives<Loop>) {
-        if (threadIdx.x < Loop::kColumns && p.positives.columns != nullptr) {
-          double total = 0.0;
+          for (int from = 1; from < Loop::kWarps; ++from)
+            total += of_warps[from * Loop::kColumns + threadIdx.x];
+          if constexpr (!kInRegisters) {
 #pragma unroll
-          for (int from = 0; from < Loop::kWarps; ++from) {
-            total += positives[from * Loop::kColumns + threadIdx.x];
-            positives[from * Loop::kColumns + threadIdx.x] = 0.0;
+            for (int from = 0; from < Loop::kWarps; ++from) of_warps[from * Loop::kColumns + threadIdx.x] = 0;
           }
-          if (j < p.pairs.m)
-            p.positives.columns[static_cast<int64_t>(group.row_group) * p.pairs.m + j] = total;
+          return total;
+        };
+        const float total = sum_over_warps(of_warps);
+        if (j < p.pairs.m) p.column_sums[at] = total;
+        if constexpr (!kInRegisters) {
+          const double of_positives = sum_over_warps(positives);
+          if (j < p.pairs.m && p.positives.columns != nullptr) p.positives.columns[at] = of_positives;
         }
       }
       __syncthreads();
