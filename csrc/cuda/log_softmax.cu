@@ -189,7 +189,7 @@ template <bool kBackward>
 __device__ __forceinline__ float result(float x, float y, const RowSums& of_row) {
   if constexpr (kBackward)
     return y == negative_infinity() ? x : x - exp2_fast(y * kLog2e) * of_row.sum;
-  else  // also where the row includes nothing
+  else  // also where the row has nothing, or a NaN, among what it includes
     return x == negative_infinity() ? x : (x - of_row.peak) - of_row.sum;
 }
 
@@ -251,17 +251,6 @@ struct Share {
   int thread, begin, end, single;
 };
 
-// Every element `value`, but -inf where excluded.
-template <int kThreads, typename T, bool kBackward>
-__device__ __forceinline__ void fill(const Row<T, kBackward>& row, const Share& share, float value) {
-  auto set = [&](int column) {
-    row.out[column] = row.includes(column) ? from_float<T>(value) : excluded_value<T, kBackward>();
-  };
-  if (share.single >= 0) set(share.single);
-  for (int piece = share.begin + share.thread; piece < share.end; piece += kThreads)
-    for (int e = 0; e < kSize<T>; ++e) set(row.column(piece) + e);
-}
-
 // Whether the output of a row has anything but -inf; by all of its threads.
 template <int kThreads, typename T>
 __device__ __forceinline__ bool has_output(const Row<T, true>& row, int thread) {
@@ -273,6 +262,18 @@ __device__ __forceinline__ bool has_output(const Row<T, true>& row, int thread) 
     if (found || first >= row.shape.pieces) return found;
     if (first + thread < row.shape.pieces)
       for (int e = 0; e < kSize<T>; ++e) found |= is_output(row.column(first + thread) + e);
+  }
+}
+
+// A row whose output is -inf throughout has gradient 0, as if nothing were included: what a thread owns of it
+// is written again.
+template <int kThreads, typename T, bool kBackward>
+__device__ __forceinline__ void mend(const Row<T, kBackward>& row, const Share& share, bool passed) {
+  if constexpr (kBackward) {
+    if (!any_of<kThreads>(passed) || has_output<kThreads>(row, share.thread)) return;
+    if (share.single >= 0) row.out[share.single] = from_float<T>(0.0f);
+    for (int piece = share.begin + share.thread; piece < share.end; piece += kThreads)
+      store_piece(row.out + row.column(piece), Piece{});
   }
 }
 
@@ -330,14 +331,13 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, kBlocks<kThreads>)
     for_held([&](int, const Piece& piece) { sums.sum += exponentials<T>(piece, sums.peak); });
     sums.sum = logf(sum_over<kThreads>(sums.sum));
   }
-  const Share share{thread, 0, row.shape.pieces, row.shape.single(thread)};
-  if (!kBackward && isnan(sums.sum)) return fill<kThreads>(row, share, sums.sum);
-  bool passed = write_single(row, share.single, row.load_single(share.single), sums);
+  bool passed = false;
   for_held([&](int index, const Piece& piece) {
     if (index < row.shape.pieces) passed |= write(row, index, piece, sums);
   });
-  if constexpr (kBackward)
-    if (any_of<kThreads>(passed) && !has_output<kThreads>(row, thread)) fill<kThreads>(row, share, 0.0f);
+  const Share share{thread, 0, row.shape.pieces, row.shape.single(thread)};
+  passed |= write_single(row, share.single, row.load_single(share.single), sums);
+  mend<kThreads>(row, share, passed);
 }
 
 // Long rows, or few: each is cut into parts, of a block each. One kernel takes the maximum of a part and its
@@ -400,9 +400,7 @@ __global__ void __launch_bounds__(kStreamThreads, 4) write_kernel(const LogSoftm
   for (int s = 0; s < p.splits; ++s)
     sums.sum += kBackward ? parts[s].y : parts[s].y * exponential(parts[s].x, sums.peak);
   if constexpr (!kBackward) sums.sum = logf(sums.sum);
-  const Share share{static_cast<int>(threadIdx.x), part.begin, part.end, part.single(row.shape)};
-  if (!kBackward && isnan(sums.sum)) return fill<kStreamThreads>(row, share, sums.sum);
-  bool passed = write_single(row, share.single, row.load_single(share.single), sums);
+  bool passed = false;
   for (int first = part.begin + threadIdx.x; first < part.end; first += kStreamed * kStreamThreads) {
     Piece held[kStreamed];
     row.load(held, first, kStreamThreads, part.end);
@@ -411,10 +409,9 @@ __global__ void __launch_bounds__(kStreamThreads, 4) write_kernel(const LogSoftm
       if (first + h * kStreamThreads < part.end)
         passed |= write(row, first + h * kStreamThreads, held[h], sums);
   }
-  if constexpr (kBackward) {
-    if (any_of<kStreamThreads>(passed) && !has_output<kStreamThreads>(row, share.thread))
-      fill<kStreamThreads>(row, share, 0.0f);
-  }
+  const Share share{static_cast<int>(threadIdx.x), part.begin, part.end, part.single(row.shape)};
+  passed |= write_single(row, share.single, row.load_single(share.single), sums);
+  mend<kStreamThreads>(row, share, passed);
 }
 
 constexpr int kMostThreads = 1024, kMostHeld = 8;

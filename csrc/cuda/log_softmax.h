@@ -21,7 +21,7 @@ struct LogSoftmaxParams {
 // Into how many parts to cut the rows: 0 where a multiprocessor holds a row and there are rows enough.
 int log_softmax_splits(int n, int m, Type, int multiprocessors);
 
-// out = x - LSE(x over the included); -inf elsewhere. A row that includes a NaN is NaN.
+// out = x - LSE(x over the included); -inf elsewhere.
 void launch_log_softmax_forward(const LogSoftmaxParams&, Type, cudaStream_t);
 // out = x - exp(y) sum(x over the included); 0 elsewhere, and in a row whose y is -inf throughout.
 void launch_log_softmax_backward(const LogSoftmaxParams&, Type, cudaStream_t);
