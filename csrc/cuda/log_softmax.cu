@@ -103,7 +103,6 @@ struct Row {
         out(static_cast<T*>(p.out) + static_cast<int64_t>(i) * p.m) {}
 
   __device__ __forceinline__ int column(int piece) const { return shape.head + piece * kSize<T>; }
-  __device__ __forceinline__ bool includes(int column) const { return mask == nullptr || mask[column]; }
 
   // held[h] = piece first + h * step before `end`, what is excluded or outside replaced. All loads of x are
   // under way before the first of the mask.
@@ -135,7 +134,7 @@ struct Row {
   }
 
   __device__ __forceinline__ float load_single(int column) const {
-    const bool counts = column >= 0 && includes(column);
+    const bool counts = column >= 0 && (mask == nullptr || mask[column]);
     return to_float(counts ? x[column] : excluded_value<T, kBackward>());
   }
 
@@ -219,9 +218,8 @@ template <typename T, bool kBackward>
 __device__ __forceinline__ bool write_single(const Row<T, kBackward>& row, int column, float x,
                                              const RowSums& sums) {
   if (column < 0) return false;
-  const float y = kBackward ? to_float(row.y[column]) : x;
-  row.out[column] = from_float<T>(result<kBackward>(x, y, sums));
-  return passes_on<kBackward>(x, y);
+  row.out[column] = from_float<T>(result<kBackward>(x, kBackward ? to_float(row.y[column]) : x, sums));
+  return kBackward && passes_on<kBackward>(x, to_float(row.y[column]));
 }
 
 template <int kThreads>
@@ -267,14 +265,12 @@ __device__ __forceinline__ bool has_output(const Row<T, true>& row, int thread) 
 
 // A row whose output is -inf throughout has gradient 0, as if nothing were included: what a thread owns of it
 // is written again.
-template <int kThreads, typename T, bool kBackward>
-__device__ __forceinline__ void mend(const Row<T, kBackward>& row, const Share& share, bool passed) {
-  if constexpr (kBackward) {
-    if (!any_of<kThreads>(passed) || has_output<kThreads>(row, share.thread)) return;
-    if (share.single >= 0) row.out[share.single] = from_float<T>(0.0f);
-    for (int piece = share.begin + share.thread; piece < share.end; piece += kThreads)
-      store_piece(row.out + row.column(piece), Piece{});
-  }
+template <int kThreads, typename T>
+__device__ __forceinline__ void mend(const Row<T, true>& row, const Share& share, bool passed) {
+  if (!any_of<kThreads>(passed) || has_output<kThreads>(row, share.thread)) return;
+  if (share.single >= 0) row.out[share.single] = from_float<T>(0.0f);
+  for (int piece = share.begin + share.thread; piece < share.end; piece += kThreads)
+    store_piece(row.out + row.column(piece), Piece{});
 }
 
 template <int kThreads>
@@ -335,9 +331,9 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, kBlocks<kThreads>)
   for_held([&](int index, const Piece& piece) {
     if (index < row.shape.pieces) passed |= write(row, index, piece, sums);
   });
-  const Share share{thread, 0, row.shape.pieces, row.shape.single(thread)};
-  passed |= write_single(row, share.single, row.load_single(share.single), sums);
-  mend<kThreads>(row, share, passed);
+  const int single_column = row.shape.single(thread);
+  passed |= write_single(row, single_column, row.load_single(single_column), sums);
+  if constexpr (kBackward) mend<kThreads>(row, {thread, 0, row.shape.pieces, single_column}, passed);
 }
 
 // Long rows, or few: each is cut into parts, of a block each. One kernel takes the maximum of a part and its
@@ -409,9 +405,10 @@ __global__ void __launch_bounds__(kStreamThreads, 4) write_kernel(const LogSoftm
       if (first + h * kStreamThreads < part.end)
         passed |= write(row, first + h * kStreamThreads, held[h], sums);
   }
-  const Share share{static_cast<int>(threadIdx.x), part.begin, part.end, part.single(row.shape)};
-  passed |= write_single(row, share.single, row.load_single(share.single), sums);
-  mend<kStreamThreads>(row, share, passed);
+  const int single_column = part.single(row.shape);
+  passed |= write_single(row, single_column, row.load_single(single_column), sums);
+  const int thread = threadIdx.x;
+  if constexpr (kBackward) mend<kStreamThreads>(row, {thread, part.begin, part.end, single_column}, passed);
 }
 
 constexpr int kMostThreads = 1024, kMostHeld = 8;
