@@ -33,9 +33,9 @@ from cl_kernels import cuda_build
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90a")
-FLAGS = ["-std=c++17", *cuda_build.flags([])["nvcc"], "-Xptxas", "-v"]
+FLAGS = ["-std=c++20", *cuda_build.flags([])["nvcc"], "-Xptxas", "-v"]
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
-INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU.EX2", "LDL", "STL")
+INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU.EX2", "LDL", "STL", "BPT.TRAP")
 RECORDED = recorded.FOLDER / "cuda.tsv"
 COLUMNS = ("file", "architecture", "kernel", "registers", "shared", "stack", "spills", *INSTRUCTIONS)
 WHAT = COLUMNS.index("kernel") + 1
@@ -57,12 +57,14 @@ class Kernel:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(INSTRUCTIONS, 0))
 
     def faults(self) -> list[str]:
+        hopper = self.file.endswith("_sm90.cu")
+        if hopper and self.architecture != "90a":
+            return [] if self.counts["BPT.TRAP"] else ["no trap"]
         found = []
         if max(self.spills, self.stack) > recorded.SPILLS_ALLOWED:
             found.append(f"{self.spills} bytes of spills, {self.stack} of stack")
             found.append(f"{self.counts['LDL']} LDL, {self.counts['STL']} STL")
-        hopper = self.file.endswith("_sm90.cu")
-        if hopper and self.architecture == "90a" and not self.counts["HGMMA"]:
+        if hopper and not self.counts["HGMMA"]:
             found.append("no HGMMA")
         portable_product = "TileLoop" in self.name or self.file in ("gradient_rows.cu", "attention.cu")
         if not hopper and portable_product and not self.counts["HMMA"]:
@@ -215,8 +217,13 @@ class Gate:
                 except RuntimeError as error:
                     self.faults.append(f"{path.name}, sm_{architecture}: does not compile\n{error}")
                     continue
-                # A file of Hopper's alone has nothing elsewhere.
+                # A kernel of Hopper's alone traps elsewhere: no figure to keep.
                 if path.name.endswith("_sm90.cu") and architecture != "90a":
+                    self.faults += [
+                        f"{kernel.name}, sm_{architecture}: {fault}"
+                        for kernel in found
+                        for fault in kernel.faults()
+                    ]
                     found = []
                 self.compiled += found
                 self.faults += [f"{path.name}, sm_{architecture}: {warning}" for warning in warnings]

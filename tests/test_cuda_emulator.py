@@ -14,7 +14,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if reason := build.obstacle():
         pytest.skip(reason)
     path = tmp_path_factory.mktemp("emulator") / "self_test"
-    build.compile_program(build.FOLDER / "self_test.cpp", path)
+    build.compile_program(path, build.FOLDER / "self_test.cpp")
     return path
 
 
@@ -32,3 +32,25 @@ def test_a_deadlock_ends_the_program(program: Path) -> None:
     result = subprocess.run([program, "wgmma, deadlock"], capture_output=True, text=True)
     assert result.returncode < 0
     assert "deadlock" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def padding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if reason := build.obstacle():
+        pytest.skip(reason)
+    path = tmp_path_factory.mktemp("emulator") / "padding"
+    kernels = [build.SOURCES / f"{name}.cu" for name in ("lse", "positive_rows", "similarity_rows")]
+    # Of memory from malloc only: threads' stacks are the emulator's own.
+    flags = ["-O1", "-fsanitize=address", "--param", "asan-stack=0"]
+    try:
+        build.compile_program(path, build.FOLDER / "padding.cpp", *kernels, flags=flags)
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no AddressSanitizer")
+    return path
+
+
+def test_nothing_past_the_end_of_a_row_is_read(padding: Path) -> None:
+    result = subprocess.run([padding, "rows"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    result = subprocess.run([padding, "past the end"], capture_output=True, text=True)
+    assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr

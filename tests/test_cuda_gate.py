@@ -21,10 +21,12 @@ WARNING = "__global__ void kernel(float* out) { int unused; out[threadIdx.x] = 0
 pytestmark = pytest.mark.skipif(cuda_gate.obstacle() is not None, reason=str(cuda_gate.obstacle()))
 
 
-def compiled(source: str, name: str, folder: Path) -> tuple[list[cuda_gate.Kernel], list[str]]:
+def compiled(
+    source: str, name: str, folder: Path, architecture: str = "90a"
+) -> tuple[list[cuda_gate.Kernel], list[str]]:
     path = folder / name
     path.write_text(source)
-    return cuda_gate.compile_file(path, "90a", folder)
+    return cuda_gate.compile_file(path, architecture, folder)
 
 
 def test_local_memory_is_a_fault(tmp_path: Path) -> None:
@@ -40,6 +42,15 @@ def test_a_kernel_of_hoppers_without_its_products_is_a_fault(tmp_path: Path) -> 
     assert kernel.counts["MUFU.EX2"] == 1
     (kernel,), _ = compiled(PLAIN, "plain.cu", tmp_path)
     assert kernel.faults() == []
+
+
+def test_hoppers_kernels_trap_elsewhere(tmp_path: Path) -> None:
+    """A launch on the wrong architecture is an error, not memory that nobody wrote. The gate looks at the other
+    files when they change."""
+    kernels, _ = cuda_gate.compile_file(cuda_gate.SOURCES / "similarity_sm90.cu", "80", tmp_path)
+    assert kernels and all(kernel.counts["BPT.TRAP"] and not kernel.faults() for kernel in kernels)
+    (kernel,), _ = compiled("__global__ void kernel(float*) {}", "empty_sm90.cu", tmp_path, "80")
+    assert kernel.faults() == ["no trap"]
 
 
 def test_warnings_are_found(tmp_path: Path) -> None:

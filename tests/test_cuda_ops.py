@@ -148,3 +148,59 @@ def test_backend_by_name() -> None:
         assert dispatch.select("contrastive_forward", q) == "cuda"
         with pytest.raises(clk.BackendError, match="float64"):
             clk.contrastive_lse(q.double())
+
+
+def test_a_matrix_of_the_first_rows_of_another() -> None:
+    """The same pointer is not the same matrix: the largest logits are those of the other rows."""
+    for dtype in DTYPES:
+        k = torch.nn.functional.normalize(torch.randn(40, 2, 16), dim=2).transpose(0, 1).flatten(0, 1)
+        k[40:] *= 20
+        k = k.to(dtype)
+        for q, both_axes in ((k[:40], False), (k[:40], True), (k[::2], False), (k[:, :8], False)):
+            keys = k if q.shape[1] == 16 else k[:40, :8]
+            arguments = (
+                q, keys, torch.tensor(1 / 0.07), 0, None, None, "all", False, None, None, None, both_axes,
+                False,
+            )  # fmt: skip
+            found = by_cuda("contrastive_forward", *arguments)
+            expected = by_reference("contrastive_forward", *arguments)
+            for lse, exact in zip(found[:2], expected[:2], strict=True):
+                torch.testing.assert_close(lse, exact, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [-90.0, -500.0, 90.0, 1e5])
+def test_a_bias_of_any_size(size: float) -> None:
+    """Where it is below everything that sums without a shift can tell from 0, too."""
+    q, k = torch.randn(40, 8), torch.randn(30, 8)
+    arguments = (
+        q, k, torch.tensor(1.0), None, None, None, "all", False, None, None, torch.randn(30) + size, True,
+        False,
+    )  # fmt: skip
+    found = by_cuda("contrastive_forward", *arguments)
+    expected = by_reference("contrastive_forward", *arguments)
+    for lse, exact in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(lse, exact, rtol=3e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_from_the_residual_takes_the_positives_alone(dtype: torch.dtype, index: bool) -> None:
+    """The keys of the positives, gathered, in place of all keys: nothing else of these is read."""
+    q, k = torch.randn(21, 19).to(dtype), torch.randn(45, 19).to(dtype)
+    found = torch.randint(-1, 45, (21,)) if index else None
+    scale, bias = torch.tensor(0.5), torch.randn(45)
+    none = (None, None, "all", False)
+    forward = by_cuda("contrastive_forward", q, k, scale, 1, *none, found, None, bias, False, True)
+    lse, lse_cols, _, _, residual = forward
+    grads = (torch.rand(21).double(), None, torch.rand(21).double() if index else None)
+    needs = (True, False, False)
+    saved = (lse, lse_cols, residual, needs)
+    full = by_cuda(
+        "contrastive_backward", *grads, q, k, scale, 1, *none, found, None, bias, False, *saved
+    )  # fmt: skip
+    keys = [k[found.clamp(min=0)]] if found is not None else [k[:0], k[:1].fill_(torch.nan)]
+    own = None if found is None else torch.where(found < 0, -1, torch.arange(21))
+    for compact in keys:
+        problem = (q, compact, scale, None, *none, own, None, None, False)
+        part = by_cuda("contrastive_backward", *grads, *problem, *saved)
+        assert all(torch.equal(x, y) for x, y in zip(full, part, strict=True))

@@ -245,3 +245,27 @@ def test_converged_with_gradients_of_keys(tau: float, dtype: torch.dtype) -> Non
     )
     with clk.use_backend("cuda"):
         assert_parity(tempered(problem, tau).to(dtype))
+
+
+@pytest.mark.parametrize("positive", [None, "exclude", "zero"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_from_the_means_takes_the_positives_alone(dtype: torch.dtype, positive: str | None) -> None:
+    """The keys of the positives, gathered, as one segment in place of all: nothing else of these is read."""
+    q, k, t, u, *scales, found, in_target = Case(
+        19, n=21, lengths=(20, 25), positive=positive, transposed=True
+    ).arguments(dtype)
+    saved = ops.soft_target_forward(q, k, t, u, *scales, found, in_target, True)
+    grads = [torch.rand(21, dtype=torch.float64) for _ in range(4)]
+    if positive is None:
+        grads[3] = None
+    full = ops.soft_target_backward(*grads, q, k, t, u, *scales, found, in_target, *saved, FROZEN)
+    spoilt = torch.full_like(t, torch.nan)
+    if found is None:
+        keys, own = [k[0][:0], spoilt[:1, :19]], None
+    else:
+        keys = [torch.cat(k)[found.clamp(min=0)]]
+        own = torch.where(found < 0, -1, torch.arange(21))
+    for compact in keys:
+        problem = (q, [compact], spoilt, [spoilt[:0]], *scales, own, in_target)
+        part = ops.soft_target_backward(*grads, *problem, *saved, FROZEN)
+        assert torch.equal(full[0], part[0]) and torch.equal(full[4], part[4])

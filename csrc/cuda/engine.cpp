@@ -120,6 +120,12 @@ PairRules transposed(const PairRules& r) {
   return {r.m, r.n, r.excludes, -r.offset, r.above, r.among, r.other_ids, r.own_ids};
 }
 
+// Where the tiles of float32 features leave the sums over positives.
+struct PositiveMemory {
+  at::Tensor parts, bounds;  // double; what holds the bounds
+  TileSums sums = {};
+};
+
 at::Tensor floats(const Problem& p, at::IntArrayRef sizes) {
   return at::empty(sizes, p.q.options().dtype(at::kFloat));
 }
@@ -127,28 +133,60 @@ at::Tensor doubles(const Problem& p, int64_t n) {
   return at::empty({n}, p.q.options().dtype(at::kDouble));
 }
 
+int online_parts(const Features& f, bool only_untrusted) {
+  return only_untrusted ? 1 : splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), 2);
+}
+
 // The log-sum-exps of rows by launch_lse_online: all of them, or the untrusted.
 void log_sum_exp_online(const Problem& p, const Features& features, const PairRules& rules,
-                        const float* own_bias, const float* other_bias, bool only_untrusted,
-                        at::Tensor& lse) {
-  const int row_blocks = ceil_div(features.n, kBlock);
-  const int parts = only_untrusted ? 1 : splits(row_blocks, ceil_div(features.m, kBlock), 2);
+                        const float* own_bias, const float* other_bias, bool only_untrusted, at::Tensor& lse,
+                        const PositiveTerms& positives = {}) {
+  const int row_blocks = ceil_div(features.n, kBlock), parts = online_parts(features, only_untrusted);
   at::Tensor memory = floats(p, {parts, features.n, 2});
   at::Tensor tickets = at::zeros({row_blocks}, p.q.options().dtype(at::kInt));
-  launch_lse_online({features, rules, p.scale, own_bias, other_bias, parts,
-                     reinterpret_cast<float2*>(memory.mutable_data_ptr<float>()),
-                     tickets.mutable_data_ptr<int>(), only_untrusted, lse.mutable_data_ptr<double>()},
-                    p.type, p.precision, stream());
+  launch_lse_online(
+      {features, rules, p.scale, own_bias, other_bias, parts,
+       reinterpret_cast<float2*>(memory.mutable_data_ptr<float>()), tickets.mutable_data_ptr<int>(),
+       only_untrusted, lse.mutable_data_ptr<double>(), positives},
+      p.type, p.precision, stream());
+}
+
+// Room for sums over the positives of float32 rows in `slots` parts, and of mirrored tiles in `more_slots`.
+PositiveTerms make_positives(const Problem& p, int slots, int more_slots, const Bounds* bounds,
+                             PositiveMemory& out) {
+  if (p.half() || p.positives == kNoPositives) return {};
+  const at::Tensor& mask = p.mask;
+  const bool masked = mask.defined();
+  out.parts = at::zeros({slots + more_slots, p.n()}, p.q.options().dtype(at::kDouble));
+  double* rows = out.parts.mutable_data_ptr<double>();
+  double* columns = more_slots > 0 ? rows + int64_t{slots} * p.n() : nullptr;
+  out.sums = {rows, columns, slots, more_slots, bounds};
+  return {p.positives,
+          data_of<int>(p.index),
+          masked ? mask.const_data_ptr<float>() : nullptr,
+          masked ? static_cast<int>(mask.size(0)) : 1,
+          masked ? static_cast<int>(mask.size(1)) : 1,
+          bounds,
+          rows,
+          columns};
 }
 
 // lse [N] and, with both axes, lse_cols [M], else [0].
-std::pair<at::Tensor, at::Tensor> log_sum_exp(const Problem& p, bool both_axes) {
+std::pair<at::Tensor, at::Tensor> log_sum_exp(const Problem& p, bool both_axes, PositiveMemory& positives) {
   at::Tensor lse = doubles(p, p.n()), lse_cols = doubles(p, both_axes ? p.m() : 0);
   const Features features = p.features(), across = transposed(features);
   const PairRules rules = p.rules(), rules_across = transposed(rules);
   const float* bias = data_of<float>(p.bias);
   if (is_small(int64_t{p.n()} * p.m() * p.d())) {
-    log_sum_exp_online(p, features, rules, nullptr, bias, false, lse);
+    // Weights other than 1 are exact only near the reference.
+    Bounds* bounds = nullptr;
+    if (!p.half() && p.positives == kMask) {
+      positives.bounds = at::zeros({3}, p.q.options().dtype(at::kFloat));
+      bounds = reinterpret_cast<Bounds*>(positives.bounds.mutable_data_ptr<float>());
+      launch_bounds(features, bias, bounds, p.type, stream());
+    }
+    const PositiveTerms terms = make_positives(p, online_parts(features, false), 0, bounds, positives);
+    log_sum_exp_online(p, features, rules, nullptr, bias, false, lse, terms);
     if (both_axes) log_sum_exp_online(p, across, rules_across, bias, nullptr, false, lse_cols);
     return {lse, lse_cols};
   }
@@ -158,25 +196,28 @@ std::pair<at::Tensor, at::Tensor> log_sum_exp(const Problem& p, bool both_axes) 
   const int64_t of_rows = int64_t{s.column_groups} * p.n();
   const int64_t of_columns = columns ? int64_t{s.row_groups} * p.m() : 0;
   // Row sums, column sums, bounds.
-  at::Tensor memory = at::zeros({of_rows + of_columns + 3}, p.q.options().dtype(at::kFloat));
-  float* row_sums = memory.mutable_data_ptr<float>();
+  positives.bounds = at::zeros({of_rows + of_columns + 3}, p.q.options().dtype(at::kFloat));
+  float* row_sums = positives.bounds.mutable_data_ptr<float>();
   float* column_sums = columns ? row_sums + of_rows : nullptr;
   Bounds* bounds = reinterpret_cast<Bounds*>(row_sums + of_rows + of_columns);
   launch_bounds(features, bias, bounds, p.type, stream());
-  const LseParams params{features, p.rules(mirrored), p.scale, bias, bounds, s, row_sums, column_sums};
+  const PositiveTerms terms =
+      make_positives(p, s.column_groups, mirrored ? s.row_groups : 0, bounds, positives);
+  const LseParams params{features, p.rules(mirrored), p.scale, bias, bounds, s, row_sums, column_sums, terms};
   if (p.hopper())
     launch_lse_sm90(params, p.type, stream());
   else
     launch_lse(params, p.type, p.precision, stream());
 
-  launch_lse_combine({row_sums, mirrored ? column_sums : nullptr, s.column_groups,
-                      mirrored ? s.row_groups : 0, p.n(), p.scale, bounds, lse.mutable_data_ptr<double>()},
-                     stream());
+  launch_lse_combine(
+      {row_sums, mirrored ? column_sums : nullptr, s.column_groups, mirrored ? s.row_groups : 0, p.n(),
+       p.scale, bias != nullptr, bounds, lse.mutable_data_ptr<double>()},
+      stream());
   log_sum_exp_online(p, features, rules, nullptr, bias, true, lse);
   if (both_axes) {
-    launch_lse_combine(
-        {column_sums, nullptr, s.row_groups, 0, p.m(), p.scale, bounds, lse_cols.mutable_data_ptr<double>()},
-        stream());
+    launch_lse_combine({column_sums, nullptr, s.row_groups, 0, p.m(), p.scale, bias != nullptr, bounds,
+                        lse_cols.mutable_data_ptr<double>()},
+                       stream());
     log_sum_exp_online(p, across, rules_across, bias, nullptr, true, lse_cols);
   }
   return {lse, lse_cols};
@@ -310,7 +351,8 @@ std::pair<at::Tensor, at::Tensor> combine(const Problem& p, const at::Tensor& pa
 
 Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
   const DeviceGuard guard(contrast.q);
-  const Problem p(contrast);
+  Problem p(contrast);
+  if (!p.half() && p.mask.defined()) p.mask = p.mask.to(at::kFloat).contiguous();
   Statistics out;
   out.residual = floats(p, {0});
   if (save_gradient && p.in_registers()) {
@@ -352,10 +394,10 @@ Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
                     p.type, stream());
     return out;
   }
-  std::tie(out.lse, out.lse_cols) = log_sum_exp(p, contrast.pairs.both_axes);
+  PositiveMemory positives;
+  std::tie(out.lse, out.lse_cols) = log_sum_exp(p, contrast.pairs.both_axes, positives);
   std::tie(out.positive_sum, out.positive_count) =
-      positive_sums(contrast, p.ids ? &*p.ids : nullptr,
-                    p.precision == Precision::kTf32 ? Rounding::kTf32 : Rounding::kNone);
+      positive_sums(contrast, p.ids ? &*p.ids : nullptr, positives.sums);
   if (save_gradient) {
     at::Tensor bound = make_bound(p);
     const at::Tensor ones = at::ones_like(out.lse);

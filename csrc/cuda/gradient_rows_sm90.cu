@@ -113,6 +113,8 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     float* part = p.out + static_cast<int64_t>(blockIdx.y) * pairs.n * p.d;
     store_rows<kWidth>(part, out, exp2f(-weigh.lift), first_i, pairs.n, p.d);
   }
+#else
+  __trap();
 #endif
 }
 

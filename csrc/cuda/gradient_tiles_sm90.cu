@@ -49,6 +49,8 @@ __global__ void __launch_bounds__(Loop::kThreads, 1)
                           const __grid_constant__ GradientTilesParams p) {
 #ifdef CL_KERNELS_HOPPER
   Loop::template run<GradientEpilogue<Loop>>(maps, schedule, p.features.d, p);
+#else
+  __trap();
 #endif
 }
 

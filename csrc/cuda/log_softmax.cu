@@ -192,24 +192,43 @@ __device__ __forceinline__ float result(float x, float y, const RowSums& of_row)
     return x == negative_infinity() ? x : (x - of_row.peak) - of_row.sum;
 }
 
+// Whether a gradient x was passed on to a logit of -inf, which is right unless the row has no other.
+template <bool kBackward>
+__device__ __forceinline__ bool passes_on(float x, float y) {
+  return kBackward && y == negative_infinity() && x != 0.0f;
+}
+
+// These tell whether a gradient was passed on.
 template <typename T, bool kBackward>
-__device__ __forceinline__ void write(const Row<T, kBackward>& row, int piece, const Piece& held,
+__device__ __forceinline__ bool write(const Row<T, kBackward>& row, int piece, const Piece& held,
                                       const RowSums& sums) {
   Piece out, y = held;
   if constexpr (kBackward) y = load_piece(row.y + row.column(piece));
+  bool passed = false;
 #pragma unroll
   for (int w = 0; w < 4; ++w)
-    out.word[w] = map_values<T>(held.word[w], y.word[w],
-                                [&](float x, float other) { return result<kBackward>(x, other, sums); });
+    out.word[w] = map_values<T>(held.word[w], y.word[w], [&](float x, float other) {
+      passed |= passes_on<kBackward>(x, other);
+      return result<kBackward>(x, other, sums);
+    });
   store_piece(row.out + row.column(piece), out);
+  return passed;
 }
 template <typename T, bool kBackward>
-__device__ __forceinline__ void write_single(const Row<T, kBackward>& row, int column, float x,
+__device__ __forceinline__ bool write_single(const Row<T, kBackward>& row, int column, float x,
                                              const RowSums& sums) {
-  if (column < 0) return;
+  if (column < 0) return false;
   row.out[column] = from_float<T>(result<kBackward>(x, kBackward ? to_float(row.y[column]) : x, sums));
+  return kBackward && passes_on<kBackward>(x, to_float(row.y[column]));
 }
 
+template <int kThreads>
+__device__ __forceinline__ bool any_of(bool x) {
+  if constexpr (kThreads == kWarp)
+    return __any_sync(0xffffffffu, x);
+  else
+    return __syncthreads_or(x);
+}
 template <int kThreads>
 __device__ __forceinline__ float sum_over(float x) {
   if constexpr (kThreads == kWarp)
@@ -223,6 +242,35 @@ __device__ __forceinline__ float max_over(float x) {
     return warp_max(x);
   else
     return block_max<kThreads>(x);
+}
+
+// What a thread owns of a row: `single`, and of the pieces [begin, end) those from `thread` on.
+struct Share {
+  int thread, begin, end, single;
+};
+
+// Whether the output of a row has anything but -inf; by all of its threads.
+template <int kThreads, typename T>
+__device__ __forceinline__ bool has_output(const Row<T, true>& row, int thread) {
+  auto is_output = [&](int column) { return to_float(row.y[column]) != negative_infinity(); };
+  const int single = row.shape.single(thread);
+  bool found = single >= 0 && is_output(single);
+  for (int first = 0;; first += kThreads) {
+    found = any_of<kThreads>(found);
+    if (found || first >= row.shape.pieces) return found;
+    if (first + thread < row.shape.pieces)
+      for (int e = 0; e < kSize<T>; ++e) found |= is_output(row.column(first + thread) + e);
+  }
+}
+
+// A row whose output is -inf throughout has gradient 0, as if nothing were included: what a thread owns of it
+// is written again.
+template <int kThreads, typename T>
+__device__ __forceinline__ void mend(const Row<T, true>& row, const Share& share, bool passed) {
+  if (!any_of<kThreads>(passed) || has_output<kThreads>(row, share.thread)) return;
+  if (share.single >= 0) row.out[share.single] = from_float<T>(0.0f);
+  for (int piece = share.begin + share.thread; piece < share.end; piece += kThreads)
+    store_piece(row.out + row.column(piece), Piece{});
 }
 
 template <int kThreads>
@@ -279,11 +327,13 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, kBlocks<kThreads>)
     for_held([&](int, const Piece& piece) { sums.sum += exponentials<T>(piece, sums.peak); });
     sums.sum = logf(sum_over<kThreads>(sums.sum));
   }
+  bool passed = false;
   for_held([&](int index, const Piece& piece) {
-    if (index < row.shape.pieces) write(row, index, piece, sums);
+    if (index < row.shape.pieces) passed |= write(row, index, piece, sums);
   });
   const int single_column = row.shape.single(thread);
-  write_single(row, single_column, row.load_single(single_column), sums);
+  passed |= write_single(row, single_column, row.load_single(single_column), sums);
+  if constexpr (kBackward) mend<kThreads>(row, {thread, 0, row.shape.pieces, single_column}, passed);
 }
 
 // Long rows, or few: each is cut into parts, of a block each. One kernel takes the maximum of a part and its
@@ -346,15 +396,19 @@ __global__ void __launch_bounds__(kStreamThreads, 4) write_kernel(const LogSoftm
   for (int s = 0; s < p.splits; ++s)
     sums.sum += kBackward ? parts[s].y : parts[s].y * exponential(parts[s].x, sums.peak);
   if constexpr (!kBackward) sums.sum = logf(sums.sum);
+  bool passed = false;
   for (int first = part.begin + threadIdx.x; first < part.end; first += kStreamed * kStreamThreads) {
     Piece held[kStreamed];
     row.load(held, first, kStreamThreads, part.end);
 #pragma unroll
     for (int h = 0; h < kStreamed; ++h)
-      if (first + h * kStreamThreads < part.end) write(row, first + h * kStreamThreads, held[h], sums);
+      if (first + h * kStreamThreads < part.end)
+        passed |= write(row, first + h * kStreamThreads, held[h], sums);
   }
   const int single_column = part.single(row.shape);
-  write_single(row, single_column, row.load_single(single_column), sums);
+  passed |= write_single(row, single_column, row.load_single(single_column), sums);
+  const int thread = threadIdx.x;
+  if constexpr (kBackward) mend<kStreamThreads>(row, {thread, part.begin, part.end, single_column}, passed);
 }
 
 constexpr int kMostThreads = 1024, kMostHeld = 8;

@@ -24,7 +24,7 @@ int log_softmax_splits(int n, int m, Type, int multiprocessors, int shared_bytes
 
 // out = x - LSE(x over the included); -inf elsewhere.
 void launch_log_softmax_forward(const LogSoftmaxParams&, Type, cudaStream_t);
-// out = x - exp(y) sum(x over the included); 0 elsewhere.
+// out = x - exp(y) sum(x over the included); 0 elsewhere, and in a row whose y is -inf throughout.
 void launch_log_softmax_backward(const LogSoftmaxParams&, Type, cudaStream_t);
 
 }  // namespace cl_kernels::cuda

@@ -1,4 +1,5 @@
 #include "lse_tile.h"
+#include "quads.h"
 #include "tiles.h"
 
 namespace cl_kernels::cuda {
@@ -8,26 +9,25 @@ namespace {
 template <typename T>
 __global__ void __launch_bounds__(256) bounds_kernel(const Features f, const float* bias, Bounds* bounds) {
   const int lane = threadIdx.x % kWarp;
+  const bool same = f.x == f.y && f.x_stride == f.y_stride && f.n == f.m;
   float most_x = 0.0f, most_y = 0.0f, most_bias = 0.0f;
   const int warps = gridDim.x * (256 / kWarp);
   for (int row = blockIdx.x * (256 / kWarp) + threadIdx.x / kWarp; row < f.n + f.m; row += warps) {
     const bool of_x = row < f.n;
-    if (!of_x && f.x == f.y) break;
+    if (!of_x && same) break;
     const T* x = of_x ? static_cast<const T*>(f.x) + row * f.x_stride
                       : static_cast<const T*>(f.y) + (row - f.n) * f.y_stride;
     float sum = 0.0f;
     for (int column = lane * Vec<T>::kSize; column < f.d; column += kWarp * Vec<T>::kSize) {
-      const Vec<T> v = load_vec(x + column);
+      float values[Vec<T>::kSize];
+      load_elements(values, x, column, f.d);
 #pragma unroll
-      for (int e = 0; e < Vec<T>::kSize; ++e) {
-        const float value = column + e < f.d ? to_float(v.x[e]) : 0.0f;
-        sum += value * value;
-      }
+      for (float value : values) sum += value * value;
     }
     sum = warp_sum(sum);
     (of_x ? most_x : most_y) = fmaxf(of_x ? most_x : most_y, sum);
   }
-  if (f.x == f.y) most_y = most_x;
+  if (same) most_y = most_x;
   if (bias != nullptr)
     for (int j = blockIdx.x * 256 + threadIdx.x; j < f.m; j += gridDim.x * 256)
       most_bias = fmaxf(most_bias, bias[j]);
@@ -41,6 +41,22 @@ __global__ void __launch_bounds__(256) bounds_kernel(const Features f, const flo
   }
 }
 
+// Where a tile's logits are rounded before anything is summed, and those of positives with the others.
+template <typename Loop>
+constexpr bool kWithPositives = std::is_same_v<typename Loop::Element, float>;
+
+// c, products of a tile, becomes its logits, and the sums of the positives among them are taken.
+template <typename Loop>
+__device__ __forceinline__ void round_logits(float (&c)[4 * Loop::kTiles], const PositiveTerms& positives,
+                                             const PairRules& pairs, int first_i, int first_j, float scale,
+                                             int slot, double* columns) {
+#pragma unroll
+  for (float& x : c) x = __fmul_rn(x, scale * kLog2e);
+  if (positives.kind != kNoPositives)
+    add_positives<Loop::kTiles>(c, positives, pairs, first_i, first_j, scale,
+                                positives.rows + static_cast<int64_t>(slot) * pairs.n, columns);
+}
+
 template <typename Loop, bool kColumnSums>
 __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams p) {
   const Group group = p.schedule.group(blockIdx.x);
@@ -49,16 +65,39 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
   const Lane lane;
   const int warp = threadIdx.x / kWarp;
   float* row_sums = p.row_sums + static_cast<int64_t>(group.column_group) * p.pairs.n;
-  float columns[kColumnSums ? 2 * Loop::kTiles : 1] = {};
+  // Sums of columns stay in registers, or where positives take these in shared memory, of each warp its own.
+  constexpr bool kInRegisters = !kWithPositives<Loop>;
+  float columns[kColumnSums && kInRegisters ? 2 * Loop::kTiles : 1] = {};
+  float* of_warps = reinterpret_cast<float*>(dynamic_shared() + Loop::kShared);
+  double* positives = reinterpret_cast<double*>(of_warps + Loop::kWarps * Loop::kColumns);
+  if constexpr (kColumnSums && !kInRegisters) {
+#pragma unroll
+    for (int at = threadIdx.x; at < Loop::kWarps * Loop::kColumns; at += Loop::kThreads)
+      of_warps[at] = 0.0f, positives[at] = 0.0;
+  }
 
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
-    logits_of_tile<Loop::kTiles>(c, p.pairs, nullptr, p.bias, first_i, first_j, factor, shift);
+    float unit = factor;
+    if constexpr (kWithPositives<Loop>) {
+      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, scale, group.column_group,
+                         positives + warp * Loop::kColumns);
+      unit = 1.0f;
+    }
+    logits_of_tile<Loop::kTiles>(c, p.pairs, nullptr, p.bias, first_i, first_j, unit, shift);
     float rows[2] = {};
 #pragma unroll
     for (int x = 0; x < 4 * Loop::kTiles; ++x) {
-      const float e = exp2_fast(c[x]);
-      rows[x / 2 % 2] += e;
-      if constexpr (kColumnSums) columns[x / 4 * 2 + x % 2] += e;
+      c[x] = exp2_fast(c[x]);
+      rows[x / 2 % 2] += c[x];
+      if constexpr (kColumnSums && kInRegisters) columns[x / 4 * 2 + x % 2] += c[x];
+    }
+    if constexpr (kColumnSums && !kInRegisters) {
+#pragma unroll
+      for (int x = 0; x < 2 * Loop::kTiles; ++x) {
+        const int low = x / 2 * 4 + x % 2;
+        const float sum = sum_of_column(c[low] + c[low + 2]);
+        if (lane.row == 0) of_warps[warp * Loop::kColumns + x / 2 * 8 + lane.column + x % 2] += sum;
+      }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -70,21 +109,35 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
   };
   auto on_column = [&](int first_j) {
     if constexpr (kColumnSums) {
-      float* of_warps = reinterpret_cast<float*>(dynamic_shared() + Loop::kShared);
+      if constexpr (kInRegisters) {
 #pragma unroll
-      for (int x = 0; x < 2 * Loop::kTiles; ++x) {
-        const float sum = sum_of_column(columns[x]);
-        if (lane.row == 0) of_warps[warp * Loop::kColumns + x / 2 * 8 + lane.column + x % 2] = sum;
-        columns[x] = 0.0f;
+        for (int x = 0; x < 2 * Loop::kTiles; ++x) {
+          const float sum = sum_of_column(columns[x]);
+          if (lane.row == 0) of_warps[warp * Loop::kColumns + x / 2 * 8 + lane.column + x % 2] = sum;
+          columns[x] = 0.0f;
+        }
       }
       __syncthreads();
       const int j = first_j + threadIdx.x;
-      if (threadIdx.x < Loop::kColumns && j < p.pairs.m) {
-        float total = 0.0f;
+      if (threadIdx.x < Loop::kColumns) {
+        const int64_t at = static_cast<int64_t>(group.row_group) * p.pairs.m + j;
+        auto sum_over_warps = [&](auto* of_warps) {
+          auto total = of_warps[threadIdx.x];
 #pragma unroll
-        for (int from = 0; from < Loop::kWarps; ++from)
-          total += of_warps[from * Loop::kColumns + threadIdx.x];
-        p.column_sums[static_cast<int64_t>(group.row_group) * p.pairs.m + j] = total;
+          for (int from = 1; from < Loop::kWarps; ++from)
+            total += of_warps[from * Loop::kColumns + threadIdx.x];
+          if constexpr (!kInRegisters) {
+#pragma unroll
+            for (int from = 0; from < Loop::kWarps; ++from) of_warps[from * Loop::kColumns + threadIdx.x] = 0;
+          }
+          return total;
+        };
+        const float total = sum_over_warps(of_warps);
+        if (j < p.pairs.m) p.column_sums[at] = total;
+        if constexpr (!kInRegisters) {
+          const double of_positives = sum_over_warps(positives);
+          if (j < p.pairs.m && p.positives.columns != nullptr) p.positives.columns[at] = of_positives;
+        }
       }
       __syncthreads();
     }
@@ -107,9 +160,10 @@ __global__ void __launch_bounds__(128) combine_kernel(const CombineParams p) {
   for (int slot = 0; slot < p.slots; ++slot) total += p.parts[static_cast<int64_t>(slot) * p.n + i];
   for (int slot = 0; slot < p.more_slots; ++slot) total += p.mirrored[static_cast<int64_t>(slot) * p.n + i];
   const float shift = fixed_shift(*p.bounds, p.scale.value());
-  // Without a shift no sum of anything is so small; with one, also what overflowed is computed again.
-  const bool trusted =
-      shift == 0.0f || (total >= 0x1p-100 && total < static_cast<double>(kMostSum)) || isnan(total);
+  // Without a shift and a bias no sum of anything is so small. What overflowed or is NaN is computed again in
+  // any case.
+  const bool large_enough = total >= 0x1p-100 || (shift == 0.0f && !p.biased);
+  const bool trusted = large_enough && total < static_cast<double>(kMostSum);
   p.lse[i] = trusted ? (log2(total) + shift) * kLn2 : untrusted();
 }
 
@@ -120,12 +174,17 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) online_kernel(const OnlineP
   const int row = blockIdx.x, own = row * Loop::kRows + static_cast<int>(threadIdx.x), n = p.pairs.n;
   const bool is_own = threadIdx.x < Loop::kRows && own < n;
   if (p.only_untrusted && !__syncthreads_or(is_own && is_untrusted(p.lse[own]))) return;
-  const float factor = p.scale.value() * kLog2e;
+  const float scale = p.scale.value(), factor = scale * kLog2e;
   const int column_blocks = ceil_div(p.pairs.m, kBlock), each = ceil_div(column_blocks, p.splits);
   const int first_column = min(static_cast<int>(blockIdx.y) * each, column_blocks);
   float peak[2] = {kNothing, kNothing}, total[2] = {};
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
-    logits_of_tile<Loop::kTiles>(c, p.pairs, p.own_bias, p.other_bias, first_i, first_j, factor, 0.0f);
+    float unit = factor;
+    if constexpr (kWithPositives<Loop>) {
+      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, scale, blockIdx.y, nullptr);
+      unit = 1.0f;
+    }
+    logits_of_tile<Loop::kTiles>(c, p.pairs, p.own_bias, p.other_bias, first_i, first_j, unit, 0.0f);
     float before[2] = {peak[0], peak[1]};
 #pragma unroll
     for (int x = 0; x < 4 * Loop::kTiles; ++x) peak[x / 2 % 2] = fmaxf(peak[x / 2 % 2], c[x]);
@@ -174,9 +233,10 @@ void launch_lse(const LseParams& p, Type type, Precision precision, cudaStream_t
   const dim3 grid(static_cast<unsigned>(p.schedule.programs()));
   dispatch_loop(type, precision, [&](auto loop) {
     using Loop = decltype(loop);
+    constexpr size_t kEach = sizeof(float) + (kWithPositives<Loop> ? sizeof(double) : 0);
     if (p.column_sums != nullptr)
       launch(lse_kernel<Loop, true>, grid, Loop::kThreads,
-             Loop::kShared + Loop::kWarps * Loop::kColumns * sizeof(float), stream, p);
+             Loop::kShared + Loop::kWarps * Loop::kColumns * kEach, stream, p);
     else
       launch(lse_kernel<Loop, false>, grid, Loop::kThreads, Loop::kShared, stream, p);
   });

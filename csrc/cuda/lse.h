@@ -30,6 +30,20 @@ struct Bounds {
   float x, y, bias;
 };
 
+// Which pairs are positives of float32 features, and where the tiles add their logits up. Summed apart from
+// the log-sum-exps these would be rounded apart, and not cancel with them in a converged row.
+struct PositiveTerms {
+  Positives kind;
+  const int* index;   // [n] the positive of a row, -1: none
+  const float* mask;  // [mask_rows, mask_columns] weight of row i and column j at [i % rows, j % columns]
+  int mask_rows, mask_columns;
+  const Bounds* bounds;  // of reference()
+  // Zeros before; base-2 logits without bias, less the reference, times their weights. Columns: of mirrored
+  // tiles, whose pairs serve both of their rows.
+  double* rows;     // [column groups or splits, n]
+  double* columns;  // [row groups, m]
+};
+
 struct LseParams {
   Features features;
   PairRules pairs;
@@ -39,6 +53,7 @@ struct LseParams {
   Schedule schedule;
   float* row_sums;     // [column groups, n], zeros before
   float* column_sums;  // [row groups, m], zeros before, or null
+  PositiveTerms positives;
 };
 
 void launch_bounds(const Features&, const float* bias, Bounds* bounds, Type,
@@ -46,13 +61,14 @@ void launch_bounds(const Features&, const float* bias, Bounds* bounds, Type,
 void launch_lse(const LseParams&, Type, Precision, cudaStream_t);
 void launch_lse_sm90(const LseParams&, Type, cudaStream_t);  // half-precision features
 
-// Adds the partial sums up, in a fixed order: lse = ln(sum) + c; a sum too small to trust becomes NaN with
-// all bits set, for launch_lse_online.
+// Adds the partial sums up, in a fixed order: lse = ln(sum) + c; a sum too small or too large to trust, or
+// NaN, becomes NaN with all bits set, for launch_lse_online.
 struct CombineParams {
   const float* parts;     // [slots, n]
   const float* mirrored;  // [more slots, n], or null
   int slots, more_slots, n;
   Scalar scale;
+  bool biased;
   const Bounds* bounds;
   double* lse;  // [n]
 };
@@ -71,13 +87,26 @@ struct OnlineParams {
   int* tickets;             // [ceil(n / kBlock)], zeros before
   bool only_untrusted;
   double* lse;  // [n]
+  PositiveTerms positives;
 };
 void launch_lse_online(const OnlineParams&, Type, Precision, cudaStream_t);
 
 #ifdef CL_KERNELS_DEVICE
+// No logit without its bias is larger.
+__device__ __forceinline__ float largest_logit(const Bounds& bounds, float scale) {
+  return fabsf(scale) * sqrtf(bounds.x) * sqrtf(bounds.y) * 1.0001f;
+}
+
+// A whole number, so that it takes no digits from a logit near the bound.
 __device__ __forceinline__ float fixed_shift(const Bounds& bounds, float scale) {
-  const float most = fabsf(scale) * sqrtf(bounds.x) * sqrtf(bounds.y) * 1.0001f + bounds.bias;
-  return fmaxf(most * kLog2e - kSafe, 0.0f);
+  return fmaxf(ceilf((largest_logit(bounds, scale) + bounds.bias) * kLog2e - kSafe), 0.0f);
+}
+
+// What the logits of positives are summed relative to: a whole number near the largest, or 0 without bounds.
+__device__ __forceinline__ float reference(const Bounds* bounds, float scale) {
+  if (bounds == nullptr) return 0.0f;
+  const float most = largest_logit(*bounds, scale) * kLog2e;
+  return most < 0x1p20f ? rintf(most) : 0.0f;
 }
 #endif
 

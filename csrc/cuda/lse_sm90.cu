@@ -104,6 +104,8 @@ __global__ void __launch_bounds__(Loop::kThreads, 1)
     lse_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ LseParams p) {
 #ifdef CL_KERNELS_HOPPER
   Loop::template run<LseEpilogue<Loop, kColumnSums>>(maps, p.schedule, p.features.d, p);
+#else
+  __trap();
 #endif
 }
 

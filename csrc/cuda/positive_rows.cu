@@ -1,22 +1,13 @@
 #include "positive_rows.h"
 
 #include "launch.h"
-#include "ptx.h"
+#include "quads.h"
 
 namespace cl_kernels::cuda {
 namespace {
 
 constexpr int kThreads = 128;
 constexpr int kAtOnce = 8;  // keys that a thread loads before it adds them
-
-// A feature with the precision of the products.
-template <bool kTf32, typename T>
-__device__ __forceinline__ float feature(T x) {
-  if constexpr (kTf32)
-    return to_tf32(to_float(x));
-  else
-    return to_float(x);
-}
 
 // The first of sorted[0, m) that is not less than the label (or, `after`, that is greater).
 __device__ __forceinline__ int bound(const int64_t* sorted, int m, int64_t label, bool after) {
@@ -46,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) classes_kernel(const ClassParams p) 
 
 // A block walks a chunk of the sorted columns, a thread a feature, and writes a sum wherever the class
 // changes: at the class's place if it began in this chunk, else to the chunk's carry.
-template <typename T, bool kTf32>
+template <typename T>
 __global__ void __launch_bounds__(kThreads) class_sums_kernel(const ClassSumsParams p) {
   const int f = blockIdx.y * kThreads + threadIdx.x, chunk = blockIdx.x;
   if (f >= p.d) return;
@@ -67,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) class_sums_kernel(const ClassSumsPar
     for (int at = 0; at < kAtOnce; ++at) {
       const int position = min(first + at, end - 1);
       ids[at] = p.ids[position];
-      values[at] = feature<kTf32>(k[p.order[position] * p.k_stride]);
+      values[at] = to_float(k[p.order[position] * p.k_stride]);
     }
 #pragma unroll
     for (int at = 0; at < kAtOnce; ++at) {
@@ -108,15 +99,14 @@ __global__ void __launch_bounds__(256) class_carry_kernel(const ClassSumsParams 
   p.sums[id * p.stride + f] = static_cast<float>(sum);
 }
 
-template <typename T, bool kTf32>
+template <typename T>
 __global__ void __launch_bounds__(kThreads) fold_kernel(const FoldParams p) {
   const int f = blockIdx.y * kThreads + threadIdx.x, column = blockIdx.x;
   if (f >= p.stride) return;
   double sum = 0.0;
   if (f < p.d) {
     const T* k = static_cast<const T*>(p.k) + f;
-    for (int64_t j = column; j < p.m; j += p.columns)
-      sum += static_cast<double>(feature<kTf32>(k[j * p.k_stride]));
+    for (int64_t j = column; j < p.m; j += p.columns) sum += static_cast<double>(to_float(k[j * p.k_stride]));
   }
   p.out[column * p.stride + f] = static_cast<float>(sum);
 }
@@ -131,18 +121,49 @@ __global__ void __launch_bounds__(kThreads) mask_counts_kernel(const MaskCountsP
   if (threadIdx.x == 0) p.counts[blockIdx.x] = count;
 }
 
-template <typename T, bool kTf32>
-__device__ __forceinline__ void load_features(float (&x)[Vec<T>::kSize], const T* row, int column, int d) {
-  const Vec<T> v = load_vec(row + column);
+// A warp's product of row i with its prototype and `weight` times a key (-1: none), in double: exact but for
+// the sum. The key is taken off the prototype before they multiply: of a class of one that leaves 0.
+template <typename T>
+__device__ __forceinline__ double product_of(const PositiveRowsParams& p, int i, const float* prototype,
+                                             int key, double weight) {
+  constexpr int kSize = Vec<T>::kSize;
+  const T* q = static_cast<const T*>(p.q) + i * p.q_stride;
+  const T* k = static_cast<const T*>(p.k) + key * p.k_stride;
+  double sum = 0.0;
+  for (int column = threadIdx.x % kWarp * kSize; column < p.d; column += kWarp * kSize) {
+    float x[kSize];
+    load_elements(x, q, column, p.d);
+    float y[kSize] = {};
+    if (key >= 0) load_elements(y, k, column, p.d);
 #pragma unroll
-  for (int e = 0; e < Vec<T>::kSize; ++e) x[e] = column + e < d ? feature<kTf32>(v.x[e]) : 0.0f;
+    for (int quad = 0; quad < kSize; quad += 4) {
+      float of_prototype[4] = {};
+      if (prototype != nullptr) load_quad(of_prototype, prototype, column + quad, p.d, true);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const double other = static_cast<double>(of_prototype[e]) + weight * static_cast<double>(y[quad + e]);
+        sum += static_cast<double>(x[quad + e]) * other;
+      }
+    }
+  }
+  return warp_sum(sum) * static_cast<double>(p.scale.value());
 }
 
-// A warp a row, in double: the products are exact. The excluded key is taken off the prototype before they
-// multiply: of a class of one that leaves 0.
-template <typename T, bool kTf32>
+// The same of `count` positives from the tiles' parts.
+__device__ __forceinline__ double sum_of_tiles(const PositiveRowsParams& p, int i, double count) {
+  const TileSums& tiles = p.tiles;
+  const int lane = threadIdx.x % kWarp;
+  double sum = 0.0;
+  for (int slot = lane; slot < tiles.slots; slot += kWarp)
+    sum += tiles.rows[static_cast<int64_t>(slot) * p.n + i];
+  for (int slot = lane; slot < tiles.more_slots; slot += kWarp)
+    sum += tiles.columns[static_cast<int64_t>(slot) * p.n + i];
+  return (warp_sum(sum) + count * reference(tiles.bounds, p.scale.value())) * kLn2;
+}
+
+// A warp a row.
+template <typename T>
 __global__ void __launch_bounds__(kThreads) positive_rows_kernel(const PositiveRowsParams p) {
-  constexpr int kSize = Vec<T>::kSize;
   const int i = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (i >= p.n) return;
   const float* prototype = nullptr;
@@ -164,41 +185,20 @@ __global__ void __launch_bounds__(kThreads) positive_rows_kernel(const PositiveR
       count += weight;
     }
   }
-  const T* q = static_cast<const T*>(p.q) + i * p.q_stride;
-  const T* k = static_cast<const T*>(p.k) + key * p.k_stride;
-  double sum = 0.0;
-  for (int column = lane * kSize; column < p.d; column += kWarp * kSize) {
-    float x[kSize];
-    load_features<T, kTf32>(x, q, column, p.d);
-    float y[kSize] = {};
-    if (key >= 0) load_features<T, kTf32>(y, k, column, p.d);
-#pragma unroll
-    for (int quad = 0; quad < kSize; quad += 4) {
-      Vec<float> of_prototype = {};
-      if (prototype != nullptr) of_prototype = load_vec(prototype + column + quad);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (column + quad + e >= p.d) continue;
-        const double other =
-            static_cast<double>(of_prototype.x[e]) + weight * static_cast<double>(y[quad + e]);
-        sum += static_cast<double>(x[quad + e]) * other;
-      }
-    }
-  }
-  sum = warp_sum(sum);
+  double sum;
+  if constexpr (std::is_same_v<T, float>)
+    sum = sum_of_tiles(p, i, count);
+  else
+    sum = product_of<T>(p, i, prototype, key, weight);
   if (lane != 0) return;
-  p.sum[i] = sum * static_cast<double>(p.scale.value());
+  p.sum[i] = sum;
   p.count[i] = count;
 }
 
-// f(T{}, std::bool_constant<tf32>{}); only float is rounded.
 template <typename F>
-void dispatch_features(Type type, bool tf32, F f) {
-  dispatch_type(type, [&](auto t) {
-    if constexpr (std::is_same_v<decltype(t), float>)
-      if (tf32) return f(t, std::true_type());
-    f(t, std::false_type());
-  });
+void dispatch_half(Type type, F f) {
+  if (type == Type::kHalf) return f(half_t());
+  f(bf16_t());
 }
 
 }  // namespace
@@ -207,31 +207,27 @@ void launch_classes(const ClassParams& p, cudaStream_t stream) {
   launch(classes_kernel, dim3(ceil_div(p.n, kThreads)), kThreads, 0, stream, p);
 }
 
-void launch_class_sums(const ClassSumsParams& p, Type type, bool tf32, cudaStream_t stream) {
+void launch_class_sums(const ClassSumsParams& p, Type type, cudaStream_t stream) {
   const int chunks = ceil_div(p.m, kClassChunk);
-  dispatch_features(type, tf32, [&](auto t, auto rounded) {
-    launch(class_sums_kernel<decltype(t), decltype(rounded)::value>, dim3(chunks, ceil_div(p.d, kThreads)),
-           kThreads, 0, stream, p);
+  dispatch_half(type, [&](auto t) {
+    launch(class_sums_kernel<decltype(t)>, dim3(chunks, ceil_div(p.d, kThreads)), kThreads, 0, stream, p);
   });
   if (chunks > 1) launch(class_carry_kernel, dim3(chunks - 1, ceil_div(p.d, kWarp)), 256, 0, stream, p);
 }
 
-void launch_fold(const FoldParams& p, Type type, bool tf32, cudaStream_t stream) {
+void launch_fold(const FoldParams& p, Type type, cudaStream_t stream) {
   const dim3 grid(p.columns, ceil_div(static_cast<int>(p.stride), kThreads));
-  dispatch_features(type, tf32, [&](auto t, auto rounded) {
-    launch(fold_kernel<decltype(t), decltype(rounded)::value>, grid, kThreads, 0, stream, p);
-  });
+  dispatch_half(type, [&](auto t) { launch(fold_kernel<decltype(t)>, grid, kThreads, 0, stream, p); });
 }
 
 void launch_mask_counts(const MaskCountsParams& p, cudaStream_t stream) {
   launch(mask_counts_kernel, dim3(p.rows), kThreads, 0, stream, p);
 }
 
-void launch_positive_rows(const PositiveRowsParams& p, Type type, bool tf32, cudaStream_t stream) {
+void launch_positive_rows(const PositiveRowsParams& p, Type type, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.n, kThreads / kWarp));
-  dispatch_features(type, tf32, [&](auto t, auto rounded) {
-    launch(positive_rows_kernel<decltype(t), decltype(rounded)::value>, grid, kThreads, 0, stream, p);
-  });
+  dispatch_type(type,
+                [&](auto t) { launch(positive_rows_kernel<decltype(t)>, grid, kThreads, 0, stream, p); });
 }
 
 }  // namespace cl_kernels::cuda

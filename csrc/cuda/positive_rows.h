@@ -1,8 +1,9 @@
 // The kernels of positives.h. A row's positives are many, but their logits add up to one product: of the row
-// with the sum of its positives' keys, its prototype.
+// with the sum of its positives' keys, its prototype. So it is with half-precision features; of float32 the
+// tiles have added them up (PositiveTerms in lse.h).
 #pragma once
 
-#include "device.h"
+#include "lse.h"
 
 namespace cl_kernels::cuda {
 
@@ -32,7 +33,7 @@ struct ClassSumsParams {
   int64_t stride;
   double* carry;  // [ceil(m / kClassChunk), d] of classes that began in an earlier chunk
 };
-void launch_class_sums(const ClassSumsParams&, Type, bool tf32, cudaStream_t);
+void launch_class_sums(const ClassSumsParams&, Type, cudaStream_t);
 
 // out_c = the sum of k_j over the j with j % columns = c, zeros from feature d to stride.
 struct FoldParams {
@@ -42,7 +43,7 @@ struct FoldParams {
   float* out;  // [columns, stride]
   int64_t stride;
 };
-void launch_fold(const FoldParams&, Type, bool tf32, cudaStream_t);
+void launch_fold(const FoldParams&, Type, cudaStream_t);
 
 // counts_r = the sum over j < m of mask[r, j % columns].
 struct MaskCountsParams {
@@ -53,8 +54,15 @@ struct MaskCountsParams {
 };
 void launch_mask_counts(const MaskCountsParams&, cudaStream_t);
 
+// What the tiles added up: parts [slots, n] and [more slots, n], relative to reference(bounds).
+struct TileSums {
+  const double *rows, *columns;
+  int slots, more_slots;
+  const Bounds* bounds;
+};
+
 // Of each row either one positive by index, or the prototype of its class or of row i % groups of a mask,
-// less the key that is excluded.
+// less the key that is excluded. For float32 `tiles`, and nothing of the features.
 struct PositiveRowsParams {
   const void* q;  // [n, d]
   const void* k;  // [m, d]
@@ -71,9 +79,10 @@ struct PositiveRowsParams {
   bool excludes;  // column i + offset is left out of row i
   int offset;
   const float* excluded_weight;  // [n] what the mask says of it
-  double* sum;                   // [n]
-  double* count;                 // [n]
+  TileSums tiles;
+  double* sum;    // [n]
+  double* count;  // [n]
 };
-void launch_positive_rows(const PositiveRowsParams&, Type, bool tf32, cudaStream_t);
+void launch_positive_rows(const PositiveRowsParams&, Type, cudaStream_t);
 
 }  // namespace cl_kernels::cuda

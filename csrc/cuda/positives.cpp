@@ -10,7 +10,6 @@
 
 #include <algorithm>
 
-#include "positive_rows.h"
 #include "tensors.h"
 
 namespace cl_kernels::cuda {
@@ -20,25 +19,32 @@ constexpr int64_t kMaskElements = 1 << 26;  // of a mask that are widened at onc
 
 // Prototypes by mask, and what they count: mask @ (k folded to the mask's columns), in float32.
 struct MaskedPrototypes {
-  at::Tensor prototypes;  // [R, stride]
+  at::Tensor prototypes;  // [R, stride]; undefined for float32
   at::Tensor counts;      // [R] double
 };
 
-MaskedPrototypes mask_prototypes(const at::Tensor& k, const at::Tensor& mask, bool tf32) {
+MaskedPrototypes mask_prototypes(const at::Tensor& k, const at::Tensor& mask) {
   const int64_t rows = mask.size(0), columns = mask.size(1), d = k.size(1), stride = round_up<int64_t>(d, 8);
-  at::Tensor folded = empty_like_device(k, {columns, stride}, at::kFloat);
-  launch_fold({k.const_data_ptr(), row_stride(k), static_cast<int>(k.size(0)), static_cast<int>(d),
-               static_cast<int>(columns), folded.mutable_data_ptr<float>(), stride},
-              type_of(k), tf32, stream());
-  MaskedPrototypes out{empty_like_device(k, {rows, stride}, at::kFloat),
-                       empty_like_device(k, {rows}, at::kDouble)};
+  const bool half = k.scalar_type() != at::kFloat;
+  MaskedPrototypes out;
+  out.counts = empty_like_device(k, {rows}, at::kDouble);
+  at::Tensor folded;
+  if (half) {
+    folded = empty_like_device(k, {columns, stride}, at::kFloat);
+    launch_fold({k.const_data_ptr(), row_stride(k), static_cast<int>(k.size(0)), static_cast<int>(d),
+                 static_cast<int>(columns), folded.mutable_data_ptr<float>(), stride},
+                type_of(k), stream());
+    out.prototypes = empty_like_device(k, {rows, stride}, at::kFloat);
+  }
   const at::NoTF32Guard whole_floats;
   const int64_t each = std::clamp<int64_t>(kMaskElements / columns, 1, rows);
   for (int64_t first = 0; first < rows; first += each) {
     const int64_t count = std::min(each, rows - first);
     const at::Tensor weights = mask.narrow(0, first, count).to(at::kFloat).contiguous();
-    at::Tensor part = out.prototypes.narrow(0, first, count);
-    at::mm_out(part, weights, folded);
+    if (half) {
+      at::Tensor part = out.prototypes.narrow(0, first, count);
+      at::mm_out(part, weights, folded);
+    }
     launch_mask_counts(
         {weights.const_data_ptr<float>(), columns, static_cast<int>(count), static_cast<int>(columns),
          static_cast<int>(k.size(0)), out.counts.mutable_data_ptr<double>() + first},
@@ -55,14 +61,14 @@ at::Tensor weights_at(const at::Tensor& mask, int64_t n, int64_t offset) {
   return at::take(mask, place).to(at::kFloat);
 }
 
-at::Tensor class_prototypes(const at::Tensor& k, const LabelIds& ids, bool tf32) {
+at::Tensor class_prototypes(const at::Tensor& k, const LabelIds& ids) {
   const int64_t m = k.size(0), d = k.size(1), stride = round_up<int64_t>(d, 8);
   at::Tensor sums = empty_like_device(k, {m, stride}, at::kFloat);
   at::Tensor carry = empty_like_device(k, {ceil_div<int64_t>(m, kClassChunk), d}, at::kDouble);
   launch_class_sums({k.const_data_ptr(), row_stride(k), ids.order.const_data_ptr<int64_t>(),
                      ids.sorted.const_data_ptr<int>(), static_cast<int>(m), static_cast<int>(d),
                      sums.mutable_data_ptr<float>(), stride, carry.mutable_data_ptr<double>()},
-                    type_of(k), tf32, stream());
+                    type_of(k), stream());
   return sums;
 }
 
@@ -99,15 +105,16 @@ LabelIds label_ids(const at::Tensor& row_labels, const at::Tensor& col_labels) {
 }
 
 std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast& contrast, const LabelIds* ids,
-                                                 Rounding rounding) {
+                                                 const TileSums& tiles) {
   const DeviceGuard guard(contrast.q);
   const Pairs& pairs = contrast.pairs;
   const bool any = pairs.label_positives || pairs.positive_index || pairs.positive_mask;
   const int64_t n = contrast.q.size(0);
   at::Tensor sum = empty_like_device(contrast.q, {any ? n : 0}, at::kDouble), count = at::empty_like(sum);
   if (!any) return {sum, count};
-  const at::Tensor q = row_major(contrast.q), k = contrast.k ? row_major(*contrast.k) : q;
-  const bool tf32 = rounding == Rounding::kTf32;
+  const bool half = contrast.q.scalar_type() != at::kFloat;
+  const at::Tensor q = half ? row_major(contrast.q) : contrast.q;
+  const at::Tensor k = !contrast.k ? q : half ? row_major(*contrast.k) : *contrast.k;
   PositiveRowsParams p{};
   p.q = q.const_data_ptr();
   p.k = k.const_data_ptr();
@@ -117,26 +124,27 @@ std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast& contrast, const
   p.m = static_cast<int>(k.size(0));
   p.d = static_cast<int>(q.size(1));
   p.scale = scalar_of(contrast.scale);
+  p.tiles = tiles;
   p.sum = sum.mutable_data_ptr<double>();
   p.count = count.mutable_data_ptr<double>();
   at::Tensor index, prototypes, counts, excluded_weight;
   if (pairs.positive_index) {
     index = pairs.positive_index->to(at::kInt).contiguous();
     p.index = index.const_data_ptr<int>();
-    launch_positive_rows(p, type_of(q), tf32, stream());
+    launch_positive_rows(p, type_of(q), stream());
     return {sum, count};
   }
   p.excludes = pairs.exclude && *pairs.exclude > -n && *pairs.exclude < p.m;
   p.offset = p.excludes ? static_cast<int>(*pairs.exclude) : 0;
   if (pairs.label_positives) {
     TORCH_CHECK_VALUE(ids != nullptr, "positives by label need labels");
-    prototypes = class_prototypes(k, *ids, tf32);
+    if (half) prototypes = class_prototypes(k, *ids);
     counts = ids->counts;
     p.row_ids = ids->rows.const_data_ptr<int>();
     p.col_ids = ids->cols.const_data_ptr<int>();
   } else {
     const at::Tensor& mask = *pairs.positive_mask;
-    MaskedPrototypes masked = mask_prototypes(k, mask, tf32);
+    MaskedPrototypes masked = mask_prototypes(k, mask);
     prototypes = masked.prototypes;
     counts = masked.counts;
     p.groups = static_cast<int>(mask.size(0));
@@ -145,10 +153,9 @@ std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast& contrast, const
       p.excluded_weight = excluded_weight.const_data_ptr<float>();
     }
   }
-  p.prototypes = prototypes.const_data_ptr<float>();
-  p.prototype_stride = prototypes.stride(0);
+  if (half) p.prototypes = prototypes.const_data_ptr<float>(), p.prototype_stride = prototypes.stride(0);
   p.counts = counts.const_data_ptr<double>();
-  launch_positive_rows(p, type_of(q), tf32, stream());
+  launch_positive_rows(p, type_of(q), stream());
   return {sum, count};
 }
 

@@ -1,4 +1,5 @@
-// Sums of logits over the positives of each row, without the matrix.
+// Sums of logits over the positives of each row, without the matrix: of half-precision features from sums of
+// keys, of float32 from what the tiles of the log-sum-exps added up.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,6 +7,7 @@
 #include <tuple>
 
 #include "engine.h"
+#include "positive_rows.h"
 
 namespace cl_kernels::cuda {
 
@@ -21,10 +23,8 @@ struct LabelIds {
 LabelIds label_ids(const at::Tensor& row_labels,   // [N] int64
                    const at::Tensor& col_labels);  // [M] int64
 
-// How float32 features are rounded before they are multiplied, as the products of the engine do.
-enum class Rounding { kNone, kTf32 };
-
-// (positive_sum, positive_count) [N] double of the problem's positives; [0] where it has none.
-std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast&, const LabelIds*, Rounding);
+// (positive_sum, positive_count) [N] double of the problem's positives; [0] where it has none. TileSums: of
+// float32 features.
+std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast&, const LabelIds*, const TileSums&);
 
 }  // namespace cl_kernels::cuda

@@ -1,4 +1,4 @@
-// Elements of a row, four at a time.
+// Elements of a row, four or a vector at a time. Past the end of a row nothing is read.
 #pragma once
 
 #include "device.h"
@@ -21,6 +21,19 @@ __device__ __forceinline__ void load_quad(float (&to)[4], const T* row, int colu
   } else {
 #pragma unroll
     for (int e = 0; e < 4; ++e) to[e] = column + e < d ? to_float(row[column + e]) : 0.0f;
+  }
+}
+
+// The same of as many elements as 16 bytes have, of a row that starts at a multiple of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void load_elements(float (&to)[Vec<T>::kSize], const T* row, int column, int d) {
+  if (column + Vec<T>::kSize <= d) {
+    const Vec<T> v = load_vec(row + column);
+#pragma unroll
+    for (int e = 0; e < Vec<T>::kSize; ++e) to[e] = to_float(v.x[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < Vec<T>::kSize; ++e) to[e] = column + e < d ? to_float(row[column + e]) : 0.0f;
   }
 }
 

@@ -1,19 +1,13 @@
 #include "similarity_rows.h"
 
 #include "launch.h"
+#include "quads.h"
 
 namespace cl_kernels::cuda {
 namespace {
 
 constexpr int kThreads = 128;  // a warp a row
 constexpr int kRows = kThreads / kWarp;
-
-template <typename T>
-__device__ __forceinline__ void load_row(float (&x)[Vec<T>::kSize], const T* row, int column, int d) {
-  const Vec<T> v = load_vec(row + column);
-#pragma unroll
-  for (int e = 0; e < Vec<T>::kSize; ++e) x[e] = column + e < d ? to_float(v.x[e]) : 0.0f;
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) row_norms_kernel(const RowNormsParams p) {
@@ -24,7 +18,7 @@ __global__ void __launch_bounds__(kThreads) row_norms_kernel(const RowNormsParam
   float squares = 0.0f;
   for (int column = lane * kSize; column < p.d; column += kWarp * kSize) {
     float x[kSize];
-    load_row(x, row, column, p.d);
+    load_elements(x, row, column, p.d);
 #pragma unroll
     for (int e = 0; e < kSize; ++e) squares += x[e] * x[e];
   }
@@ -34,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) row_norms_kernel(const RowNormsParam
   if (p.unit == nullptr) return;
   T* unit = static_cast<T*>(p.unit) + i * p.unit_stride;
   for (int column = lane * kSize; column < p.unit_stride; column += kWarp * kSize) {
-    float x[kSize] = {};
-    if (column < p.d) load_row(x, row, column, p.d);
+    float x[kSize];
+    load_elements(x, row, column, p.d);
     Vec<T> v;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) v.x[e] = from_float<T>(x[e] * rnorm);

@@ -48,6 +48,8 @@ __global__ void __launch_bounds__(Loop::kThreads, 1)
                       const __grid_constant__ SimilarityParams p) {
 #ifdef CL_KERNELS_HOPPER
   Loop::template run<SimilarityEpilogue<Loop>>(maps, schedule, p.features.d, p);
+#else
+  __trap();
 #endif
 }
 

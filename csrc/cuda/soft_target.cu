@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const SoftTargetSt
       const float weight = exp2_fast(t.x[e] - target_peak);
       sum += exp2_fast(s.x[e] - peak);
       target_sum += weight;
-      beside += weight != 0.0f ? weight * (s.x[e] - pivot) : 0.0f;
+      // Also of no weight a NaN counts; what is left out does not.
+      beside += t.x[e] != negative_infinity() ? weight * (s.x[e] - pivot) : 0.0f;
     }
   }
   const float top = block_max<kThreads>(peak), target_top = block_max<kThreads>(target_peak);

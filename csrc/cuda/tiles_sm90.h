@@ -19,7 +19,7 @@
 #include "lse.h"
 #include "wgmma.h"
 
-// Kernels of this file's loop are empty on other architectures.
+// Kernels of this file's loop trap on other architectures.
 #if defined(CL_KERNELS_WGMMA) || defined(CL_KERNELS_EMULATED)
 #define CL_KERNELS_HOPPER 1
 #endif

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -48,12 +49,11 @@ def _includes() -> list[str]:
     return [str(path) for path in (SOURCES.parent, SOURCES, FOLDER, home / "include")]
 
 
-def compile_program(source: Path, out: Path) -> None:
-    """A program of its own that includes kernels."""
+def compile_program(out: Path, *sources: Path, flags: Sequence[str] = ()) -> None:
+    """A program of its own, of files with kernels among others."""
     includes = [f"-I{path}" for path in _includes()]
-    subprocess.run(
-        [cpp_extension.get_cxx_compiler(), *FLAGS, *includes, str(source), "-o", str(out)], check=True
-    )
+    command = [cpp_extension.get_cxx_compiler(), *FLAGS, *flags, *includes, "-x", "c++", *map(str, sources)]
+    subprocess.run([*command, "-o", str(out)], check=True)
 
 
 @functools.cache

@@ -347,6 +347,9 @@ inline float __fdividef(float a, float b) {
 inline float __frcp_rn(float x) {
   return 1 / x;
 }
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
 inline float __fsqrt_rn(float x) {
   return std::sqrt(x);
 }
