@@ -510,7 +510,7 @@ def _run(name: str, options: Options, tensors: Tensors) -> tuple[Tensor, ...]:
     """The outputs of an op, differentiable."""
     if torch.compiler.is_compiling():
         if not (torch.is_grad_enabled() and _needs_gradient(*tensors)):
-            # Dynamo inlines a Function then, and guesses by the number of arguments whether it takes a context.
+            # Dynamo inlines a Function then, and guesses by the number of arguments if it takes a context.
             return _OPS[name].forward(tensors, options)[: _OPS[name].outputs]
         return _Value.apply(name, options, *_distinct(tensors))
     if in_transform():

@@ -45,8 +45,8 @@ def test_a_kernel_of_hoppers_without_its_products_is_a_fault(tmp_path: Path) -> 
 
 
 def test_hoppers_kernels_trap_elsewhere(tmp_path: Path) -> None:
-    """A launch on the wrong architecture is an error, not memory that nobody wrote. The gate looks at the other
-    files when they change."""
+    """A launch on the wrong architecture is an error, not unwritten memory; the gate looks at the rest
+    when they change."""
     kernels, _ = cuda_gate.compile_file(cuda_gate.SOURCES / "similarity_sm90.cu", "80", tmp_path)
     assert kernels and all(kernel.counts["BPT.TRAP"] and not kernel.faults() for kernel in kernels)
     (kernel,), _ = compiled("__global__ void kernel(float*) {}", "empty_sm90.cu", tmp_path, "80")
