@@ -81,10 +81,12 @@ def _load_cuda() -> tuple[ModuleType | None, str]:
         return None, f"torch {torch.__version__} has no CUDA"
     name = f"{__package__}._cuda"
     extension, reason = _load(name)
-    missed = extension is None and not _switched_off() and (_is_built(name) or not ops.has_triton())
-    if missed and torch.cuda.is_available():
-        others = "by Triton's kernels" if ops.has_triton() else "in plain PyTorch"
-        _warn(f"{reason}: losses on the GPU run {others}, with the same results but slower")
+    if torch.cuda.is_available() and not _switched_off():
+        if extension is None and _is_built(name):
+            _warn(f"{reason}: the backend 'cuda' is not there")
+        if not ops.has_triton():
+            slower = "losses on the GPU run in plain PyTorch, with the same results but slower"
+            warnings.warn(f"triton is not installed: {slower}", ExtensionWarning, stacklevel=2)
     return extension, reason
 
 
