@@ -13,6 +13,7 @@ be changed in place before the backward, as a queue is.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -489,16 +490,30 @@ class _Kept:
     before the first; then it is the second that is refused."""
 
     def __init__(self, tensors: Tensors) -> None:
-        self.tensors = tensors
-        self._versions = [_version(x) for x in tensors]
+        self.places = [i for i, x in enumerate(tensors) if x is not None]
+        self._held: list[Tensor] = [tensors[i] for i in self.places]
+        self._refs = [weakref.ref(x) for x in self._held]
+        self._versions = [_version(x) for x in self._held]
+
+    def let_go(self) -> None:
+        """After a backward that is not differentiated, as autograd frees what it saved: the keys of a step do
+        not live on with its loss."""
+        self._held.clear()
 
     @property
-    def changed(self) -> bool:
-        return self._versions != [_version(x) for x in self.tensors]
+    def tensors(self) -> list[Tensor | None]:
+        """None for those that are gone."""
+        return [ref() for ref in self._refs]
+
+    @property
+    def as_they_were(self) -> bool:
+        """No: one is gone, changed, or made in inference mode, which counts no changes."""
+        now = [None if x is None else _version(x) for x in self.tensors]
+        return None not in now and now == self._versions
 
 
-def _version(x: Tensor | None) -> int:
-    return 0 if x is None or x.is_inference() else x._version
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 def in_transform() -> bool:
@@ -550,12 +565,15 @@ class _Value(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or in_transform()):
+            if frozen and not torch.compiler.is_compiling():
+                ctx.kept.let_go()
             return None, None, *op.gradient(saved, options, grads, needs, frozen)
-        tensors = saved[: len(needs)]
+        tensors, usable = list(saved[: len(needs)]), True
         if frozen:
-            pairs = zip(tensors, ctx.kept.tensors, strict=True)
-            tensors = [kept if kept is not None else x for x, kept in pairs]
-        call = (name, options, frozen, needs, frozen and ctx.kept.changed)
+            usable = ctx.kept.as_they_were
+            for i, x in zip(ctx.kept.places, ctx.kept.tensors, strict=True):
+                tensors[i] = x
+        call = (name, options, frozen, needs, usable)
         found = iter(_Gradient.apply(call, *grads, *tensors, *saved))
         return None, None, *(next(found) if needed else None for needed in needs)
 
@@ -610,15 +628,17 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     @full_precision
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        name, options, _, needs, changed = ctx.call
-        if changed or ctx.kept.changed:
+        name, options, _, needs, usable = ctx.call
+        if not (usable and ctx.kept.as_they_were):
             raise RuntimeError(
                 f"a second derivative of {_OPS[name].users} needs the keys, the labels and the scale as the "
-                "forward saw them, but one of them has since been modified in place: clone it before the "
-                "forward, or take the derivative before the modification"
+                "forward saw them, but one of them has since been modified in place, was made in inference "
+                "mode, or went with an earlier backward: clone it before the forward, or take the derivative "
+                "before that"
             )
-        pairs = zip(ctx.saved_tensors, ctx.kept.tensors, strict=True)
-        tensors = [kept if x is None else x for x, kept in pairs]
+        tensors = list(ctx.saved_tensors)
+        for i, x in zip(ctx.kept.places, ctx.kept.tensors, strict=True):
+            tensors[i] = x
         first = _OPS[name].differentiable
 
         def gradient(tensors: Tensors) -> Tensors:
@@ -738,6 +758,8 @@ def _one_by_one(
         pairs = zip(args, in_dims, strict=True)
         return function(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs))
 
+    if info.batch_size == 0:
+        raise ValueError("torch.vmap over a batch of no problems")
     outputs = [torch.stack(parts) for parts in zip(*map(problem, range(info.batch_size)), strict=True)]
     return tuple(outputs), (0,) * len(outputs)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -39,8 +39,9 @@ class Shape(NamedTuple):
 class Device(NamedTuple):
     """What a launcher needs to know of a device."""
 
-    architecture: str
+    architecture: str  # whose launch shapes it has
     processors: int  # multiprocessors, compute units
+    chip: str  # what it is
 
 
 # Small tiles, so that small tests see several of them, tails and splits.
@@ -53,7 +54,7 @@ class Serving(NamedTuple):
     op: str
     variant: str  # of VARIANTS
     kind: str  # of dtype: "half", "float32"
-    architecture: str
+    architecture: str  # of the chip that was measured: sm_89, not the sm_80 whose launch shapes it has
     widest: int | None  # features, at most
     backend: str  # "cuda", "triton"
     basis: str  # "measured", "default"
@@ -75,7 +76,7 @@ VARIANTS = {
     "soft_target": ("plain", "transposed"),
     "dimcl": ("plain", "transposed"),
     "similarity": ("plain", "transposed"),
-    "masked_log_softmax": ("plain", "transposed"),
+    "masked_log_softmax": ("plain",),
 }
 """What the backends do differently; transposed: the stride along the features is not 1."""
 
@@ -336,18 +337,15 @@ for _architecture in ARCHITECTURES:  # soft_target_gradient.py: no products, mem
 
 
 @functools.cache
-def _cuda_device(index: int) -> Device:
+def gpu(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(_named(properties), properties.multi_processor_count)
-
-
-def _named(properties: Any) -> str:
-    """Whose rows of the tables a GPU has: its own name where none were made for it."""
     if torch.version.hip is not None:
-        return str(properties.gcnArchName).partition(":")[0]
-    if properties.major < 8:
-        return f"sm_{properties.major}{properties.minor}"
-    return {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+        chip = architecture = str(properties.gcnArchName).partition(":")[0]
+    else:
+        chip = architecture = f"sm_{properties.major}{properties.minor}"
+        if properties.major >= 8:
+            architecture = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+    return Device(architecture, properties.multi_processor_count, chip)
 
 
 def unsuited(architecture: str) -> str | None:
@@ -361,12 +359,7 @@ def unsuited(architecture: str) -> str | None:
 
 def device_of(x: torch.Tensor) -> Device:
     """The device of a tensor; a CPU tensor is the interpreter's."""
-    return Device(INTERPRETER, 4) if x.device.type == "cpu" else _cuda_device(x.device.index)
-
-
-def architecture_of(index: int) -> str:
-    """That of a GPU."""
-    return _cuda_device(index).architecture
+    return Device(INTERPRETER, 4, INTERPRETER) if x.device.type == "cpu" else gpu(x.device.index)
 
 
 def dtype_kind(dtype: torch.dtype) -> str:

@@ -39,9 +39,6 @@ def _checked_and_ready(name: object, source: str) -> str:
     checked = _checked(name, source)
     if checked == "cuda":
         extension.require_cuda()
-    if checked == "triton" and ops.has_triton() and torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):  # before a compiled graph asks about them
-            _triton_unsuited(index)
     return checked
 
 
@@ -51,7 +48,7 @@ _unsuited: dict[int, str | None] = {}
 def _triton_unsuited(index: int) -> str | None:
     """Why Triton's kernels do not run on this GPU, or None."""
     if index not in _unsuited:
-        _unsuited[index] = configs.unsuited(configs.architecture_of(index))
+        _unsuited[index] = configs.unsuited(configs.gpu(index).architecture)
     return _unsuited[index]
 
 
@@ -76,6 +73,9 @@ class use_backend:
         global _backend
         self._previous = _backend
         _backend = _checked_and_ready(name, "backend")
+        if name == "triton" and ops.has_triton() and torch.cuda.is_available():
+            for index in range(torch.cuda.device_count()):  # before a compiled graph asks about them
+                _triton_unsuited(index)
 
     def __enter__(self) -> None:
         return None
@@ -160,7 +160,7 @@ class Problem(NamedTuple):
     op: str  # without forward or backward
     variant: str
     kind: str  # of dtype
-    architecture: str
+    chip: str
     width: int
 
 
@@ -171,8 +171,8 @@ _exhausted: dict[tuple[str, Problem], str] = {}
 def _problem(op_name: str, args: Sequence[Any]) -> Problem:
     """The same for an op's forward and backward, which must see the same logits."""
     features = ops.features(op_name, args)
-    kind, architecture = configs.dtype_kind(features.dtype), configs.device_of(features).architecture
-    return Problem(_family(op_name), variant(op_name, args), kind, architecture, features.shape[1])
+    kind, chip = configs.dtype_kind(features.dtype), configs.device_of(features).chip
+    return Problem(_family(op_name), variant(op_name, args), kind, chip, features.shape[1])
 
 
 def serving(op_name: str, args: Sequence[Any]) -> str:
@@ -205,7 +205,7 @@ def serve(op_name: str, args: Sequence[Any]) -> Any:
             _exhausted[backend, problem] = reason
             warnings.warn(
                 f"{backend} cannot launch {op_name} for {problem.variant} {problem.kind} features of width "
-                f"{problem.width} on {problem.architecture} ({reason}): {serving(op_name, args)} serves them",
+                f"{problem.width} on {problem.chip} ({reason}): {serving(op_name, args)} serves them",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -228,7 +228,7 @@ def variant(op_name: str, args: Sequence[Any]) -> str:
     """What the table distinguishes within an op (`configs.VARIANTS`), by the arguments of its forward or
     backward."""
     given = ops.given(op_name, args)
-    matrices = [given.get(name) for name in ("q", "k", "z0", "z1", "logits", "output")]
+    matrices = [given.get(name) for name in ("q", "k", "z0", "z1")]
     tensors = [x for x in matrices if isinstance(x, Tensor)]
     if any(x.stride(1) != 1 and x.shape[1] > 1 for x in tensors):
         return "transposed"
@@ -306,7 +306,7 @@ def _row(op: str, device: str) -> Row:
                 obstacles[backend] = f"serves CPU tensors by name only, under {tool}"
     rows: list[configs.Serving] = []
     if device == "cuda" and obstacles["cuda"] is None:
-        rows = configs.rows_for(_family(op), configs.architecture_of(torch.cuda.current_device()))
+        rows = configs.rows_for(_family(op), configs.gpu(torch.cuda.current_device()).chip)
         if all(row.backend != "cuda" for row in rows):
             obstacles["cuda"] = "serves by name only: no row of configs.SERVING has measured it to be faster"
     able = [backend for backend in compiled if obstacles[backend] is None]

@@ -65,6 +65,10 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     return extension, ""
 
 
+def _is_source_checkout() -> bool:
+    return (_ROOT / "setup.py").exists() and bool(cuda_build.sources(_ROOT, ".cu"))
+
+
 def _warn(message: str) -> None:
     warnings.warn(f"{message}. To get kernels that fit, {_BUILD_HINT}.", ExtensionWarning, stacklevel=2)
 
@@ -155,10 +159,6 @@ def require_cuda() -> None:
     if cuda_module is not None:
         for index in range(torch.cuda.device_count()):
             cuda_unsuited(index)
-
-
-def _is_source_checkout() -> bool:
-    return (_ROOT / "setup.py").exists() and bool(cuda_build.sources(_ROOT, ".cu"))
 
 
 def _compile_where_possible() -> tuple[ModuleType | None, str]:

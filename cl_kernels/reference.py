@@ -367,7 +367,8 @@ def supcon_rows_of(
     lse = lse.masked_fill(alone, 0.0)[:, None]
 
     if denominator == "one_positive":
-        log_ratio = F.logsigmoid(logits - lse).masked_fill(alone[:, None], 0.0)  # S_ij - log Den_ij
+        nothing_else = alone[:, None] & ~logits.isnan()
+        log_ratio = F.logsigmoid(logits - lse).masked_fill(nothing_else, 0.0)  # S_ij - log Den_ij
     else:
         log_ratio = logits - lse
     if summation == "out":

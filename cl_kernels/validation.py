@@ -234,7 +234,7 @@ def labels(name: str, x: Any, n: int) -> Tensor:
         raise TypeError(f"{name} must be integers, booleans or floats, got {x.dtype}")
     if not (has_shape(x, n) or has_shape(x, n, 1)):
         raise ValueError(f"{name} must have shape [{n}] or [{n}, 1], got {tuple(x.shape)}")
-    x = x.reshape(n)
+    x = _saveable(x.reshape(n))
     return x.detach() if x.is_floating_point() else x.to(torch.int64)
 
 
@@ -294,7 +294,13 @@ def index(name: str, x: Any, n: int, size: int) -> Tensor:
         raise ValueError(f"{name} must have shape [{n}], got {tuple(x.shape)}")
     if readable(x) and bool(((x < -1) | (x >= size)).any()):
         raise ValueError(f"{name} must lie in [-1, {size}), got {x.min().item()} to {x.max().item()}")
-    return x.to(torch.int64)
+    return _saveable(x).to(torch.int64)
+
+
+def _saveable(x: Tensor) -> Tensor:
+    """A copy of what was made in inference mode, which autograd does not save."""
+    made_there = not torch.compiler.is_compiling() and x.is_inference()
+    return x.clone() if made_there and not torch.is_inference_mode_enabled() else x
 
 
 def key_bias(name: str, x: Any, m: int) -> Tensor:

@@ -308,7 +308,7 @@ def _binder(kernel: JITFunction, backend: Any) -> Any:
 def recording(architecture: str) -> Iterator[Recorder]:
     """Kernels are recorded instead of launched, as on a device of this architecture."""
     recorder = Recorder(architecture)
-    device = configs.Device(architecture, CHIPS[architecture].processors)
+    device = configs.Device(architecture, CHIPS[architecture].processors, architecture)
 
     def run(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
         recorder.record(kernel, *args, **kwargs)

@@ -133,6 +133,11 @@ def test_the_reason_is_in_what_a_missing_extension_says(monkeypatch: pytest.Monk
     )
 
 
+def test_a_checkout_in_which_nothing_was_built(checkout: Path) -> None:
+    """It imports, and says why there are no kernels."""
+    assert f"was not built, because nothing was compiled in the checkout {checkout}" in info(checkout)
+
+
 def git_files(*options: str) -> set[str]:
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("not a git checkout")

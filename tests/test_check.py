@@ -268,4 +268,4 @@ def test_a_terminal_gets_the_same_rows(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(check, "_rich", lambda stream: True)
     assert run("--losses", "clip", "--backends", "reference") == 0
-    assert capsys.readouterr().out.count("agrees") == 12
+    assert capsys.readouterr().out.count("agrees") == 24

@@ -153,7 +153,7 @@ def test_the_next_backend_that_can_serve(
     measured: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device(architecture, 4))
+    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device(architecture, 4, architecture))
     monkeypatch.setattr(dispatch, "obstacle", lambda backend, *_: None if backend in able else "it is not")
     assert dispatch.serving("contrastive_forward", arguments) == expected
 
@@ -161,7 +161,7 @@ def test_the_next_backend_that_can_serve(
 def test_float64_is_the_references(
     arguments: tuple[Any, ...], measured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 4))
+    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 4, "sm_90"))
     monkeypatch.setattr(extension, "emulated_ops", frozenset(ops.SCHEMAS))
     assert dispatch.serving("contrastive_forward", arguments) == "cuda"
     q, *rest = arguments
@@ -181,7 +181,7 @@ def as_gpu(patch: pytest.MonkeyPatch, major: int, minor: int, amd: str | None = 
     patch.setattr(torch.cuda, "current_device", lambda: 0)
     patch.setattr(ops, "has_triton", lambda: True)
     patch.setattr(dispatch, "_unsuited", {})
-    patch.setattr(configs, "_cuda_device", configs._cuda_device.__wrapped__)
+    patch.setattr(configs, "gpu", configs.gpu.__wrapped__)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_gpu_has_launch_shapes_or_a_reason(
     gpu: tuple[Any, ...], shapes: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_gpu(monkeypatch, *gpu)
-    architecture, reason = configs.architecture_of(0), dispatch.obstacle("triton", GPU)
+    architecture, reason = configs.gpu(0).architecture, dispatch.obstacle("triton", GPU)
     if shapes is not None:
         assert (architecture, reason) == (shapes, None)
         return
@@ -245,7 +245,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
 
     monkeypatch.setattr(dispatch, "implementation", implementation)
     monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
-    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 4))
+    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 4, "sm_90"))
     monkeypatch.setattr(dispatch, "_exhausted", {})
     return failing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,56 @@ def test_what_the_backward_needs_must_not_change() -> None:
         keys.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("targets", [False, True], ids=["info_nce", "sce with targets"])
+def test_the_key_of_a_row_beside_a_queue(targets: bool) -> None:
+    """A buffer of keys that the next step writes into."""
+
+    def gradient(change: bool) -> Tensor:
+        torch.manual_seed(0)
+        q, k, queue = unit(N, D).requires_grad_(), unit(N, D), unit(QUEUE, D)
+        if targets:
+            loss = clk.sce_loss(q, k, queue=queue, targets=clk.sce_targets(k, queue=queue))
+        else:
+            loss = clk.info_nce_loss(q, k, queue) + clk.sce_loss(q, k, queue=queue)
+        if change:
+            k.zero_()
+        return torch.autograd.grad(loss, q)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_the_keys_of_a_step_do_not_live_on_with_its_loss() -> None:
+    q, k = unit(N, D).requires_grad_(), unit(N, D)
+    loss, alive = clk.info_nce_loss(q, k), weakref.ref(k)
+    del k
+    assert alive() is not None  # a second derivative reads it
+    loss.backward(retain_graph=True)
+    assert alive() is None
+    (first,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="went with an earlier backward"):
+        first.sum().backward()
+
+
+def test_inference_mode_counts_no_changes() -> None:
+    """So a second derivative by its tensors is refused, not wrong."""
+    with torch.inference_mode():
+        k = unit(N, D)
+    q = unit(N, D).requires_grad_()
+    (first,) = torch.autograd.grad(clk.info_nce_loss(q, k), q, create_graph=True)
+    with torch.inference_mode():
+        k.zero_()
+    with pytest.raises(RuntimeError, match="inference mode"):
+        first.sum().backward()
+
+
+def test_labels_made_under_inference_mode() -> None:
+    with torch.inference_mode():
+        labels = torch.arange(N) % 2
+    x = unit(N, D).requires_grad_()
+    clk.supcon_loss(x[:, None], labels).backward()
+    assert x.grad is not None
 
 
 def test_keys_made_under_inference_mode() -> None:

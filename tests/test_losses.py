@@ -642,6 +642,16 @@ def test_rare_options_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("summation", ["out", "in"])
+def test_nan_among_positives_without_negatives(summation: str) -> None:
+    features, labels = unit(3, 2, 5), torch.ones(3)
+    features[0, 1, 2] = torch.nan
+    loss = clk.supcon_loss(
+        features, labels, summation=summation, denominator="one_positive", reduction="none"
+    )  # fmt: skip
+    assert loss.isnan().all()
+
+
 def test_two_runs_are_bitwise_equal(backend: str) -> None:
     if backend == "cpu":
         torch.set_num_threads(2)

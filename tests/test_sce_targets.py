@@ -60,6 +60,13 @@ def test_module_and_second_derivative() -> None:
     assert torch.autograd.gradgradcheck(lambda x: clk.sce_loss(x, k, queue=queue, targets=targets), (q,))
 
 
+@pytest.mark.parametrize("targets", [3, "x", (torch.zeros(4), torch.zeros(4, 5), "zero")])
+def test_targets_of_another_type_are_named(targets: object) -> None:
+    q = torch.randn(4, 5)
+    with pytest.raises(TypeError, match="targets must be made by sce_targets"):
+        clk.sce_loss(q, q, targets=targets)  # type: ignore[arg-type]
+
+
 def test_bad_targets_are_named() -> None:
     q, k = unit(6, 5), unit(6, 5)
     targets = clk.sce_targets(k)

@@ -195,7 +195,7 @@ def test_backwards_from_the_forward_read_the_keys_of_positives_only(positives: b
     torch.testing.assert_close(full[4], gathered[4])
 
 
-@pytest.mark.parametrize("positives", ["labels", "mask"])
+@pytest.mark.parametrize("positives", ["labels", "mask", "weights"])
 @pytest.mark.parametrize("kind", ["converged", "collapsed"])
 def test_sums_over_positives_share_the_rounding_of_the_lse(kind: str, positives: str) -> None:
     """Float32 whose logits cancel: at most twice eager's error, which rounds each logit once for both."""
@@ -204,15 +204,18 @@ def test_sums_over_positives_share_the_rounding_of_the_lse(kind: str, positives:
     rows = torch.randn(3, 1, 40) if kind == "converged" else torch.ones(3, 1, 40)
     rows = torch.nn.functional.normalize(rows, dim=-1).to(DEVICE)
     features = rows[labels].expand(classes, views, 40).contiguous()
+    mask = (labels[:, None] == labels).float()
+    if positives == "weights":
+        mask *= torch.rand_like(mask)
 
     def plain(features: Tensor) -> Tensor:
-        z, y = torch.cat(features.unbind(1)), labels.repeat(views)
+        z = torch.cat(features.unbind(1))
         own = torch.eye(len(z), dtype=torch.bool, device=DEVICE)
-        logits, same = z @ z.T / tau, ((y[:, None] == y) & ~own).to(z)
+        logits, weights = z @ z.T / tau, mask.repeat(views, views).masked_fill(own, 0).to(z)
         log_p = logits - logits.masked_fill(own, -torch.inf).logsumexp(1)[:, None]
-        return -(log_p * same).sum(1) / same.sum(1)
+        return -(log_p * weights).sum(1) / weights.sum(1)
 
-    given = {"labels": labels} if positives == "labels" else {"mask": (labels[:, None] == labels).float()}
+    given = {"labels": labels} if positives == "labels" else {"mask": mask}
     with clk.use_backend("triton"):
         ours = clk.supcon_loss(
             features, **given, temperature=tau, base_temperature=tau, reduction="none"

@@ -46,7 +46,7 @@ def test_rows_are_merged_with_the_table(monkeypatch: pytest.MonkeyPatch) -> None
 def test_rows_used_are_those_that_a_step_looks_up(monkeypatch: pytest.MonkeyPatch) -> None:
     key = ("lse", "sm_90", "float32")
     monkeypatch.setattr(configs, "TABLE", {key: {64: ROW, 256: ROW}})
-    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 132))
+    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 132, "sm_90"))
 
     def step() -> list[torch.Tensor]:
         assert configs.shape("lse", torch.ones(1), 65) == configs.shape("lse", torch.ones(1), 999) == ROW
@@ -100,7 +100,7 @@ def test_serving_rows_are_literals_that_decide(monkeypatch: pytest.MonkeyPatch) 
         assert tune.serving_rows(work, ours) == ["# cuda: it was not built"]
 
     monkeypatch.setattr(configs, "SERVING", (*rows, *configs.SERVING))
-    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 132))
+    monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 132, "sm_90"))
     monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
     pairs = (0, None, None, "all", False, None, None, None, False)
     for width, backend in ((8, "cuda"), (9, "triton")):

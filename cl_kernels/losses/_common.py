@@ -28,8 +28,13 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
-    """[N]: scale * q_i . k_i, summed in float32 (float64 for float64 inputs)."""
+    """[N]: scale * q_i . k_i, summed in float32 (float64 for float64 inputs).
+
+    Frozen keys are copied where the backward reads them: they may be changed in place before it.
+    """
     dtype = validation.accumulate_dtype(q.dtype)
+    if k.dtype == dtype and q.requires_grad and not k.requires_grad and torch.is_grad_enabled():
+        k = k.clone()
     return (q.to(dtype) * k.to(dtype)).sum(1) * scale
 
 
@@ -72,4 +77,6 @@ def reduced(rows: Tensor, how: str, like: Tensor, weight: Tensor | None = None) 
 
 def shown(value: float | Tensor | None) -> str:
     """A temperature or coefficient as `extra_repr` prints it."""
-    return "None" if value is None else f"{value.item() if isinstance(value, Tensor) else value:g}"
+    if isinstance(value, Tensor):
+        return "meta" if value.is_meta else f"{value.item():g}"
+    return "None" if value is None else f"{value:g}"

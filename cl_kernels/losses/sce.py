@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,9 @@ def _keys(
     return keys, torch.arange(first, first + k.shape[0], device=k.device)
 
 
-def _check_targets(targets: SCETargets, q: Tensor, k: Tensor, keys: list[Tensor]) -> None:
+def _check_targets(targets: Any, q: Tensor, k: Tensor, keys: list[Tensor]) -> None:
+    if not isinstance(targets, SCETargets):
+        raise TypeError(f"targets must be made by sce_targets, got {type(targets).__name__}")
     if not validation.has_shape(targets.mean, *q.shape):
         raise ValueError(
             f"targets must be of queries {tuple(q.shape)}, got those of {tuple(targets.mean.shape)}"

@@ -55,8 +55,9 @@ def supcon_loss(
         labels: [B] or [B, 1], integers, booleans or floats: samples of equal label (by ==) are positives. A
             NaN equals nothing: such a sample has no positives, not even its own other views.
         mask: [B, B], bool, integer or float weights, not necessarily symmetric: sample j is a positive of
-            sample i where it is not 0. Without labels and mask the other views of a sample are its positives
-            (SimCLR).
+            sample i where it is not 0; "in" wants no negative ones. An anchor whose weights sum to less than
+            1e-6 is not divided by their sum (as in SupContrast). Without labels and mask the other views of a
+            sample are its positives (SimCLR).
         temperature, base_temperature: :math:`\tau, \tau_0 > 0`, floats or tensors of one element, which get
             their gradients.
         contrast_mode: "all": every row is an anchor; "one": those of view 0.

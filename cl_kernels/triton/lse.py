@@ -115,7 +115,8 @@ def _lse_kernel(
     SUMS: tl.constexpr = (POSITIVES == "labels") or (POSITIVES == "mask")
     LABELS: tl.constexpr = (POSITIVES == "labels") or (AMONG != "all")
     WHOLES: tl.constexpr = SUMS and (q.dtype.element_ty == tl.float32)
-    PLANES: tl.constexpr = 5 if WHOLES else 4 if SUMS else 2
+    BASES: tl.constexpr = WHOLES and (POSITIVES == "mask")
+    PLANES: tl.constexpr = 6 if BASES else 5 if WHOLES else 4 if SUMS else 2
     group = tl.program_id(0)
     if MIRRORED:
         # Each unordered pair of groups once: (g, g + step), around the circle.
@@ -140,6 +141,7 @@ def _lse_kernel(
         positive_sum = tl.zeros((BLOCK_M,), tl.float32)
         positive_count = tl.zeros((BLOCK_M,), tl.float32)
         positive_wholes = tl.zeros((BLOCK_M,), tl.float32)
+        base = tl.zeros((BLOCK_M,), tl.float32)
         if WHOLE:
             i_d = tl.arange(0, BLOCK_D)
             b_q = load_rows(q, i, i < n, i_d, i_d < d, stride_qn, stride_qd, EVEN_D)
@@ -180,14 +182,22 @@ def _lse_kernel(
                     weight = mask_tile(mask, i, j, mask_rows, mask_cols, stride_mask_row, stride_mask_col)
                 if edge:
                     weight = tl.where(_counted(i, j, n, m, exclude, EXCLUDE, MIRRORED), weight, 0.0)
+                # A NaN of weight 0 does not count.
+                positive = tl.where(weight != 0, s, 0.0)
                 # All at once: to count apart, the compiler makes the weights again in a layout of its own.
                 if WHOLES:
-                    whole = tl.floor(s)
-                    terms = (weight * (s - whole), weight, weight * whole)
+                    whole = tl.floor(positive + 0.5)
+                    rest = weight * (positive - whole)
+                    if BASES:
+                        # By a weight that is no whole number only what is small is multiplied exactly enough.
+                        top = tl.max(tl.where(weight != 0, whole, NOTHING), 1)
+                        base = tl.where((positive_count == 0) & (top > NOTHING), top, base)
+                        whole -= base[:, None]
+                    terms = (rest, weight, weight * whole)
                     part_sum, part_count, part_wholes = tl.reduce(terms, 1, _plus3)
                     positive_wholes += part_wholes
                 else:
-                    part_sum, part_count = tl.reduce((weight * s, weight), 1, _plus)
+                    part_sum, part_count = tl.reduce((weight * positive, weight), 1, _plus)
                 positive_sum += part_sum
                 positive_count += part_count
                 if MIRRORED:
@@ -195,7 +205,7 @@ def _lse_kernel(
                         part_sum, part_count, part_wholes = tl.reduce(terms, 0, _plus3)
                         _add(cols + 4 * m + j, part_wholes, j < m, again)
                     else:
-                        part_sum, part_count = tl.reduce((weight * s, weight), 0, _plus)
+                        part_sum, part_count = tl.reduce((weight * positive, weight), 0, _plus)
                     _add(cols + 2 * m + j, part_sum, j < m, again)
                     _add(cols + 3 * m + j, part_count, j < m, again)
 
@@ -237,6 +247,8 @@ def _lse_kernel(
             tl.store(rows + 3 * n + i, positive_count, mask=i < n)
         if WHOLES:
             tl.store(rows + 4 * n + i, positive_wholes, mask=i < n)
+        if BASES:
+            tl.store(rows + 5 * n + i, base, mask=i < n)
 
 
 @triton.jit(do_not_specialize=["n", "m", "slots", "group_rows"])
@@ -269,9 +281,13 @@ def _combine_kernel(
             peak = top
             if PLANES > 2:
                 weighted += tl.sum(tl.load(at + 2 * n, mask=m_slot, other=0.0).to(tl.float64), 0)
-                count += tl.sum(tl.load(at + 3 * n, mask=m_slot, other=0.0).to(tl.float64), 0)
-            if PLANES == 5:
+                b_count = tl.load(at + 3 * n, mask=m_slot, other=0.0).to(tl.float64)
+                count += tl.sum(b_count, 0)
+            if PLANES > 4:
                 weighted += tl.sum(tl.load(at + 4 * n, mask=m_slot, other=0.0).to(tl.float64), 0)
+            if PLANES == 6:
+                b_base = tl.load(at + 5 * n, mask=m_slot, other=0.0).to(tl.float64)
+                weighted += tl.sum(b_base * b_count, 0)
     tl.store(lse + i, (peak.to(tl.float64) + tl.log2(total)) * LN2, mask=i < n)
     if POSITIVES == "index":
         b_index = tl.load(index + i, mask=i < n, other=-1)
@@ -282,7 +298,7 @@ def _combine_kernel(
         )  # fmt: skip
         own = tl.arange(0, BLOCK_M)
         s = tl.sum(tl.where(own[:, None] == own[None, :], s, 0.0), 1) * (scalar(scale, SCALE_TENSOR) * LOG2E)
-        weighted = s.to(tl.float64)
+        weighted = tl.where(given, s, 0.0).to(tl.float64)
         count = given.to(tl.float64)
     if POSITIVES != "none":
         tl.store(positive_sum + i, weighted * LN2, mask=i < n)
@@ -318,7 +334,8 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             q, k, norms, n, m, d, row_blocks, *q.stride(), *k.stride(),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=32,
         )  # fmt: skip
-    planes = (5 if q.dtype == torch.float32 else 4) if sums else 2  # as the kernel has it
+    wholes = 0 if q.dtype != torch.float32 else 2 if positives == "mask" else 1
+    planes = 4 + wholes if sums else 2  # as the kernel has it
     rows = q.new_empty((groups_k, planes, n), dtype=torch.float32)
     cols = q.new_empty((groups_q, planes, m), dtype=torch.float32) if mirrored or columns else rows
     programs = groups_q * (groups_q + 1) // 2 if mirrored else groups_q * groups_k

@@ -20,8 +20,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 
 #else
 
+// An error that is thrown is no longer CUDA's last one: what serves instead must not find it.
 inline void check_status(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 // One kernel on a stream, with as much dynamic shared memory as it asks for.
