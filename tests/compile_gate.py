@@ -94,7 +94,7 @@ ONES = {
     "ones": op_cases.Sizes(1, 1, 1),
 }
 # Features that no wide load is aligned to: must compile, and may spill. DimCL's are columns of so many rows.
-UNALIGNED = (ODD_WIDTH, f"dimcl two views {ODD_ROWS}", "one feature", "ones")
+UNALIGNED = (ODD_WIDTH, f"dimcl two views {ODD_ROWS}", "dimcl two views one row", "one feature", "ones")
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 RECORDED = recorded.FOLDER / "triton.tsv"

@@ -225,7 +225,7 @@ def test_a_second_derivative_is_refused() -> None:
     features = unit(6, 2, 4).requires_grad_()
     loss = compiled("supcon_loss", "aot_eager")(features)
     (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
+    with pytest.raises(RuntimeError, match=r"double backward|does not require grad"):  # the latter by 2.11
         gradient.square().sum().backward()
 
 

@@ -200,7 +200,7 @@ def _to_targets(
             cross = torch.lerp(own, cross, torch.sigmoid(targets.lse))
     elif targets.positive_in_target == "zero":
         cross = cross + (-targets.lse).exp() * own
-    columns = sum(x.shape[0] for x in keys) + (positive is None)
+    columns = sum(x.shape[0] for x in keys) + int(positive is None)
     return cross_entropy(lse, _mix(cross, own, coeff), columns)
 
 
