@@ -11,10 +11,11 @@ from cl_kernels import validation
 
 def wide(scalar: float | Tensor, like: Tensor) -> float | Tensor:
     """A float as it is, a tensor in the accumulation dtype of `like`."""
+    dtype = validation.accumulate_dtype(like.dtype)
     if isinstance(scalar, Tensor):
-        return scalar.to(validation.accumulate_dtype(like.dtype))
+        return scalar.to(dtype)
     if torch.compiler.is_compiling():  # torch 2.11 compiles anew for each quotient of floats
-        return torch.ones((), dtype=torch.float64) * scalar
+        return torch.ones((), dtype=dtype) * scalar
     return scalar
 
 
