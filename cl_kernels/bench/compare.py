@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cl_kernels.bench import figures
-from cl_kernels.bench.results import FLOOR, PHASES, Line, Results, load, median, named, ratio
-from cl_kernels.tables import aligned
+from ..tools.tables import aligned
+from . import figures
+from .results import FLOOR, PHASES, Line, Results, load, median, named, ratio
 
 SECONDS = "time"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cl_kernels.bench import figures, plots, tables
-from cl_kernels.bench.results import Results
+from . import figures, plots, tables
+from .results import Results
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import cl_kernels
-from cl_kernels import extension
+
+from .. import extension
 
 PACKAGES = ("triton", "numpy", "pytorch-metric-learning", "lightly", "inf-cl", "memeff")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cl_kernels.bench import figures, tables
-from cl_kernels.bench.results import Results
+from . import figures, tables
+from .results import Results
 
 _LEGEND = (
     "Medians, the middle half of the rounds in brackets. Speed-up: of cl_kernels over the variant, the "

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from cl_kernels.bench import figures, tables
-from cl_kernels.bench.results import FLOOR, OURS, Accuracy, Line, Results, ours, quartiles
+from . import figures, tables
+from .results import FLOOR, OURS, Accuracy, Line, Results, ours, quartiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_kernels.bench import figures
-from cl_kernels.bench.results import (
+from . import figures
+from .results import (
     FLOOR,
     OURS,
     PHASES,

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cl_kernels.bench import tables
-from cl_kernels.bench.results import FLOOR, OURS, Results
-from cl_kernels.bench.run import Progress
-from cl_kernels.tables import aligned
+from ..tools.tables import aligned
+from . import tables
+from .results import FLOOR, OURS, Results
+from .run import Progress
 
 
 def _print(what: str, done: int, total: int) -> None:
