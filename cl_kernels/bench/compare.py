@@ -8,53 +8,30 @@ seconds.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from cl_kernels.bench import figures
-from cl_kernels.bench.results import FLOOR, PHASES, Line, Results, load, median, named, ratio
-from cl_kernels.tables import aligned
+import numpy as np
+import pandas as pd
+
+from . import figures, tables, terminal
+from .results import FLOOR, PHASES, Results, load, median, ratio
 
 SECONDS = "time"
 
 
-@dataclass(frozen=True)
-class Change:
-    """One phase of one variant in both runs; `before` and `after` in seconds or as multiples."""
-
-    line: Line
-    phase: str
-    before: float
-    after: float
-    threshold: float
-    note: str = ""
-
-    @property
-    def factor(self) -> float:
-        return self.after / self.before
-
-    @property
-    def verdict(self) -> str:
-        if self.note:
-            return self.note
-        if self.factor > self.threshold:
-            return "slower"
-        return "faster" if self.factor < 1 / self.threshold else "same"
-
-    @property
-    def is_regression(self) -> bool:
-        return self.verdict == "slower" or self.verdict.startswith("lost")
-
-
-def figure(line: Line, phase: str, lines: list[Line], against: str) -> float:
-    """Seconds, or the multiple of the other variant's whole step, round by round; NaN where there is none."""
-    samples = getattr(line, phase)
-    if against == SECONDS:
-        return median(samples)
-    other = named(lines, against)
-    return ratio(samples, other.both) if other else math.nan
+def _values(results: Results, against: str, phases: Sequence[str]) -> pd.DataFrame:
+    """The lines once for every phase, with a `value`: seconds, or the multiple of the other variant's whole
+    step, round by round; NaN where there is none."""
+    found = tables.lines(results)
+    unit = dict(zip(*found.loc[found.variant == against, ["key", "both"]].to_numpy().T, strict=True))
+    long = pd.concat([found.assign(phase=phase, samples=found[phase]) for phase in phases]).sort_index(kind="stable")
+    values = [
+        median(row.samples) if against == SECONDS else ratio(row.samples, unit.get(row.key, ()))
+        for row in long.itertuples()
+    ]
+    return long.assign(value=np.array(values, dtype=float))
 
 
 def compare(
@@ -62,27 +39,23 @@ def compare(
     after: Results,
     threshold: float = 1.1,
     against: str = FLOOR,
-    phases: tuple[str, ...] = ("both",),
+    phases: Sequence[str] = ("both",),
     everything: bool = False,
-) -> list[Change]:
-    """Of our variants (`everything`: of all) that both runs have; what one of them does not have is left out,
-    but a variant that was timed before and no longer gives a right answer is lost."""
-    found, old_work, new_work = [], before.workloads(), after.workloads()
-    for key, old_lines in old_work.items():
-        for old in old_lines:
-            new = named(new_work.get(key, []), old.variant)
-            wanted = old.variant != against and (everything or old.is_ours)
-            if new is None or not old.timed or not wanted:
-                continue
-            for phase in phases:
-                if not new.timed:
-                    found.append(Change(new, phase, math.nan, math.nan, threshold, f"lost: {new.status}"))
-                elif getattr(old, phase) and getattr(new, phase):
-                    was = figure(old, phase, old_lines, against)
-                    now = figure(new, phase, new_work[key], against)
-                    if math.isfinite(was) and math.isfinite(now):
-                        found.append(Change(new, phase, was, now, threshold))
-    return found
+) -> pd.DataFrame:
+    """Our variants (`everything`: all) that both runs have, a row for every phase: `before` and `after` in
+    seconds or as multiples, their `factor`, a `verdict`, and whether that is a `regression`. A variant that was
+    timed before and no longer gives a right answer is lost; what else one of the runs does not have is left out."""
+    old, new = (_values(results, against, phases) for results in (before, after))
+    found = old[["key", "variant", "phase", "value", "seconds"]].merge(
+        new.drop(columns="seconds").assign(timed=new.seconds.notna()), on=["key", "variant", "phase"], suffixes=("_before", "")
+    ).rename(columns={"value_before": "before", "value": "after"})
+    found = found[found.seconds.notna() & (found.variant != against) & (found.ours | everything)]
+    lost = ~found.timed
+    found["factor"] = found.after / found.before
+    slower, faster = found.factor > threshold, found.factor < 1 / threshold
+    found["verdict"] = np.select([lost, slower, faster], ["lost: " + found.status, "slower", "faster"], "same")
+    found["regression"] = lost | slower
+    return found[lost | found.factor.notna()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,32 +84,22 @@ def main(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    changes = compare(before, after, options.threshold, options.against, tuple(options.phases), options.all)
-    if not changes:
+    changes = compare(before, after, options.threshold, options.against, options.phases, options.all)
+    if changes.empty:
         print("compare: the two runs have no variant and workload in common", file=sys.stderr)
         return 2
-    print(text(before, after, changes, options.against))
-    return 1 if any(change.is_regression for change in changes) else 0
+    show(before, after, changes, options.threshold, options.against)
+    return 1 if changes.regression.any() else 0
 
 
-def text(before: Results, after: Results, changes: list[Change], against: str) -> str:
-    show = figures.time if against == SECONDS else figures.ratio
-    header = ("work", "dtype", "variant", "phase", "A", "B", "B / A", "")
-    rows = [
-        (x.line.work, x.line.dtype, x.line.variant, x.phase, show(x.before), show(x.after),
-         figures.ratio(x.factor), x.verdict)
-        for x in changes
-    ]  # fmt: skip
-    worse = sum(change.is_regression for change in changes)
+def show(before: Results, after: Results, changes: pd.DataFrame, threshold: float, against: str = FLOOR) -> None:
     unit = "seconds" if against == SECONDS else f"multiples of the time of {against} in the same run"
     ours, theirs = before.machine.get("device"), after.machine.get("device")
-    lines = [
-        f"A {before.date}, {ours}",
-        f"B {after.date}, {theirs}" + (" (another machine)" if ours != theirs else ""),
-        f"In {unit}; slower from {changes[0].threshold:g}× on.",
-        "",
-        *aligned(header, rows, right=(4, 5, 6), indent=""),
-        "",
-        f"{worse} of {len(changes)} slower",
-    ]
-    return "\n".join(lines)
+    print(f"A {before.date}, {ours}")
+    print(f"B {after.date}, {theirs}" + (" (another machine)" if ours != theirs else ""))
+    print(f"In {unit}; slower from {threshold:g}× on.")
+    write = figures.time if against == SECONDS else figures.ratio
+    text = changes.assign(before=changes.before.map(write), after=changes.after.map(write), factor=changes.factor.map(figures.ratio))
+    columns = {"work": "work", "dtype": "dtype", "variant": "variant", "phase": "phase", "before": "A", "after": "B", "factor": "B / A", "verdict": ""}
+    terminal.table(list(columns.values()), text[list(columns)].to_numpy().tolist(), left=(0, 1, 2, 3, 7))
+    print(f"{changes.regression.sum()} of {len(changes)} slower")

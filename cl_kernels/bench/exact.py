@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_kernels.bench import eager
+from . import eager
 
 Result = tuple[Tensor, list[Tensor]]
 """A loss and its gradients."""

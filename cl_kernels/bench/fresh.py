@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from cl_kernels.bench import variants
-from cl_kernels.bench.workloads import Workload, differentiate
+from . import variants
+from .workloads import Workload, differentiate
 
 MEMORY = "out of memory"
 """The status of what does not fit."""

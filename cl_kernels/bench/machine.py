@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
@@ -11,10 +12,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
+import psutil
 import torch
 
-import cl_kernels
-from cl_kernels import extension
+from .. import __version__, extension
 
 PACKAGES = ("triton", "numpy", "pytorch-metric-learning", "lightly", "inf-cl", "memeff")
 
@@ -26,7 +28,7 @@ def describe(device: str) -> dict[str, Any]:
     found = {
         "kind": device,
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": capability(device),
         "governor": governor(),
@@ -36,7 +38,7 @@ def describe(device: str) -> dict[str, Any]:
         "os": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cl_kernels": cl_kernels.__version__,
+        "cl_kernels": __version__,
         "commit": commit(),
         "extension": ", ".join(f"{k} {v}" for k, v in build.items()) or "none",
     }
@@ -51,8 +53,8 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the checkout that the package is imported from; empty for an installed one."""
-    root = Path(cl_kernels.__file__).resolve().parents[1]
+    """The commit of the checkout that the package is imported from; empty for an installed one."""
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
     git = ["git", "-C", str(root)]
@@ -72,18 +74,12 @@ def command() -> str:
     return shlex.join(["python", *module.split(), *arguments])
 
 
+@functools.cache
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields: dict[str, str] = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    family = ", ".join(f"{k} {fields[k]}" for k in ("cpu family", "model") if k in fields)
-    return f"{name} ({family})" if family else name
+    facts = cpuinfo.get_cpu_info()
+    family = [f"{name} {facts[key]}" for key, name in (("family", "cpu family"), ("model", "model")) if key in facts]
+    name = facts.get("brand_raw") or platform.processor() or platform.machine()
+    return f"{name} ({', '.join(family)})" if family else name
 
 
 def capability(device: str) -> str:
@@ -102,7 +98,7 @@ def multiplies_bfloat16(device: str) -> bool:
 
 
 def governor() -> str:
-    """Of the first core's clock; "unknown" where the machine does not say, as virtual ones do not."""
+    """What sets the first core's clock; "unknown" where the machine does not say, as virtual ones do not."""
     try:
         return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
     except OSError:
@@ -111,12 +107,12 @@ def governor() -> str:
 
 def load() -> float:
     """Processes that wanted a core, on average over the last minute."""
-    return round(os.getloadavg()[0], 2)
+    return round(psutil.getloadavg()[0], 2)
 
 
 def memory() -> int:
     """What a process may use: the machine's, or what its control group allows if that is less."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole: int = psutil.virtual_memory().total
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             return min(whole, int(Path(path).read_text()))
@@ -126,7 +122,7 @@ def memory() -> int:
 
 
 def cache(device: str) -> int:
-    """The last level's."""
+    """The last level's size; py-cpuinfo takes the second level's for it on some machines."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
     sizes = [0]

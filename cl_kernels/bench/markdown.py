@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cl_kernels.bench import figures, tables
-from cl_kernels.bench.results import Results
+from . import figures, tables
+from .results import Results
 
 _LEGEND = (
     "Medians, the middle half of the rounds in brackets. Speed-up: of cl_kernels over the variant, the "
@@ -22,44 +22,45 @@ def render(results: Results) -> str:
     parts = ["# Benchmark of cl_kernels", _escaped(tables.summary(results))]
     if warning := tables.busy(results):
         parts.append(f"**{warning}**")
-    parts += ["## Machine", _table(("", ""), tables.machine(results))]
-    if results.headlines():
+    parts += ["## Machine", table(("", ""), _safe(tables.machine(results)), left=2)]
+    if any(line.headline for line in results.lines):
         parts += ["## Headline workloads", _LEGEND, _headlines(results)]
     if untimed := tables.untimed(results):
-        parts += ["## Not timed, and why", _table(("variant", "reason", "work"), untimed)]
+        parts += ["## Not timed, and why", table(("variant", "reason", "work"), _safe(untimed), left=3)]
     if results.accuracy:
         parts += ["## Accuracy", _ACCURACY_LEGEND, _accuracy(results)]
     return "\n\n".join(parts) + "\n"
 
 
 def _headlines(results: Results) -> str:
-    columns = ("work", "dtype", "variant", *tables.time_columns(results), *tables.REST_COLUMNS)
+    found, timed, rest = tables.measured(results)
     rows = []
-    for table in tables.headlines(results):
-        for row in table.rows:
-            name = f"{row.line.variant} ({row.note})" if row.note else row.line.variant
-            times = [_cell(cell) for cell in row.times]
-            if row.status:
-                times = [row.status, *[""] * (len(times) - 1)]
-            rows.append((table.work, table.dtype, name, *times, *map(_cell, row.rest)))
-    return _table(columns, rows, left=3)
+    for row in found.to_dict("records"):
+        name = f"{row['variant']} ({row['note']})" if row["note"] else row["variant"]
+        times = [row["why"], *[""] * (len(timed) - 1)] if row["why"] else [row[x] for x in timed]
+        rows.append([row["work"], row["dtype"], name, *times, *(row[x] for x in rest)])
+    return table(["work", "dtype", "variant", *timed, *rest], _safe(rows), left=3)
 
 
 def _accuracy(results: Results) -> str:
-    at = [f"τ = {figures.short(figures.number(t))}" for t in tables.temperatures(results)]
-    rows = [(x.dtype, x.inputs, x.variant, *map(_cell, x.cells)) for x in tables.accuracy(results)]
-    return _table(("dtype", "inputs", "variant", *at), rows, left=3)
+    found = tables.errors(results)
+    at = [f"τ = {figures.plain(t)}" for t in found.columns]
+    return table(["dtype", "inputs", "variant", *at], _safe(found.reset_index().to_numpy()), left=3)
 
 
-def _cell(cell: tables.Cell) -> str:
-    return f"{cell.text} ({cell.detail})" if cell.detail else cell.text
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """The first `left` columns are words, the others numbers."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int | None = None) -> str:
-    count = len(columns) if left is None else left
-    lines = [columns, ["---"] * count + ["---:"] * (len(columns) - count)]
-    body = [[_escaped(x) for x in row] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *body])
+def _safe(rows: Iterable[Iterable[str]]) -> list[list[str]]:
+    return [[_escaped(_in_brackets(cell)) for cell in row] for row in rows]
+
+
+def _in_brackets(cell: str) -> str:
+    text, _, spread = cell.partition("\n")
+    return f"{text} ({spread})" if spread else text
 
 
 def _escaped(text: str) -> str:

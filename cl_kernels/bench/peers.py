@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_kernels.bench import eager, exact
-from cl_kernels.bench.workloads import Implementation
+from . import eager, exact
+from .workloads import Implementation
 
 Truth = Callable[..., exact.Result]
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_kernels.bench import exact, fresh, machine, timing, variants
-from cl_kernels.bench.peers import PEERS, Truth
-from cl_kernels.bench.results import FLOOR, Accuracy, Line, Results
-from cl_kernels.bench.workloads import LOSSES, Inputs, Workload, differentiate
+from . import exact, fresh, machine, timing, variants
+from .peers import PEERS, Truth
+from .results import FLOOR, Accuracy, Line, Results
+from .workloads import LOSSES, Inputs, Workload, differentiate
 
 LARGEST_TRUTH = {"cpu": 1 << 28, "cuda": 1 << 35}
 """Pairs up to which a workload is held to float64; beyond, that would take longer than all the rest."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cl_kernels.bench.workloads import Implementation, Inputs, Workload
+from .workloads import Implementation, Inputs, Workload
 
 COPIES = 16
 """Of the inputs, at most."""

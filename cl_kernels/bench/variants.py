@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 import cl_kernels
-from cl_kernels import dispatch
-from cl_kernels.bench.exact import LOSSES as EXACT
-from cl_kernels.bench.peers import PEERS, Truth
-from cl_kernels.bench.results import OURS
-from cl_kernels.bench.workloads import LOSSES, Implementation
+from .. import dispatch
+from .exact import LOSSES as EXACT
+from .peers import PEERS, Truth
+from .results import OURS
+from .workloads import LOSSES, Implementation
 
 
 def our_names(backends: Sequence[str]) -> list[str]:
