@@ -51,7 +51,7 @@ test: $(BUILT) $(VENV)/.dev  ## the test suite as a push runs it
 
 test-full: $(BUILT) $(VENV)/.dev  ## the whole of it: every dtype and temperature
 	$(PYTEST) -m full $(PYTEST_FLAGS)
-	$(if $(PYTEST_FLAGS),,$(BIN)/python tests/matrix.py)
+	$(if $(PYTEST_FLAGS),,PYTHONPATH=gates $(BIN)/python tests/matrix.py)
 
 lint: $(VENV)/.dev  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -80,8 +80,8 @@ acceptance: $(BUILT)  ## speed and memory measures against their targets
 	$(BIN)/python bench/acceptance.py $(BENCH_FLAGS)
 
 compile-gate: $(BUILT)  ## GPU kernels without a GPU: compile what is not recorded; GATE_FLAGS=--all, --update
-	$(BIN)/python tests/compile_gate.py $(GATE_FLAGS)
-	$(BIN)/python tests/cuda_gate.py $(filter --all --update,$(GATE_FLAGS))
+	$(BIN)/python gates/triton_gate.py $(GATE_FLAGS)
+	$(BIN)/python gates/cuda_gate.py $(filter --all --update,$(GATE_FLAGS))
 
 # On a machine with a GPU and no network: $(PYTHON) as it is, with torch, triton and pytest, and no .venv.
 gpu-check:  ## tests, memory checkers and timings on this machine's GPU
@@ -130,7 +130,7 @@ cuda-build: $(CUDA_VENV)/.torch  ## compile the CUDA kernels for a CUDA build of
 		TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)' MAX_JOBS=$(or $(MAX_JOBS),$(JOBS)) \
 		DIST_EXTRA_CONFIG=$(CUDA_VENV)/build.cfg PATH="$(CUDA_VENV)/bin:$$PATH" \
 		$(CUDA_PIP) --no-build-isolation --no-deps --force-reinstall $(CURDIR)
-	cd $(CUDA_VENV) && bin/python $(CURDIR)/tests/installed_cuda.py --architectures '$(CUDA_ARCHITECTURES)'
+	cd $(CUDA_VENV) && bin/python $(CURDIR)/gates/installed_cuda.py --architectures '$(CUDA_ARCHITECTURES)'
 
 $(CUDA_VENV)/.torch:
 	@command -v nvcc >/dev/null || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" \

@@ -7,7 +7,7 @@ A block between `<!-- figures: NAME ARGUMENTS -->` and `<!-- end -->` is generat
     machine FILE        a sentence: on what, when, by which command
     acceptance FILE     the judged measures of bench/acceptance.py
     model               bench/model.py
-    kernels triton      registers and memory of Triton's kernels, from tests/gates; likewise kernels cuda
+    kernels triton      registers and memory of Triton's kernels, from gates; likewise kernels cuda
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables of what compilers made of the GPU kernels, from the figures that the gates keep in tests/gates."""
+"""Tables of what compilers made of the GPU kernels, from the figures that the gates keep in gates."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Exact contrastive losses for PyTorch that never hold the N x N matrix."""
 
-from cl_kernels import ops, reference
-from cl_kernels.dispatch import BackendError, use_backend
-from cl_kernels.losses import (
+from . import ops, reference
+from .dispatch import BackendError, use_backend
+from .losses import (
     ClipLoss,
     DCLLoss,
     DimCLLoss,
@@ -24,7 +24,7 @@ from cl_kernels.losses import (
     selfcon_loss,
     supcon_loss,
 )
-from cl_kernels.primitives import (
+from .primitives import (
     contrastive_lse,
     masked_log_softmax,
     similarity,

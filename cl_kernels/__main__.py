@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-import cl_kernels
-from cl_kernels import check, dispatch, extension, tables, tune
-from cl_kernels.bench import cli as bench
-from cl_kernels.bench import compare
+from . import __version__, dispatch, extension
+from .bench import cli as bench
+from .bench import compare
+from .tools import check, tables, tune
 
 
 def _installed(package: str) -> str:
@@ -35,7 +35,7 @@ def collect() -> dict[str, Any]:
     capability = build.get("cpu_capability") or f"{torch.backends.cpu.get_cpu_capability()} (torch's)"
     return {
         "versions": {
-            "cl_kernels": cl_kernels.__version__,
+            "cl_kernels": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "triton": _installed("triton"),

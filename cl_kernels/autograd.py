@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cl_kernels import dispatch, reference
-from cl_kernels.validation import accumulate_dtype, full_precision
+from . import dispatch, reference
+from .dtypes import accumulate_dtype, full_precision
 
 Tensors = Sequence[Any]  # of tensors and None
 Options = tuple[Any, ...]
@@ -48,7 +48,7 @@ class Pairs:
 
 
 class ContrastiveStats(NamedTuple):
-    """Statistics of rows, float64 (`validation.statistics_dtype`); what was not asked for is empty, [0]."""
+    """Statistics of rows, float64 (`dtypes.statistics_dtype`); what was not asked for is empty, [0]."""
 
     lse: Tensor  # [N]
     lse_cols: Tensor  # [M]

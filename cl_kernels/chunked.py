@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from cl_kernels.validation import accumulate_dtype, full_precision, statistics_dtype
+from .dtypes import accumulate_dtype, full_precision, statistics_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")

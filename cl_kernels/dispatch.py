@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cl_kernels import chunked, configs, extension, ops
-from cl_kernels.validation import full_precision
+from . import chunked, configs, extension, ops
+from .dtypes import full_precision
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = typing.get_args(Backend)

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from cl_kernels import build_record, cuda_build, ops
+from . import build_record, cuda_build, ops
 
 _BUILD_HINT = (
     "install cl_kernels with `pip install --no-build-isolation` into the environment that has this PyTorch, "

@@ -2,7 +2,7 @@
 
 The default implementation of every op is the function of the same name in `chunked.py`; the compiled
 extension registers faster CPU kernels for the same schemas. GPU tensors go on to one of two libraries, as
-`dispatch.serve` says: `torch.ops.cl_kernels_triton.*`, the functions of `triton/ops.py`, and
+`dispatch.serve` says: `torch.ops.cl_kernels_triton.*`, the functions of `triton/entry_points.py`, and
 `torch.ops.cl_kernels_cuda.*`, whose kernels the CUDA extension registers. Gradients are attached in
 `autograd.py`: the ops themselves are not differentiable.
 
@@ -61,8 +61,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_kernels import chunked
-from cl_kernels.validation import accumulate_dtype, statistics_dtype
+from . import chunked
+from .dtypes import accumulate_dtype, statistics_dtype
 
 NAMESPACE = "cl_kernels"
 TRITON_NAMESPACE = "cl_kernels_triton"
@@ -128,7 +128,7 @@ def has_triton() -> bool:
 
 def triton_op(name: str) -> Callable[..., Any]:
     """The Triton implementation of an op, imported with Triton when first called."""
-    return getattr(importlib.import_module("cl_kernels.triton.ops"), name)
+    return getattr(importlib.import_module(".triton.entry_points", __package__), name)
 
 
 def _by_triton(name: str) -> Callable[..., Any]:
@@ -143,7 +143,7 @@ def _on_gpu(name: str) -> Callable[..., Any]:
     """An op by the backend that serves these arguments."""
 
     def op(*args: Any) -> Any:
-        from cl_kernels import dispatch  # which imports this module
+        from . import dispatch  # which imports this module
 
         return dispatch.serve(name, args)
 

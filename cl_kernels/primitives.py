@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cl_kernels import autograd, validation
-from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import settled
+from . import autograd, dtypes, validation
+from .autograd import Pairs
+from .losses._common import settled
 
 
-@validation.full_precision
+@dtypes.full_precision
 def similarity(
     q: Tensor, k: Tensor | None = None, *, scale: float | Tensor = 1.0, normalize: bool = False
 ) -> Tensor:
@@ -55,11 +55,11 @@ def similarity(
         validation.features("k", k, shape="[M, D]")
         validation.same_device(q=q, k=k)
         validation.same_width(q=q, k=k)
-        q, k = validation.promote(q, k)
+        q, k = dtypes.promote(q, k)
     return autograd.similarity(q, k, scale, normalize)
 
 
-@validation.full_precision
+@dtypes.full_precision
 def masked_log_softmax(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Log-softmax over the last dimension, restricted to the entries that a mask includes.
 
@@ -101,7 +101,7 @@ def _broadcast_mask(mask: Tensor, logits: Tensor) -> Tensor:
     return mask.expand(logits.shape)
 
 
-@validation.full_precision
+@dtypes.full_precision
 def soft_target_cross_entropy(
     q: Tensor,
     k: Tensor | Sequence[Tensor],
@@ -177,10 +177,10 @@ def soft_target_cross_entropy(
         target_weight = torch.where(empty, 0, 1 - coeff)
         loss = weight * (stats.lse - stats.positive_sum) + target_weight * (stats.lse - stats.cross)
     loss = settled(loss, sum(part.shape[0] for part in keys))
-    return validation.reduction(loss, reduction).to(validation.accumulate_dtype(q.dtype))
+    return validation.reduction(loss, reduction).to(dtypes.accumulate_dtype(q.dtype))
 
 
-@validation.full_precision
+@dtypes.full_precision
 def contrastive_lse(
     q: Tensor,
     k: Tensor | None = None,
@@ -235,5 +235,5 @@ def contrastive_lse(
     )
     pairs = Pairs(exclude=offset, row_labels=row_labels, col_labels=col_labels, among=among)
     stats = autograd.contrastive(q, k, scale, pairs, key_bias=key_bias, both_axes=both_axes)
-    dtype = validation.accumulate_dtype(q.dtype)
+    dtype = dtypes.accumulate_dtype(q.dtype)
     return (stats.lse.to(dtype), stats.lse_cols.to(dtype)) if both_axes else stats.lse.to(dtype)

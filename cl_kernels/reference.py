@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_kernels import validation as check
-from cl_kernels.validation import accumulate_dtype, full_precision
+from . import dtypes
+from . import validation as check
+from .dtypes import accumulate_dtype, full_precision
 
 INF = float("inf")
 Scalar = float | Tensor
@@ -242,7 +243,7 @@ def similarity(q: Tensor, k: Tensor | None = None, *, scale: Scalar = 1.0, norma
         check.features("k", k, shape="[M, D]")
         check.same_device(q=q, k=k)
         check.same_width(q=q, k=k)
-        q, k = check.promote(q, k)
+        q, k = dtypes.promote(q, k)
     return similarity_matrix(q, k, scale, normalize)
 
 

@@ -6,47 +6,18 @@ shape, device, value or option. The message names the argument, what is wanted a
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-R = TypeVar("R")
+from . import dtypes
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 TARGET_POSITIVES = ("exclude", "zero")
-_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
-
-
-def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function` with autocast off, so that a loss keeps the dtype of its inputs."""
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        for device_type in _AUTOCAST_DEVICES:
-            if torch.is_autocast_enabled(device_type):
-                with torch.autocast(device_type, enabled=False):
-                    return wrapper(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, maxima and losses: float64 for float64 inputs, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a row's log-sum-exp and sum over positives: float64, so that their difference in a
-    converged row keeps its digits; float32 on a device without it."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def tensor(name: str, x: Any) -> Tensor:
@@ -58,7 +29,7 @@ def tensor(name: str, x: Any) -> Tensor:
 def features(name: str, x: Any, ranks: Container[int] = (2,), shape: str = "[N, D]") -> Tensor:
     """A non-empty floating-point tensor of one of the given ranks; `shape` describes it in the message."""
     tensor(name, x)
-    if x.dtype not in FLOAT_DTYPES:
+    if x.dtype not in dtypes.FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() not in ranks:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
@@ -138,12 +109,6 @@ def minimum_rows(name: str, x: Tensor, rows: int) -> Tensor:
     return x
 
 
-def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in their common floating-point dtype."""
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
-    return tuple(x.to(dtype) for x in tensors)
-
-
 def option(name: str, value: Any, allowed: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise TypeError(
@@ -176,7 +141,7 @@ def _scalar(
     name: str, value: Any, like: Tensor, accepts: Callable[[float], bool], wanted: str
 ) -> float | Tensor:
     if isinstance(value, Tensor):
-        if value.dtype not in FLOAT_DTYPES:
+        if value.dtype not in dtypes.FLOAT_DTYPES:
             raise TypeError(
                 f"{name} must be a float or a float tensor of one element, got a tensor of {value.dtype}"
             )
@@ -306,7 +271,7 @@ def _saveable(x: Tensor) -> Tensor:
 def key_bias(name: str, x: Any, m: int) -> Tensor:
     """A floating-point bias [m], one for each key."""
     tensor(name, x)
-    if x.dtype not in FLOAT_DTYPES:
+    if x.dtype not in dtypes.FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if not has_shape(x, m):
         raise ValueError(f"{name} must have shape [{m}], got {tuple(x.shape)}")
@@ -370,7 +335,7 @@ def pair(first: str, x: Any, second: str, y: Any) -> tuple[Tensor, Tensor]:
     features(second, y)
     same_device(**{first: x, second: y})
     same_shape(**{first: x, second: y})
-    x, y = promote(x, y)
+    x, y = dtypes.promote(x, y)
     return x, y
 
 
@@ -382,7 +347,7 @@ def pair_and_queue(q: Any, k: Any, queue: Any) -> tuple[Tensor, Tensor, Tensor |
     features("queue", queue, shape="[K, D]")
     same_device(q=q, queue=queue)
     same_width(q=q, queue=queue)
-    q, k, queue = promote(q, k, queue)
+    q, k, queue = dtypes.promote(q, k, queue)
     return q, k, queue
 
 
@@ -407,7 +372,7 @@ def soft_target_inputs(
         positive = index("positive", positive, q.shape[0], sum(part.shape[0] for part in keys))
     elif isinstance(coeff, Tensor) or coeff != 0:
         raise ValueError(f"positive must be given with a coeff other than 0, got None with coeff {coeff}")
-    q, target_q, *parts = promote(q, target_q, *keys, *target_keys)
+    q, target_q, *parts = dtypes.promote(q, target_q, *keys, *target_keys)
     return q, parts[: len(keys)], target_q, parts[len(keys) :], factor, target_factor, positive, coeff
 
 
@@ -446,7 +411,7 @@ def lse_inputs(
     if bias is not None:
         key_bias("key_bias", bias, m)
     if k is not None:
-        q, k = promote(q, k)
+        q, k = dtypes.promote(q, k)
     return q, k, factor, offset, row_labels, col_labels
 
 

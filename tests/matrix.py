@@ -8,7 +8,7 @@ A test's cases are what its parameters make, but for the dtype. On a push
     run passed with (gates/tested.tsv), their main cases alone run.
 
 What is asked for by a node id or -k runs as asked, and on a GPU everything runs. `make test-full` runs all
-and, where all passed, writes gates/tested.tsv by `python tests/matrix.py`.
+and, where all passed, writes gates/tested.tsv by `tests/matrix.py`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ HOPPER = ("90", "cuda 90")  # whose kernels take half precision only
 # By kernels: their tests, and what decides about them beside these.
 KERNELS = {
     "csrc/cuda": (
-        ("tests/test_cuda_*.py", "tests/test_gpu_losses.py"),
+        ("tests/cuda/*.py", "tests/losses/test_gpu_losses.py"),
         ("csrc/cuda/**/*", "csrc/*.h", "tests/emulator/*"),
     ),
     "cl_kernels/triton": (
-        ("tests/test_triton_*.py", "tests/test_gpu_losses.py"),
+        ("tests/triton/*.py", "tests/losses/test_gpu_losses.py"),
         ("cl_kernels/triton/**/*.py", "tests/interpreter.py"),
     ),
 }
 SUFFIXES = (".py", ".h", ".cpp", ".cu")
-SHARED = ("tests/op_c*.py", "tests/soft_target_checks.py", "tests/parity.py")
+SHARED = ("tests/op_c*.py", "tests/soft_target_checks.py", "tests/comparisons.py")
 
 
 def digests(root: Path = ROOT) -> dict[str, str]:
@@ -89,12 +89,11 @@ class Parameters:
     @property
     def kind(self) -> str | None:
         """The kernels that are tested, if they are a GPU's."""
-        name = Path(self.file).name
-        if name == "test_gpu_losses.py":
-            return "cl_kernels/triton" if self.values.get("kernels") == "triton" else "csrc/cuda"
-        if name.startswith("test_triton_"):
-            return "cl_kernels/triton"
-        return "csrc/cuda" if name.startswith("test_cuda_") else None
+        path = Path(self.file)
+        by_triton = path.parent.name == "triton" or self.values.get("kernels") == "triton"
+        if path.parent.name not in ("triton", "cuda") and path.name != "test_gpu_losses.py":
+            return None
+        return "cl_kernels/triton" if by_triton else "csrc/cuda"
 
     @property
     def skips(self) -> bool:

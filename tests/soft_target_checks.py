@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from parity import unit
+from comparisons import unit
 from torch import Tensor
 
 FROZEN = (True, False, False, False)

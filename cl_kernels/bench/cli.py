@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from ..dispatch import BACKENDS, obstacle
 from . import compare, html, markdown, results, run, terminal, variants, workloads
 from .peers import COMPILED, PEERS
 from .workloads import LOSSES, STANDARD
-from ..dispatch import BACKENDS, obstacle
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

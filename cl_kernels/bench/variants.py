@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 import cl_kernels
+
 from .. import dispatch
 from .exact import LOSSES as EXACT
 from .peers import PEERS, Truth

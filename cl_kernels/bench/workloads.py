@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cl_kernels
+
 from . import eager
 
 LABELS = 10

@@ -1,14 +1,14 @@
 """The contrastive losses, each as a function and as a module."""
 
-from cl_kernels.losses.clip import ClipLoss, clip_loss
-from cl_kernels.losses.dcl import DCLLoss, dcl_loss
-from cl_kernels.losses.dimcl import DimCLLoss, dimcl_loss
-from cl_kernels.losses.info_nce import InfoNCELoss, info_nce_loss
-from cl_kernels.losses.multilevel import MultiLevelConLoss, multilevel_loss
-from cl_kernels.losses.nt_xent import NTXentLoss, nt_xent_loss
-from cl_kernels.losses.sce import SCELoss, SCETargets, sce_loss, sce_targets
-from cl_kernels.losses.selfcon import SelfConLoss, selfcon_loss
-from cl_kernels.losses.supcon import SupConLoss, supcon_loss
+from .clip import ClipLoss, clip_loss
+from .dcl import DCLLoss, dcl_loss
+from .dimcl import DimCLLoss, dimcl_loss
+from .info_nce import InfoNCELoss, info_nce_loss
+from .multilevel import MultiLevelConLoss, multilevel_loss
+from .nt_xent import NTXentLoss, nt_xent_loss
+from .sce import SCELoss, SCETargets, sce_loss, sce_targets
+from .selfcon import SelfConLoss, selfcon_loss
+from .supcon import SupConLoss, supcon_loss
 
 __all__ = [
     "ClipLoss",

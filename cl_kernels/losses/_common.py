@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_kernels import validation
+from .. import dtypes, validation
 
 
 def wide(scalar: float | Tensor, like: Tensor) -> float | Tensor:
     """A float as it is, a tensor in the accumulation dtype of `like`."""
-    dtype = validation.accumulate_dtype(like.dtype)
+    dtype = dtypes.accumulate_dtype(like.dtype)
     if isinstance(scalar, Tensor):
         return scalar.to(dtype)
     if torch.compiler.is_compiling():  # torch 2.11 compiles anew for each quotient of floats
@@ -27,7 +27,7 @@ def inverse(temperature: float | Tensor, like: Tensor) -> float | Tensor:
 
 def unit_rows(x: Tensor) -> Tensor:
     """Rows over their L2 norm, computed in at least float32; a zero row stays zero and gets no gradient."""
-    rows = x.to(validation.accumulate_dtype(x.dtype))
+    rows = x.to(dtypes.accumulate_dtype(x.dtype))
     squared = (rows * rows).sum(1, keepdim=True)  # the second derivative of a norm is NaN at 0
     return (rows / squared.masked_fill(squared == 0, torch.inf).sqrt()).to(x.dtype)
 
@@ -37,7 +37,7 @@ def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
 
     Frozen keys are copied where the backward reads them: they may be changed in place before it.
     """
-    dtype = validation.accumulate_dtype(q.dtype)
+    dtype = dtypes.accumulate_dtype(q.dtype)
     if k.dtype == dtype and q.requires_grad and not k.requires_grad and torch.is_grad_enabled():
         k = k.clone()
     return (q.to(dtype) * k.to(dtype)).sum(1) * scale
@@ -77,7 +77,7 @@ def settled(loss: Tensor, columns: int, weights: Tensor | None = None) -> Tensor
 
 def reduced(rows: Tensor, how: str, like: Tensor, weight: Tensor | None = None) -> Tensor:
     """`validation.reduction` of losses made of statistics, in the accumulation dtype of `like`."""
-    return validation.reduction(rows, how, weight).to(validation.accumulate_dtype(like.dtype))
+    return validation.reduction(rows, how, weight).to(dtypes.accumulate_dtype(like.dtype))
 
 
 def shown(value: float | Tensor | None) -> str:

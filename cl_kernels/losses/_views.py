@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cl_kernels import autograd, validation
-from cl_kernels.autograd import ContrastiveStats, Pairs
-from cl_kernels.losses._common import cross_entropy, reduced, settled, wide
+from .. import autograd, dtypes, validation
+from ..autograd import ContrastiveStats, Pairs
+from ._common import cross_entropy, reduced, settled, wide
 
 EMPTY_COUNT = 1e-6
 
@@ -52,7 +52,7 @@ def outside_rows(
     if mask is None:
         pairs = same_sample_pairs(labels, batch, rows, anchors, among)
     else:
-        pairs = Pairs(exclude=0, positive_mask=mask.to(validation.accumulate_dtype(rows.dtype)))
+        pairs = Pairs(exclude=0, positive_mask=mask.to(dtypes.accumulate_dtype(rows.dtype)))
     stats = autograd.contrastive(q, k, scale, pairs)
     others = rows.shape[0] - 1
     if pairs.positive_index is not None:
@@ -83,7 +83,7 @@ def reduce_anchors(
     like: Tensor,
 ) -> Tensor:
     """The reduced loss times temperature / base_temperature; `count` None: every anchor has positives."""
-    dtype = validation.accumulate_dtype(like.dtype)
+    dtype = dtypes.accumulate_dtype(like.dtype)
     weight = count > 0 if count is not None and no_positive == "drop" else None
     ratio = wide(temperature, loss) / wide(base_temperature, loss)
     compiling = torch.compiler.is_compiling()  # a comparison would make another graph

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cl_kernels import autograd, validation
-from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import cross_entropy, reduced, wide
+from .. import autograd, dtypes, validation
+from ..autograd import Pairs
+from ._common import cross_entropy, reduced, wide
 
 
-@validation.full_precision
+@dtypes.full_precision
 def clip_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, *, reduction: str = "mean"
 ) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cl_kernels import autograd, validation
-from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import inverse, log_add, nothing, reduced, shown, unit_rows, wide
+from .. import autograd, dtypes, validation
+from ..autograd import Pairs
+from ._common import inverse, log_add, nothing, reduced, shown, unit_rows, wide
 
 
-@validation.full_precision
+@dtypes.full_precision
 def dcl_loss(
     z0: Tensor,
     z1: Tensor,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cl_kernels import autograd, validation
-from cl_kernels.losses._common import cross_entropy, inverse, reduced, settled, shown
+from .. import autograd, dtypes, validation
+from ._common import cross_entropy, inverse, reduced, settled, shown
 
 
-@validation.full_precision
+@dtypes.full_precision
 def dimcl_loss(
     z0: Tensor,
     z1: Tensor,

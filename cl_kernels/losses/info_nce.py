@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_kernels import autograd, validation
-from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import cross_entropy, inverse, own_similarity, reduced, shown
+from .. import autograd, dtypes, validation
+from ..autograd import Pairs
+from ._common import cross_entropy, inverse, own_similarity, reduced, shown
 
 
-@validation.full_precision
+@dtypes.full_precision
 def info_nce_loss(
     q: Tensor,
     k: Tensor,

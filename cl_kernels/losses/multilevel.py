@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cl_kernels import validation
-from cl_kernels.losses._common import shown, wide
-from cl_kernels.losses.supcon import supcon_loss
+from .. import validation
+from ._common import shown, wide
+from .supcon import supcon_loss
 
 
 def multilevel_loss(

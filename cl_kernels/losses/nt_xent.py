@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cl_kernels import autograd, validation
-from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import cross_entropy, inverse, reduced, shown, unit_rows
+from .. import autograd, dtypes, validation
+from ..autograd import Pairs
+from ._common import cross_entropy, inverse, reduced, shown, unit_rows
 
 
-@validation.full_precision
+@dtypes.full_precision
 def nt_xent_loss(
     z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.5, reduction: str = "mean"
 ) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cl_kernels import autograd, validation
-from cl_kernels.autograd import Pairs
-from cl_kernels.losses._common import (
+from .. import autograd, dtypes, validation
+from ..autograd import Pairs
+from ._common import (
     at_least_zero,
     cross_entropy,
     inverse,
@@ -28,7 +28,7 @@ class SCETargets(NamedTuple):
     positive_in_target: str
 
 
-@validation.full_precision
+@dtypes.full_precision
 def sce_loss(
     q: Tensor,
     k: Tensor,
@@ -112,7 +112,7 @@ def sce_loss(
     return reduced(rows, reduction, q)
 
 
-@validation.full_precision
+@dtypes.full_precision
 def sce_targets(
     k: Tensor,
     k_global: Tensor | None = None,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cl_kernels import validation
-from cl_kernels.losses._common import inverse, shown
-from cl_kernels.losses._views import outside_rows, reduce_anchors, view_major
-from cl_kernels.losses.supcon import CONTRAST_MODES, NO_POSITIVE
+from .. import dtypes, validation
+from ._common import inverse, shown
+from ._views import outside_rows, reduce_anchors, view_major
+from .supcon import CONTRAST_MODES, NO_POSITIVE
 
 ANCHORS = ("all", "exits", "first")
 
 
-@validation.full_precision
+@dtypes.full_precision
 def selfcon_loss(
     features: Tensor,
     labels: Tensor | None = None,

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cl_kernels import autograd, dispatch, reference, validation
-from cl_kernels.losses._common import at_least_zero, inverse, shown
-from cl_kernels.losses._views import anchor_rows, outside_rows, reduce_anchors, same_sample_pairs, view_major
+from .. import autograd, dispatch, dtypes, reference, validation
+from ._common import at_least_zero, inverse, shown
+from ._views import anchor_rows, outside_rows, reduce_anchors, same_sample_pairs, view_major
 
 CONTRAST_MODES = ("all", "one")
 SUMMATIONS = ("out", "in")
@@ -23,7 +23,7 @@ NO_POSITIVE = ("zero", "drop")
 CHUNK_LOGITS = 2**22
 
 
-@validation.full_precision
+@dtypes.full_precision
 def supcon_loss(
     features: Tensor,
     labels: Tensor | None = None,
@@ -174,7 +174,7 @@ def _chunked_rows(
     dispatch.require_engine(
         "supcon_loss with positives_cap, denominator='one_positive', or a mask beside 'out' and 'all'"
     )
-    keys = rows.to(validation.accumulate_dtype(rows.dtype))
+    keys = rows.to(dtypes.accumulate_dtype(rows.dtype))
     step = max(1, CHUNK_LOGITS // keys.shape[0])
     tensors = (keys, scale, labels, mask)
 

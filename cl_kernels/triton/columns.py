@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch, tiles
+from .. import configs
+from . import launch, tiles
 
 
 # A program owns a few columns of one view, axis 1 of the grid, and walks its rows three times: for the mean,

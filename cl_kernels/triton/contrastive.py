@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton.gradient import gradient, residual
-from cl_kernels.triton.gradient_residual import gradient_from_residual
-from cl_kernels.triton.lse import log_sum_exp
-from cl_kernels.triton.lse_frozen import log_sum_exp_and_residual
-from cl_kernels.triton.pairs import contiguous, contrast
+from .. import configs
+from .gradient import gradient, residual
+from .gradient_residual import gradient_from_residual
+from .lse import log_sum_exp
+from .lse_frozen import log_sum_exp_and_residual
+from .pairs import contiguous, contrast
 
 
 def contrastive_forward(

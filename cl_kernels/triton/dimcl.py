@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cl_kernels.triton.columns import column_gradient, standardise
-from cl_kernels.triton.gradient import gradient
-from cl_kernels.triton.lse import log_sum_exp
-from cl_kernels.triton.pairs import Contrast, contiguous
+from .columns import column_gradient, standardise
+from .gradient import gradient
+from .lse import log_sum_exp
+from .pairs import Contrast, contiguous
 
 
 def _problem(x: Tensor, scale: Tensor, positive_mask: Tensor | None) -> Contrast:

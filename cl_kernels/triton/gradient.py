@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton.gradient_chunks import chunk_gradients
-from cl_kernels.triton.gradient_combine import combine
-from cl_kernels.triton.gradient_rows import Owners, row_gradients
-from cl_kernels.triton.gradient_terms import Terms, terms
-from cl_kernels.triton.pairs import Contrast
+from .. import configs
+from .gradient_chunks import chunk_gradients
+from .gradient_combine import combine
+from .gradient_rows import Owners, row_gradients
+from .gradient_terms import Terms, terms
+from .pairs import Contrast
 
 
 def atomics_allowed() -> bool:

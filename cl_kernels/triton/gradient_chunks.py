@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch
-from cl_kernels.triton.gradient_rows import Owners
-from cl_kernels.triton.pairs import index_range, mask_arguments, pair_gradient
-from cl_kernels.triton.tiles import LOG2E, NOTHING, half_lift, product, scalar
+from .. import configs
+from . import launch
+from .gradient_rows import Owners
+from .pairs import index_range, mask_arguments, pair_gradient
+from .tiles import LOG2E, NOTHING, half_lift, product, scalar
 
 CHUNK_BYTES = 1 << 29  # of G; less where all of it is smaller
 

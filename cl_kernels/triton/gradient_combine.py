@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels.triton import launch
-from cl_kernels.triton.tiles import half_unit, scalar
+from . import launch
+from .tiles import half_unit, scalar
 
 _ROWS = 16
 

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels.triton import launch
-from cl_kernels.triton.tiles import scalar
+from . import launch
+from .tiles import scalar
 
 _ROWS = 16
 

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch
-from cl_kernels.triton.gradient_terms import Terms
-from cl_kernels.triton.pairs import index_range, mask_arguments, pair_gradient
-from cl_kernels.triton.tiles import LOG2E, NOTHING, dot, half_lift, load_rows, scalar
+from .. import configs
+from . import launch
+from .gradient_terms import Terms
+from .pairs import index_range, mask_arguments, pair_gradient
+from .tiles import LOG2E, NOTHING, dot, half_lift, load_rows, scalar
 
 
 @dataclass(frozen=True)

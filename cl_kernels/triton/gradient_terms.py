@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels.triton import launch
-from cl_kernels.triton.pairs import index_range
-from cl_kernels.triton.tiles import LOG2E, NOTHING
+from . import launch
+from .pairs import index_range
+from .tiles import LOG2E, NOTHING
 
 
 class Terms(NamedTuple):

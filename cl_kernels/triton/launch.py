@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cl_kernels import configs
+from .. import configs
 
 
 def precision(x: Tensor) -> str:

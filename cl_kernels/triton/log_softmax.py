@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch, tiles
+from .. import configs
+from . import launch, tiles
 
 
 @triton.jit

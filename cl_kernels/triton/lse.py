@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch
-from cl_kernels.triton.pairs import Contrast, counted, mask_arguments, mask_tile, on_edge
-from cl_kernels.triton.tiles import LN2, LOG2E, NOTHING, dot, load_rows, product, scalar
+from .. import configs
+from . import launch
+from .pairs import Contrast, counted, mask_arguments, mask_tile, on_edge
+from .tiles import LN2, LOG2E, NOTHING, dot, load_rows, product, scalar
 
 MOST_GROUPS = 96  # of rows; their square fills any device, and they times N floats stay small
 # Arguments whose values should not make kernels of their own.

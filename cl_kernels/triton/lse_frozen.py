@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch
-from cl_kernels.triton.lse import combine_parts
-from cl_kernels.triton.pairs import Contrast, counted, on_edge, within
-from cl_kernels.triton.tiles import LN2, LOG2E, NOTHING, dot, load_rows, scalar
+from .. import configs
+from . import launch
+from .lse import combine_parts
+from .pairs import Contrast, counted, on_edge, within
+from .tiles import LN2, LOG2E, NOTHING, dot, load_rows, scalar
 
 _ROWS = 16
 

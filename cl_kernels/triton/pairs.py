@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels.triton.tiles import LOG2E
+from .tiles import LOG2E
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch, tiles
+from .. import configs
+from . import launch, tiles
 
 GROUP = 8  # blocks of rows that walk the columns together, so that both stay in the cache
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch, tiles
+from .. import configs
+from . import launch, tiles
 
 MAX_PARTS = 32  # of the columns: each is a float32 copy of the gradient
 

@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch, soft_target_means
-from cl_kernels.triton.soft_target_combine import combine
-from cl_kernels.triton.soft_target_problem import LEFT_OUT, Problem, Slots
-from cl_kernels.triton.soft_target_softmax import mean_keys
-from cl_kernels.triton.tiles import LOG2E, NOTHING, dot, load_rows, product, scalar
+from .. import configs
+from . import launch, soft_target_means
+from .soft_target_combine import combine
+from .soft_target_problem import LEFT_OUT, Problem, Slots
+from .soft_target_softmax import mean_keys
+from .tiles import LOG2E, NOTHING, dot, load_rows, product, scalar
 
 # Tiles hold the whole width of up to so many features; anything wider has the widest row of the table.
 WIDEST = 256

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton.soft_target_problem import Problem, Slots
-from cl_kernels.triton.tiles import LN2, NOTHING
+from .. import configs
+from .soft_target_problem import Problem, Slots
+from .tiles import LN2, NOTHING
 
 SLOTS_AT_A_TIME = 16
 

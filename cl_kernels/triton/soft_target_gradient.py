@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch
-from cl_kernels.triton.soft_target_problem import Problem
-from cl_kernels.triton.soft_target_softmax import Factors, Wanted, Weights, blocks, optional
-from cl_kernels.triton.tiles import load_rows, scalar
+from .. import configs
+from . import launch
+from .soft_target_problem import Problem
+from .soft_target_softmax import Factors, Wanted, Weights, blocks, optional
+from .tiles import load_rows, scalar
 
 
 # With keys and target frozen, for the rows whose positive lies in this segment (FIRST_SEGMENT: or in none),

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch
-from cl_kernels.triton.soft_target_problem import LEFT_OUT, Problem, Slots
-from cl_kernels.triton.tiles import LOG2E, NOTHING, dot, load_rows, scalar
+from .. import configs
+from . import launch
+from .soft_target_problem import LEFT_OUT, Problem, Slots
+from .tiles import LOG2E, NOTHING, dot, load_rows, scalar
 
 # So many features of a mean key fit into registers beside what a product needs.
 WIDEST = {"half": 256, "float32": 64}

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels.triton import launch
+from . import launch
 
 # A logit left out. Below tiles.NOTHING, so that its exponential is 0 even where nothing else was seen, and
 # finite, so that 0 times it is 0.

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels import configs
-from cl_kernels.triton import launch
-from cl_kernels.triton.soft_target_problem import LEFT_OUT, Problem
-from cl_kernels.triton.tiles import LN2, LOG2E, product, scalar
+from .. import configs
+from . import launch
+from .soft_target_problem import LEFT_OUT, Problem
+from .tiles import LN2, LOG2E, product, scalar
 
 # Two matrices of so many bytes are held at a time.
 MATRIX_BYTES = 1 << 29

@@ -1,4 +1,4 @@
-// The row kernels that no op has to itself, as functions of tensors for test_cuda_rows.py.
+// The row kernels that no op has to itself, as functions of tensors for tests/cuda/test_rows.py.
 #include <torch/library.h>
 
 #include <limits>

@@ -1,4 +1,4 @@
-// csrc/cuda/schedule.h for test_cuda_schedule.py, without CUDA's headers.
+// csrc/cuda/schedule.h for tests/cuda/test_schedule.py, without CUDA's headers.
 #include "schedule.h"
 
 using cl_kernels::cuda::Group;

@@ -1,0 +1,114 @@
+"""The problems that the engine and the soft targets solve: one object each, in the order of the ops' schemas.
+
+`ops.py` has the formulas. An op is called with `*problem`; what implements it takes the problem back whole,
+by `flat`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Contrast(NamedTuple):
+    """Denominators over S = scale q k^T + key_bias, and positives of at most one kind."""
+
+    q: Tensor  # [N, D]
+    k: Tensor | None  # [M, D], None: q
+    scale: Tensor  # []
+    exclude: int | None = None  # column i + exclude is left out of row i
+    row_labels: Tensor | None = None  # int64 [N]
+    col_labels: Tensor | None = None  # int64 [M]
+    among: str = "all"  # "same", "different": restricts the denominator by label
+    label_positives: bool = False  # positives: equal labels
+    positive_index: Tensor | None = None  # int64 [N], -1: none
+    positive_mask: Tensor | None = None  # [R, C], weight of (i, j) at [i % R, j % C]
+    key_bias: Tensor | None = None  # [M]
+    both_axes: bool = False  # LSEs of the columns too
+
+    @property
+    def keys(self) -> Tensor:
+        return self.q if self.k is None else self.k
+
+    @property
+    def positives(self) -> str:
+        """Their kind: "labels", "index", "mask" or "none"."""
+        if self.label_positives:
+            return "labels"
+        if self.positive_index is not None:
+            return "index"
+        return "none" if self.positive_mask is None else "mask"
+
+    @property
+    def offset(self) -> int | None:
+        """The excluded offset, None where no pair lies on it."""
+        n, m = self.q.shape[0], self.keys.shape[0]
+        return self.exclude if self.exclude is not None and -n < self.exclude < m else None
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether S and the denominators are symmetric."""
+        return (
+            self.k is None
+            and not self.both_axes
+            and self.exclude in (None, 0)
+            and self.key_bias is None
+            and same_memory(self.row_labels, self.col_labels)
+        )
+
+
+class SoftTarget(NamedTuple):
+    """Logits S = scale q k^T against the softmax of T = target_scale t u^T; keys as segments of one list."""
+
+    q: Tensor  # [N, D]
+    k: Sequence[Tensor]  # [M_s, D] each
+    target_q: Tensor  # [N, E]
+    target_k: Sequence[Tensor]  # [M_s, E] each
+    scale: Tensor  # []
+    target_scale: Tensor  # []
+    positive: Tensor | None = None  # int64 [N], a column, -1: none
+    positive_in_target: str = "exclude"  # or "zero"
+
+    @property
+    def columns(self) -> int:
+        return sum(part.shape[0] for part in self.k)
+
+    def first(self, i: int) -> int:
+        """The column that segment i starts at."""
+        return sum(part.shape[0] for part in self.k[:i])
+
+    def same_keys(self, i: int) -> bool:
+        """Whether student and teacher read the same memory in segment i."""
+        return same_memory(self.k[i], self.target_k[i])
+
+
+def same_memory(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return x is y
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+
+
+def flat(
+    problem: type[Contrast] | type[SoftTarget], gradients: int = 0
+) -> Callable[[Callable[..., Any]], Any]:
+    """An entry point of an op, with the schema's arguments one by one, from a function of what they make up.
+
+    A forward is function(problem, save_gradient). A backward, of so many incoming gradients, is
+    function(gradients, problem, saved, needs), `saved` being what the forward left for it.
+    """
+    last = gradients + len(problem._fields)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def entry(*args: Any) -> Any:
+            whole = problem(*args[gradients:last])
+            if not gradients:
+                return function(whole, *args[last:])
+            return function(args[:gradients], whole, args[last:-1], args[-1])
+
+        return entry
+
+    return decorate

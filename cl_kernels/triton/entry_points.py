@@ -1,0 +1,22 @@
+"""The ops by Triton's kernels, with the signatures of `ops.SCHEMAS`."""
+
+from .contrastive import contrastive_backward, contrastive_forward
+from .dimcl import dimcl_backward, dimcl_forward
+from .log_softmax import masked_log_softmax_backward, masked_log_softmax_forward
+from .similarity import similarity_forward
+from .similarity_gradient import similarity_backward
+from .soft_target import soft_target_forward
+from .soft_target_gradient import soft_target_backward
+
+__all__ = [
+    "contrastive_backward",
+    "contrastive_forward",
+    "dimcl_backward",
+    "dimcl_forward",
+    "masked_log_softmax_backward",
+    "masked_log_softmax_forward",
+    "similarity_backward",
+    "similarity_forward",
+    "soft_target_backward",
+    "soft_target_forward",
+]

@@ -1,0 +1,83 @@
+"""The schedule of the CUDA kernels (csrc/cuda/schedule.h), compiled for the CPU: every tile once."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = 128
+MOST_ROWS = 2**31 - 1 - BLOCK
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    path = tmp_path_factory.mktemp("schedule") / "schedule.so"
+    source = ROOT / "tests" / "emulator" / "schedule.cpp"
+    include = f"-I{ROOT / 'csrc' / 'cuda'}"
+    subprocess.run(
+        [compiler, "-std=c++17", "-shared", "-fPIC", include, str(source), "-o", str(path)], check=True
+    )
+    return ctypes.CDLL(str(path))
+
+
+def schedule(library: ctypes.CDLL, *problem: int) -> dict[str, int]:
+    values = (ctypes.c_int64 * 5)()
+    library.make_schedule(*problem, values)
+    names = ("row_blocks", "column_blocks", "row_groups", "column_groups", "programs")
+    return dict(zip(names, values, strict=True))
+
+
+def groups(library: ctypes.CDLL, *problem: int) -> numpy.ndarray:
+    found = numpy.zeros((schedule(library, *problem)["programs"], 6), numpy.int32)
+    library.make_groups(*problem, found.ctypes.data_as(ctypes.c_void_p))
+    return found
+
+
+@given(
+    n=st.integers(1, 40_000), m=st.integers(1, 40_000), mirrored=st.booleans(),
+    processors=st.sampled_from([1, 3, 108, 132]),
+)  # fmt: skip
+def test_every_tile_is_visited_once(
+    library: ctypes.CDLL, n: int, m: int, mirrored: bool, processors: int
+) -> None:
+    m = n if mirrored else m
+    problem = (n, m, int(mirrored), processors)
+    plan = schedule(library, *problem)
+    assert plan["row_blocks"] == -(-n // BLOCK)
+    assert plan["column_blocks"] == -(-m // BLOCK)
+    visits = numpy.zeros((plan["row_blocks"], plan["column_blocks"]), int)
+    slots = set()
+    for row, row_end, column, column_end, row_group, column_group in groups(library, *problem):
+        assert row < row_end
+        assert column < column_end
+        visits[row:row_end, column:column_end] += 1
+        slots.add((row_group, column_group))
+    assert len(slots) == plan["programs"]  # no two programs write to the same slots
+    if mirrored:
+        above = numpy.triu(numpy.ones_like(visits)) == 1
+        assert (visits[above] == 1).all()
+    else:
+        assert (visits == 1).all()
+
+
+@given(n=st.integers(1, MOST_ROWS), m=st.integers(1, MOST_ROWS), mirrored=st.booleans())
+def test_memory_and_parallelism_of_any_size(library: ctypes.CDLL, n: int, m: int, mirrored: bool) -> None:
+    m = n if mirrored else m
+    plan = schedule(library, n, m, int(mirrored), 132)
+    assert plan["row_blocks"] == -(-n // BLOCK)
+    assert 1 <= plan["programs"] <= 2**31 - 1
+    tiles = plan["row_blocks"] * plan["column_blocks"] // (2 if mirrored else 1)
+    assert plan["programs"] >= min(132, tiles) // 2
+    # Partial sums: a float for each row and group of columns, and the other way round.
+    assert plan["column_groups"] * n + plan["row_groups"] * m <= 2 * 96 * (n + m) + 2**20
