@@ -11,7 +11,6 @@ worth.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from cl_kernels.bench import fresh, machine, peers, run
+from cl_kernels.bench import fresh, machine, peers, results, run
 from cl_kernels.bench.results import FLOOR, OURS, Line, ratio
 from cl_kernels.bench.workloads import Workload
 
@@ -162,7 +161,7 @@ def main() -> int:
     print(f"\n{len(judged) - len(failed)} of {len(judged)} measures met, load now {machine.load()}")
     if args.json:
         lines = [asdict(measure) | {"verdict": measure.verdict} for measure in report.measures]
-        args.json.write_text(json.dumps({"machine": here, "rounds": args.rounds, "lines": lines}, indent=1))
+        results.write({"machine": here, "rounds": args.rounds, "lines": lines}, args.json)
     return 1 if failed else 0
 
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -18,9 +19,7 @@ from typing import Any
 import torch
 
 from . import __version__, dispatch, extension
-from .bench import cli as bench
-from .bench import compare
-from .tools import check, tables, tune
+from .tools import tables
 
 
 def _installed(package: str) -> str:
@@ -76,27 +75,38 @@ def as_text(info: dict[str, Any]) -> str:
     )
 
 
-MAINS = {"bench": bench.main, "check": check.main, "compare": compare.main, "tune": tune.main}
+COMMANDS = {
+    "check": (".tools.check", "compare every loss and option with float64"),
+    "tune": (".tools.tune", "time launch shapes on this machine's GPU"),
+    "bench": (".bench.cli", "measure the losses beside others; write a report"),
+    "compare": (".bench.compare", "what became slower between two bench results"),
+}
+"""Beside info; the module of one is imported when it is asked for, and what it needs with it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="python -m cl_kernels", description="Contrastive losses for PyTorch."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, the build, and which backend serves which op, and why")
     info.add_argument("--json", action="store_true", help="print JSON")
-    check.add_arguments(
-        commands.add_parser(
-            "check", help="compare every loss and option with float64", description=check.DESCRIPTION
-        )
-    )
-    tune.add_arguments(commands.add_parser("tune", help="time launch shapes on this machine's GPU"))
-    bench.add_arguments(commands.add_parser("bench", help="measure the losses beside others; write a report"))
-    compare.add_arguments(commands.add_parser("compare", help="what became slower between two bench results"))
+    for name, (path, help) in COMMANDS.items():
+        command = commands.add_parser(name, help=help)
+        if arguments[:1] != [name]:
+            continue
+        try:
+            module = importlib.import_module(path, __package__)
+        except ModuleNotFoundError as error:
+            if not path.startswith(".bench"):
+                raise
+            print(f"{name}: {error}: pip install 'cl_kernels[bench]'", file=sys.stderr)
+            return 2
+        command.description = getattr(module, "DESCRIPTION", None)
+        module.add_arguments(command)
+        return module.main(parser.parse_args(arguments))
     options = parser.parse_args(arguments)
-    if options.command != "info":
-        return MAINS[options.command](options)
     collected = collect()
     print(json.dumps(collected, indent=2) if options.json else as_text(collected))
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..dispatch import BACKENDS, obstacle
-from . import compare, html, markdown, results, run, terminal, variants, workloads
+from . import compare, report, results, run, terminal, variants, workloads
 from .peers import COMPILED, PEERS
 from .workloads import LOSSES, STANDARD
 
@@ -113,13 +113,7 @@ def _plan(options: argparse.Namespace) -> run.Plan:
 
 
 def write_reports(found: results.Results, folder: Path) -> None:
-    """report.md, and report.html where what it is drawn with is installed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, module in (("report.md", markdown), ("report.html", html)):
-        try:
-            text = module.render(found)
-        except ImportError as error:
-            print(f"bench: no {name}: {error}; `bench report` makes it from results.json", file=sys.stderr)
-            continue
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, written in (("report.md", report.markdown), ("report.html", report.html)):
+        (folder / name).write_text(written(found), encoding="utf-8")
         print(folder / name)

@@ -26,7 +26,9 @@ def _values(results: Results, against: str, phases: Sequence[str]) -> pd.DataFra
     step, round by round; NaN where there is none."""
     found = tables.lines(results)
     unit = dict(zip(*found.loc[found.variant == against, ["key", "both"]].to_numpy().T, strict=True))
-    long = pd.concat([found.assign(phase=phase, samples=found[phase]) for phase in phases]).sort_index(kind="stable")
+    long = pd.concat([found.assign(phase=phase, samples=found[phase]) for phase in phases]).sort_index(
+        kind="stable"
+    )
     values = [
         median(row.samples) if against == SECONDS else ratio(row.samples, unit.get(row.key, ()))
         for row in long.itertuples()
@@ -46,14 +48,22 @@ def compare(
     seconds or as multiples, their `factor`, a `verdict`, and whether that is a `regression`. A variant that was
     timed before and no longer gives a right answer is lost; what else one of the runs does not have is left out."""
     old, new = (_values(results, against, phases) for results in (before, after))
-    found = old[["key", "variant", "phase", "value", "seconds"]].merge(
-        new.drop(columns="seconds").assign(timed=new.seconds.notna()), on=["key", "variant", "phase"], suffixes=("_before", "")
-    ).rename(columns={"value_before": "before", "value": "after"})
+    found = (
+        old[["key", "variant", "phase", "value", "seconds"]]
+        .merge(
+            new.drop(columns="seconds").assign(timed=new.seconds.notna()),
+            on=["key", "variant", "phase"],
+            suffixes=("_before", ""),
+        )
+        .rename(columns={"value_before": "before", "value": "after"})
+    )
     found = found[found.seconds.notna() & (found.variant != against) & (found.ours | everything)]
     lost = ~found.timed
     found["factor"] = found.after / found.before
     slower, faster = found.factor > threshold, found.factor < 1 / threshold
-    found["verdict"] = np.select([lost, slower, faster], ["lost: " + found.status, "slower", "faster"], "same")
+    found["verdict"] = np.select(
+        [lost, slower, faster], ["lost: " + found.status, "slower", "faster"], "same"
+    )
     found["regression"] = lost | slower
     return found[lost | found.factor.notna()]
 
@@ -92,14 +102,29 @@ def main(options: argparse.Namespace) -> int:
     return 1 if changes.regression.any() else 0
 
 
-def show(before: Results, after: Results, changes: pd.DataFrame, threshold: float, against: str = FLOOR) -> None:
+def show(
+    before: Results, after: Results, changes: pd.DataFrame, threshold: float, against: str = FLOOR
+) -> None:
     unit = "seconds" if against == SECONDS else f"multiples of the time of {against} in the same run"
     ours, theirs = before.machine.get("device"), after.machine.get("device")
     print(f"A {before.date}, {ours}")
     print(f"B {after.date}, {theirs}" + (" (another machine)" if ours != theirs else ""))
     print(f"In {unit}; slower from {threshold:g}× on.")
     write = figures.time if against == SECONDS else figures.ratio
-    text = changes.assign(before=changes.before.map(write), after=changes.after.map(write), factor=changes.factor.map(figures.ratio))
-    columns = {"work": "work", "dtype": "dtype", "variant": "variant", "phase": "phase", "before": "A", "after": "B", "factor": "B / A", "verdict": ""}
+    text = changes.assign(
+        before=changes.before.map(write),
+        after=changes.after.map(write),
+        factor=changes.factor.map(figures.ratio),
+    )
+    columns = {
+        "work": "work",
+        "dtype": "dtype",
+        "variant": "variant",
+        "phase": "phase",
+        "before": "A",
+        "after": "B",
+        "factor": "B / A",
+        "verdict": "",
+    }
     terminal.table(list(columns.values()), text[list(columns)].to_numpy().tolist(), left=(0, 1, 2, 3, 7))
     print(f"{changes.regression.sum()} of {len(changes)} slower")

@@ -77,7 +77,9 @@ def command() -> str:
 @functools.cache
 def cpu_name() -> str:
     facts = cpuinfo.get_cpu_info()
-    family = [f"{name} {facts[key]}" for key, name in (("family", "cpu family"), ("model", "model")) if key in facts]
+    family = [
+        f"{name} {facts[key]}" for key, name in (("family", "cpu family"), ("model", "model")) if key in facts
+    ]
     name = facts.get("brand_raw") or platform.processor() or platform.machine()
     return f"{name} ({', '.join(family)})" if family else name
 

@@ -123,7 +123,9 @@ def content(results: Results) -> dict[str, Any]:
 
 def _rows(kind: type, records: Iterable[Any]) -> list[Sequence[Any]]:
     """JSON has no NaN and no infinity: None instead."""
-    rows = [[None if isinstance(x, float) and not math.isfinite(x) else x for x in astuple(y)] for y in records]
+    rows = [
+        [None if isinstance(x, float) and not math.isfinite(x) else x for x in astuple(y)] for y in records
+    ]
     return [[f.name for f in fields(kind)], *rows]
 
 

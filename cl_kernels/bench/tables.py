@@ -19,7 +19,17 @@ BUSY = 0.25
 """The load a core, before the first measurement, from which on a machine counts as busy."""
 QUARTILES = (0.25, 0.5, 0.75)
 _NUMBERS = ("flops", "bytes", "memory", "loss_error", "gradient_error")
-_FIRST = ("device", "kind", "cores", "threads", "memory_bytes", "governor", "load_before", "load_after", "torch")
+_FIRST = (
+    "device",
+    "kind",
+    "cores",
+    "threads",
+    "memory_bytes",
+    "governor",
+    "load_before",
+    "load_after",
+    "torch",
+)
 _FACTS = {"memory_bytes": "memory", "load_before": "load before", "load_after": "load after"}
 
 
@@ -42,7 +52,11 @@ def lines(results: Results) -> pd.DataFrame:
     found["intensity"] = (found.flops / found.bytes).replace(np.inf, np.nan)
     compared = [_compared(work) for _, work in found.groupby("key", sort=False)]
     columns = {"mine": bool, "low": float, "ratio": float, "high": float, "share": float}
-    return found.join(pd.concat([pd.DataFrame(columns=list(columns)), *compared])).astype(columns)
+    return (
+        pd.concat([pd.DataFrame(columns=list(columns)), *compared])
+        .join(found, how="right" if found.empty else "left")
+        .astype(columns)
+    )
 
 
 def _compared(work: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +162,9 @@ def summary(results: Results) -> str:
             continue
         mine = work[work.mine].iloc[0]
         peers = work[work.seconds.notna() & ~work.ours & (work.variant != FLOOR)]
-        chosen = peers[peers.variant.isin(["eager", "torch.compile"]) | (peers.seconds == peers.seconds.min())]
+        chosen = peers[
+            peers.variant.isin(["eager", "torch.compile"]) | (peers.seconds == peers.seconds.min())
+        ]
         text = f"{mine.work} {mine['dtype']}: {figures.time(mine.seconds)} forward and backward"
         than = [
             f"{figures.ratio(x.ratio)} of {x.variant}" + (f" ({x.note})" if x.note else "")
@@ -168,7 +184,10 @@ def machine(results: Results) -> list[tuple[str, str]]:
     order = [key for key in _FIRST if key in facts] + [key for key in facts if key not in _FIRST]
     rates = [f"{dtype} {figures.rate(x)}" for dtype, x in results.ceilings.items() if dtype != "copy"]
     copy = results.ceilings.get("copy")
-    found = [(_FACTS.get(key, key.removesuffix("_bytes").replace("_", " ")), _fact(key, facts[key])) for key in order]
+    found = [
+        (_FACTS.get(key, key.removesuffix("_bytes").replace("_", " ")), _fact(key, facts[key]))
+        for key in order
+    ]
     found += [
         ("torch.mm here", ", ".join(rates)),
         ("copy here", f"{figures.bandwidth(copy)} read and written" if copy else ""),

@@ -21,13 +21,24 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     if not console.is_terminal:
         yield lambda what, done, total: print(f"{done}/{total} {what}", file=sys.stderr, flush=True)
         return
-    columns = (bars.BarColumn(bar_width=28), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TextColumn("{task.description}"))
+    columns = (
+        bars.BarColumn(bar_width=28),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("{task.description}"),
+    )
     with bars.Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,), title: str = "", styles: Sequence[str] = ()) -> None:
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Collection[int] = (0,),
+    title: str = "",
+    styles: Sequence[str] = (),
+) -> None:
     """`left` are the columns of words."""
     shown = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
@@ -44,6 +55,11 @@ def show(results: Results) -> None:
         first, work = work.iloc[0], work[work.why == ""]
         text = work[["variant", *timed, *rest]].map(lambda cell: cell.partition("\n")[0])
         styles = ["bold" if x.ours else "dim" if x.variant == FLOOR else "" for x in work.itertuples()]
-        table(["", *timed, *rest], text.to_numpy().tolist(), title=f"{first.work} {first['dtype']}", styles=styles)
+        table(
+            ["", *timed, *rest],
+            text.to_numpy().tolist(),
+            title=f"{first.work} {first['dtype']}",
+            styles=styles,
+        )
     for variant, reason, works in tables.untimed(results):
         print(f"no time for {variant} ({works}): {reason}")
