@@ -64,7 +64,7 @@ format: $(VENV)/.dev  ## rewrite the sources to the style that lint checks
 	$(BIN)/ruff format .
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
-bench: $(BUILT) $(VENV)/.dev $(VENV)/.bench  ## microbenchmarks of every loss, variant and phase (pytest-benchmark)
+bench: $(BUILT) $(VENV)/.dev  ## microbenchmarks of every loss, variant and phase (pytest-benchmark)
 	$(BIN)/python -m pytest bench -q --benchmark-columns=min,median,rounds --benchmark-sort=fullname $(BENCH_FLAGS)
 
 bench-report: $(BUILT) $(VENV)/.bench  ## ours beside other implementations: bench_output/report.html
@@ -76,7 +76,7 @@ regression: $(BUILT) $(VENV)/.bench  ## what became slower since the stored resu
 figures: $(BUILT) $(VENV)/.bench  ## the documents' figures from the stored results
 	$(BIN)/python bench/docs.py
 
-acceptance: $(BUILT)  ## speed and memory measures against their targets
+acceptance: $(BUILT) $(VENV)/.bench  ## speed and memory measures against their targets
 	$(BIN)/python bench/acceptance.py $(BENCH_FLAGS)
 
 compile-gate: $(BUILT)  ## GPU kernels without a GPU: compile what is not recorded; GATE_FLAGS=--all, --update
@@ -102,7 +102,7 @@ $(VENV)/.installed: $(VENV)/.demo pyproject.toml
 	CL_KERNELS_SKIP_BUILD=1 CL_KERNELS_FORCE_BUILD= $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.demo requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.bench requirements/dev.txt
 	$(PIP) --requirement requirements/dev.txt
 	@touch $@
 
