@@ -234,7 +234,7 @@ def _errors(which: str, here: pd.DataFrame, every: pd.DataFrame, all_styles: Sty
     dtype, kind = here["dtype"].iloc[0], here.inputs.iloc[0]
     epsilon = _EPSILON.get(dtype)
     finite = every.error[every.error > 0]
-    least, most = min([*finite, epsilon or 1.0]), max([*finite, epsilon or 0.0], default=1.0)
+    least, most = min([*finite, epsilon or 1.0]), max([*finite, epsilon or 1.0])
     here = here.assign(shown=here.error.clip(lower=least)).sort_values("temperature")
     series, lost = _by_variant(here, all_styles), _by_variant(here[here.error.isna()], all_styles)
 
