@@ -71,7 +71,7 @@ def speed(file: str) -> str:
 
 
 def accuracy(file: str) -> str:
-    found = tables.errors(load(stored(file)))
+    found = tables.errors(tables.accuracy(load(stored(file))))
     header = ["dtype", "inputs", "variant", *(f"τ = {figures.plain(t)}" for t in found.columns)]
     rows = found.map(lambda cell: cell.partition("\n")[0]).reset_index().to_numpy()
     return markdown_table(header, rows, left=3)

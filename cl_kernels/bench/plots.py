@@ -9,9 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-from . import figures, tables
-from .panels import Ink, Panel, Styles, heading, level, log_axis, note, styles
-from .results import Results
+from . import figures
+from .panels import Ink, Panel, Styles, heading, level, log_axis, note
 
 _EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -23,9 +22,8 @@ def _by_variant(lines: pd.DataFrame, all_styles: Styles) -> dict[str, pd.DataFra
 # Ratios
 
 
-def speedups(results: Results) -> list[Panel]:
+def speedups(found: pd.DataFrame, all_styles: Styles) -> list[Panel]:
     """Each variant's time over ours, a panel a workload of the headlines."""
-    all_styles, found = styles(tables.variants(results)), tables.lines(results)
     groups = found[found.headline].groupby("key", sort=False)
     works = [work for _, work in groups if work.mine.any() and len(work) > 1]
     every = pd.concat([found[:0], *works])
@@ -68,28 +66,31 @@ def _ratios(work: pd.DataFrame, all_styles: Styles, span: tuple[float, float]) -
 # Curves over the rows
 
 
-def times(results: Results) -> list[Panel]:
+def times(found: pd.DataFrame, all_styles: Styles) -> list[Panel]:
     """Forward and backward against rows, a panel a loss and dtype that was timed at two sizes or more."""
-    return _curves(results, "forward + backward", tables.lines(results).seconds, EngFormatter("s"))
+    return _curves("forward + backward", found.assign(value=found.seconds), all_styles, EngFormatter("s"))
 
 
-def memories(results: Results) -> list[Panel]:
+def memories(found: pd.DataFrame, all_styles: Styles, limit: float | None) -> list[Panel]:
     """Peak memory against rows, the machine's memory, and where eager's growth meets it."""
-    memory = tables.lines(results).memory.clip(lower=4096.0)  # a page, where the peak stayed
-    return _curves(results, "peak memory", memory, EngFormatter("B"), results.machine.get("memory_bytes"))
+    found = found.assign(value=found.memory.clip(lower=4096.0))  # a page, where the peak stayed
+    return _curves("peak memory", found, all_styles, EngFormatter("B"), limit)
 
 
 def _curves(
-    results: Results, name: str, values: pd.Series, ticks: EngFormatter, limit: float | None = None
+    name: str, found: pd.DataFrame, all_styles: Styles, ticks: EngFormatter, limit: float | None = None
 ) -> list[Panel]:
-    found = tables.lines(results).assign(value=values).sort_values("rows", kind="stable")
-    dtypes = sorted(dict.fromkeys(x.dtype for x in results.lines), key=lambda dtype: dtype != "float32")
-    losses = list(dict.fromkeys(x.loss for x in results.lines))
-    order = {"dtype": dtypes.index, "loss": losses.index, "width": int}
-    found = found.sort_values(list(order), key=lambda x: x.map(order[x.name]), kind="stable")
-    groups = [group for _, group in found.groupby(list(order), sort=False)]
-    several = [group for group in groups if group.rows[group.value.notna()].nunique() > 1]
-    return [_curve(name, group, styles(tables.variants(results)), ticks, limit) for group in several]
+    order = found["dtype"].map(_dtypes(found).index)
+    groups = found.sort_values("rows").groupby([order, "loss", "width"], sort=False)
+    first = sorted(
+        (group for _, group in groups), key=lambda group: (order[group.index[0]], group.index.min())
+    )
+    several = [group for group in first if group.rows[group.value.notna()].nunique() > 1]
+    return [_curve(name, group, all_styles, ticks, limit) for group in several]
+
+
+def _dtypes(found: pd.DataFrame) -> list[str]:
+    return sorted(found["dtype"].unique(), key=lambda dtype: dtype != "float32")
 
 
 def _curve(
@@ -146,13 +147,11 @@ def _end(lines: pd.DataFrame, limit: float | None) -> tuple[float, float, float]
 # The roofline
 
 
-def rooflines(results: Results) -> list[Panel]:
+def rooflines(found: pd.DataFrame, all_styles: Styles, ceilings: Mapping[str, float]) -> list[Panel]:
     """Rates on the fewest operations against operations a byte, under what this machine reached; a panel a
     dtype."""
-    all_styles, found = styles(tables.variants(results)), tables.lines(results)
     found = found[found.headline & found.rate.notna() & found.intensity.notna()]
-    groups = sorted(found.groupby("dtype", sort=False), key=lambda group: group[0] != "float32")
-    return [_roofline(str(dtype), lines, results.ceilings, all_styles) for dtype, lines in groups]
+    return [_roofline(x, found[found["dtype"] == x], ceilings, all_styles) for x in _dtypes(found)]
 
 
 def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], all_styles: Styles) -> Panel:
@@ -217,14 +216,12 @@ def _staggered(xs: Sequence[float], labels: Sequence[str], pixel: float) -> list
 # Errors
 
 
-def errors(results: Results, which: str) -> dict[str, list[Panel]]:
+def errors(found: pd.DataFrame, all_styles: Styles, which: str) -> dict[str, list[Panel]]:
     """Panels of `which`, "gradient" or "loss", by kind of inputs, one a dtype: the error against temperature."""
-    all_styles, found = styles(tables.variants(results)), tables.accuracy(results)
-    found["error"] = found[f"{which}_error"]
+    found = found.assign(error=found[f"{which}_error"])
     panels: dict[str, list[Panel]] = {}
-    for dtype, every in sorted(
-        found.groupby("dtype", observed=True), key=lambda group: group[0] != "float32"
-    ):
+    for dtype in _dtypes(found):
+        every = found[found["dtype"] == dtype]
         for kind, here in every.groupby("inputs", observed=True):
             panels.setdefault(str(kind), []).append(_errors(which, here, every, all_styles))
     return panels

@@ -26,17 +26,19 @@ def _written(template: str, results: Results, finalize: Any = None, **more: obje
         lstrip_blocks=True, autoescape=True, finalize=finalize, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["plain"] = figures.plain
-    headlines, timed, rest = tables.measured(results)
-    everything, errors = tables.measured(results, everything=True)[0], tables.errors(results)
+    found = tables.lines(results)
+    errors = tables.errors(tables.accuracy(results))
+    headlines, timed, rest = tables.measured(found)
+    everything, _, _ = tables.measured(found, everything=True)
     return environment.get_template(template).render(
-        summary=tables.summary(results),
+        summary=tables.summary(found),
         machine=tables.machine(results),
         busy=tables.busy(results),
         timed=timed,
         rest=rest,
         headlines=[x.to_dict("records") for _, x in headlines.groupby("key", sort=False)],
         everything=[x.to_dict("records") for _, x in everything.groupby("key", sort=False)],
-        untimed=tables.untimed(results),
+        untimed=tables.untimed(found),
         temperatures=list(errors.columns),
         errors=errors.reset_index().to_numpy().tolist(),
         cuda=results.machine.get("kind") == "cuda",
@@ -56,25 +58,26 @@ def _escaped(value: object) -> Markup:
 
 
 def _sections(results: Results) -> list[dict[str, Any]]:
-    """Panels by heading, and the entries of their legend by variant; the template has what is said of them."""
+    """Panels by heading, and the entries of a legend by variant; the template has what is said of them."""
+    found, accuracy, known = tables.lines(results), tables.accuracy(results), styles(tables.variants(results))
     errors = {
         f"The {which}, {kind} inputs": panels
         for which in ("gradient", "loss")
-        for kind, panels in plots.errors(results, which).items()
+        for kind, panels in plots.errors(accuracy, known, which).items()
     }
-    found = [
-        _section(results, "speed", "Speed at the headline workloads", {"": plots.speedups(results)}),
-        _section(results, "time", "Time", {"": plots.times(results)}),
-        _section(results, "memory", "Memory", {"": plots.memories(results)}),
-        _section(results, "roofline", "Roofline", {"": plots.rooflines(results)}),
-        _section(results, "errors", "Accuracy", errors),
+    limit = results.machine.get("memory_bytes")
+    sections: list[tuple[str, str, dict[str, list[Panel]]]] = [
+        ("speed", "Speed at the headline workloads", {"": plots.speedups(found, known)}),
+        ("time", "Time", {"": plots.times(found, known)}),
+        ("memory", "Memory", {"": plots.memories(found, known, limit)}),
+        ("roofline", "Roofline", {"": plots.rooflines(found, known, results.ceilings)}),
+        ("errors", "Accuracy", errors),
     ]
-    return [section for section in found if section["groups"]]
-
-
-def _section(results: Results, name: str, title: str, groups: dict[str, list[Panel]]) -> dict[str, Any]:
-    filled = {heading: panels for heading, panels in groups.items() if panels}
-    shown = {variant for panels in filled.values() for panel in panels for variant in panel.variants}
-    known = styles(tables.variants(results)).items()
-    legend = {} if name == "speed" else {v: key(style) for v, style in known if v in shown}
-    return {"name": name, "title": title, "groups": filled, "legend": legend}
+    filled = []
+    for name, title, groups in sections:
+        shown = {variant for panels in groups.values() for panel in panels for variant in panel.variants}
+        named = name == "speed"  # there, names stand beside the marks
+        legend = {} if named else {v: key(style) for v, style in known.items() if v in shown}
+        if shown:
+            filled.append({"name": name, "title": title, "groups": groups, "legend": legend})
+    return filled

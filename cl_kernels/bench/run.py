@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -61,12 +62,8 @@ def run(
     """`keep` gets the results after each workload, so that a run that is stopped loses nothing."""
     started = time.monotonic()
     dtypes = tuple(dict.fromkeys(work.dtype for work in plan.workloads))
-    found = Results(
-        machine=machine.describe(plan.device),
-        command=machine.command(),
-        date=now(),
-    )
-    found.machine["load_before"] = machine.load()
+    here = machine.describe(plan.device) | {"load_before": machine.load()}
+    found = Results(here, machine.command(), now())
     study = _study(plan) if plan.study else []
     total = len(plan.workloads) + len(study) + 1
     shares = sum(3 if work.headline else 1 for work in plan.workloads)  # headlines get three times the time
@@ -102,28 +99,14 @@ def measure(plan: Plan, work: Workload, seconds: float) -> list[Line]:
 def _measured(plan: Plan, work: Workload, seconds: float) -> list[Line]:
     lines = {line.variant: line for line in checked(plan, work)}
     copies = timing.copies(work, plan.device, machine.cache(plan.device))
-    steps = {name: _steps(plan, work, name, copies) for name, line in lines.items() if line.status == "ok"}
+    steps = {name: steps_of(plan, work, name, copies) for name, line in lines.items() if line.status == "ok"}
     often = [name for name, line in lines.items() if line.is_ours or name == FLOOR]
     found = timing.interleaved(steps, plan.device, plan.rounds, seconds=seconds, often=often)
     for name, samples in found.items():
-        lines[name] = _timed(plan, work, lines[name], samples)
+        lines[name] = timed(plan, work, lines[name], samples)
     del steps, copies
     _free(plan.device)
     return list(lines.values())
-
-
-def in_turn(plan: Plan, works: Sequence[Workload], variant: str) -> list[Line]:
-    """The lines of one variant on several workloads, which take turns as variants do."""
-    lines = [next(x for x in checked(plan, work) if x.variant == variant) for work in works]
-    cache = machine.cache(plan.device)
-    steps = {
-        str(i): _steps(plan, work, variant, timing.copies(work, plan.device, cache))
-        for i, work in enumerate(works)
-        if lines[i].status == "ok"
-    }
-    for i, samples in timing.interleaved(steps, plan.device, plan.rounds).items():
-        lines[int(i)] = _timed(plan, works[int(i)], lines[int(i)], samples)
-    return lines
 
 
 def checked(plan: Plan, work: Workload) -> list[Line]:
@@ -138,42 +121,25 @@ def checked(plan: Plan, work: Workload) -> list[Line]:
     return lines
 
 
-def _steps(plan: Plan, work: Workload, name: str, copies: Sequence[Inputs]) -> timing.Step:
+def steps_of(plan: Plan, work: Workload, name: str, copies: Sequence[Inputs]) -> timing.Step:
     if name == FLOOR:
         return timing.Products(work, plan.device)
     return timing.Steps(variants.implementation(name, work.loss), work.temperature, copies)
 
 
-def _timed(plan: Plan, work: Workload, line: Line, samples: timing.Samples) -> Line:
+def timed(plan: Plan, work: Workload, line: Line, samples: timing.Samples) -> Line:
     if line.variant == FLOOR:
         return replace(line, both=tuple(samples.both))
-    graph: list[float] = []
+    line = replace(line, **{phase: tuple(times) for phase, times in vars(samples).items()})
     if plan.device == "cuda" and work.rows <= GRAPH_ROWS and line.is_ours:
         implementation = variants.implementation(line.variant, work.loss)
         graph = timing.graph_samples(implementation, work, plan.device, plan.rounds)
-    return replace(
-        line,
-        forward=tuple(samples.forward),
-        backward=tuple(samples.backward),
-        both=tuple(samples.both),
-        graph=tuple(graph),
-    )
+        line = replace(line, graph=tuple(graph))
+    return line
 
 
 def line_of(work: Workload, variant: str, **fields: Any) -> Line:
-    return Line(
-        loss=work.loss,
-        title=work.spec.title,
-        rows=work.rows,
-        columns=work.columns,
-        width=work.width,
-        dtype=work.dtype,
-        temperature=work.temperature,
-        variant=variant,
-        headline=work.headline,
-        flops=work.flops,
-        **fields,
-    )
+    return Line(**vars(work), title=work.spec.title, flops=work.flops, variant=variant, **fields)
 
 
 def variants_of(plan: Plan, work: Workload) -> Iterator[tuple[str, str]]:
@@ -195,7 +161,7 @@ def _checked(
     if missing:
         return replace(line, status=missing)
     if plan.memory and plan.device == "cpu":
-        limit = int(0.9 * fresh.available_memory())
+        limit = int(0.9 * psutil.virtual_memory().available)
         found = fresh.measure(fresh.Task(work, line.variant, limit, torch.get_num_threads()))
         if found.status != "ok":
             return replace(line, status=found.status)
@@ -267,11 +233,9 @@ def allowed(dtype: str, temperature: float) -> tuple[float, float]:
 
 
 def _judged(line: Line, result: Answer, truth: exact.Result) -> Line:
-    of_loss, of_gradients = errors_of(result, truth)
-    line = replace(line, loss_error=of_loss, gradient_error=of_gradients)
-    for what, error, limit in zip(
-        ("loss", "gradient"), (of_loss, of_gradients), allowed(line.dtype, line.temperature), strict=True
-    ):
+    found, limits = errors_of(result, truth), allowed(line.dtype, line.temperature)
+    line = replace(line, loss_error=found[0], gradient_error=found[1])
+    for what, error, limit in zip(("loss", "gradient"), found, limits, strict=True):
         if not error <= limit:
             return replace(line, status=f"wrong answer: relative error of the {what} is {error:.1e}")
     return line
@@ -306,11 +270,7 @@ def errors(plan: Plan, loss: str, dtype: str, temperature: float, kind: str) -> 
             both = errors_of(step(), truths[truth])
         except Exception:  # such as a peer that does not take the dtype
             continue
-        of_loss, of_gradients = (x if math.isfinite(x) else None for x in both)
-        found.append(
-            Accuracy(
-                loss, LOSSES[loss].title, work.rows, work.width, name, dtype, temperature, kind, of_loss,
-                of_gradients,
-            )
-        )  # fmt: skip
+        known = [x if math.isfinite(x) else None for x in both]
+        title, shape = LOSSES[loss].title, (work.rows, work.width)
+        found.append(Accuracy(loss, title, *shape, name, dtype, temperature, kind, *known))
     return found

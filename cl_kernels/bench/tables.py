@@ -5,7 +5,7 @@ A cell of text may have a second line, the spread, which Markdown sets in bracke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -30,18 +30,13 @@ _FIRST = (
     "load_after",
     "torch",
 )
-_FACTS = {"memory_bytes": "memory", "load_before": "load before", "load_after": "load after"}
-
-
-def quartiles(samples: Sequence[float]) -> tuple[float, ...]:
-    return tuple(np.quantile(samples, QUARTILES)) if samples else (np.nan,) * 3
 
 
 def lines(results: Results) -> pd.DataFrame:
-    """A row for each line: its fields; `work`, `key` of the workload, `ours`; `why` there is no time; `seconds`,
-    the median of forward and backward; `rate`, operations a second; `intensity`, operations a byte; `low`,
-    `ratio`, `high`, the quartiles of its time over that of our fastest variant, which is `mine`, round by
-    round; and `share`, its rate over the floor's."""
+    """A row for each line: its fields; `work`, `key` of the workload, `ours`; `why` there is no time;
+    `seconds`, the median of forward and backward; `rate`, operations a second; `intensity`, operations a byte;
+    `low`, `ratio`, `high`, the quartiles of its time over that of our fastest variant, which is `mine`, round
+    by round; and `share`, its rate over the floor's. Those of a workload stand together."""
     records = [asdict(x) | {"work": x.work, "key": x.key, "ours": x.is_ours} for x in results.lines]
     found = pd.DataFrame(records, columns=[*(f.name for f in fields(Line)), "work", "key", "ours"])
     found = found.astype({**dict.fromkeys(_NUMBERS, float), "ours": bool, "headline": bool})
@@ -50,13 +45,9 @@ def lines(results: Results) -> pd.DataFrame:
     found.loc[(found.why == "") & found.seconds.isna(), "why"] = "no samples"
     found["rate"] = found.flops / found.seconds
     found["intensity"] = (found.flops / found.bytes).replace(np.inf, np.nan)
-    compared = [_compared(work) for _, work in found.groupby("key", sort=False)]
     columns = {"mine": bool, "low": float, "ratio": float, "high": float, "share": float}
-    return (
-        pd.concat([pd.DataFrame(columns=list(columns)), *compared])
-        .join(found, how="right" if found.empty else "left")
-        .astype(columns)
-    )
+    compared = [_compared(work) for _, work in found.groupby("key", sort=False)]
+    return pd.concat([found[:0].assign(**dict.fromkeys(columns)), *compared]).astype(columns)
 
 
 def _compared(work: pd.DataFrame) -> pd.DataFrame:
@@ -67,7 +58,7 @@ def _compared(work: pd.DataFrame) -> pd.DataFrame:
     over[mine] = np.nan
     share = rounds.rdiv(rounds[floor].sum(axis=1, min_count=1), axis=0).median()
     share[floor] = np.nan
-    return over.set_axis(["low", "ratio", "high"], axis=1).assign(mine=mine, share=share)
+    return work.assign(mine=mine, share=share, low=over[0.25], ratio=over[0.5], high=over[0.75])
 
 
 def accuracy(results: Results) -> pd.DataFrame:
@@ -90,10 +81,9 @@ def variants(results: Results) -> list[str]:
 # Tables of text
 
 
-def measured(results: Results, everything: bool = False) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """The headlines' lines (`everything`: all) with columns of text; the names of the columns that need a
-    time, and of those that do not."""
-    found = lines(results)
+def measured(found: pd.DataFrame, everything: bool = False) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """The headlines among lines (`everything`: all) with columns of text; the names of the columns that need
+    a time, and of those that do not."""
     headlines = found[found.headline]
     text: dict[str, tuple[str, Callable[[Any], str]]] = {phase: (phase, _samples) for phase in PHASES}
     if headlines.graph.astype(bool).any():
@@ -115,13 +105,12 @@ def measured(results: Results, everything: bool = False) -> tuple[pd.DataFrame, 
 def _samples(samples: Sequence[float]) -> str:
     if not samples:
         return figures.MISSING
-    low, middle, high = quartiles(samples)
+    low, middle, high = np.quantile(samples, QUARTILES)
     return figures.time(middle) + (f"\n{figures.time(low, high)}" if len(samples) > 1 else "")
 
 
-def untimed(results: Results) -> list[tuple[str, str, str]]:
+def untimed(found: pd.DataFrame) -> list[tuple[str, str, str]]:
     """Variant, reason and works of what has no time, together where variant and reason are the same."""
-    found = lines(results)
     groups = found[found.why != ""].groupby(["variant", "why"], sort=False)
     return [(variant, why, _works(group)) for (variant, why), group in groups]
 
@@ -136,10 +125,10 @@ def _works(found: pd.DataFrame) -> str:
     return "; ".join(f"{place}: {names}" for place, names in titles.items())
 
 
-def errors(results: Results) -> pd.DataFrame:
+def errors(found: pd.DataFrame) -> pd.DataFrame:
     """The largest gradient error over the losses as text, by dtype, inputs and variant, a column for every
     temperature; a cell says of how many losses it is not finite."""
-    groups = accuracy(results).groupby(["dtype", "inputs", "variant", "temperature"], observed=True)
+    groups = found.groupby(["dtype", "inputs", "variant", "temperature"], observed=True)
     return groups.gradient_error.agg(_worst).unstack("temperature", fill_value=figures.MISSING)
 
 
@@ -153,41 +142,33 @@ def _worst(found: pd.Series) -> str:
 # Words
 
 
-def summary(results: Results) -> str:
+def summary(found: pd.DataFrame) -> str:
     """The first workload that we have a time for, in a sentence: against eager, torch.compile, and whichever
     peer was fastest."""
-    found = lines(results)
-    for _, work in found[found.headline].groupby("key", sort=False):
-        if not work.mine.any():
-            continue
-        mine = work[work.mine].iloc[0]
-        peers = work[work.seconds.notna() & ~work.ours & (work.variant != FLOOR)]
-        chosen = peers[
-            peers.variant.isin(["eager", "torch.compile"]) | (peers.seconds == peers.seconds.min())
-        ]
-        text = f"{mine.work} {mine['dtype']}: {figures.time(mine.seconds)} forward and backward"
-        than = [
-            f"{figures.ratio(x.ratio)} of {x.variant}" + (f" ({x.note})" if x.note else "")
-            for x in chosen.itertuples()
-        ]
-        if than:
-            text += ", " + figures.listed(than).replace("× of", "× the speed of", 1)
-        if figures.known(mine.share):
-            text += f", at {figures.number(mine.share)} of the rate of torch.mm"
-        return text + "."
-    return f"No headline workload has a time of {OURS}."
+    timed = found[found.headline & found.mine]
+    if timed.empty:
+        return f"No headline workload has a time of {OURS}."
+    mine = timed.iloc[0]
+    peers = found[(found.key == mine.key) & found.seconds.notna() & ~found.ours & (found.variant != FLOOR)]
+    chosen = peers.variant.isin(["eager", "torch.compile"]) | (peers.seconds == peers.seconds.min())
+    than = [
+        f"{figures.ratio(x.ratio)} of {x.variant}" + (f" ({x.note})" if x.note else "")
+        for x in peers[chosen].itertuples()
+    ]
+    text = f"{mine.work} {mine['dtype']}: {figures.time(mine.seconds)} forward and backward"
+    if than:
+        text += ", " + figures.listed(than).replace("× of", "× the speed of", 1)
+    if figures.known(mine.share):
+        text += f", at {figures.number(mine.share)} of the rate of torch.mm"
+    return text + "."
 
 
 def machine(results: Results) -> list[tuple[str, str]]:
     """Names and values of what is known about the machine and the run. Keys that are not known come last."""
-    facts = results.machine
-    order = [key for key in _FIRST if key in facts] + [key for key in facts if key not in _FIRST]
+    facts, copy = results.machine, results.ceilings.get("copy")
+    order = sorted(facts, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
     rates = [f"{dtype} {figures.rate(x)}" for dtype, x in results.ceilings.items() if dtype != "copy"]
-    copy = results.ceilings.get("copy")
-    found = [
-        (_FACTS.get(key, key.removesuffix("_bytes").replace("_", " ")), _fact(key, facts[key]))
-        for key in order
-    ]
+    found = [(key.removesuffix("_bytes").replace("_", " "), _fact(key, facts[key])) for key in order]
     found += [
         ("torch.mm here", ", ".join(rates)),
         ("copy here", f"{figures.bandwidth(copy)} read and written" if copy else ""),
@@ -199,24 +180,15 @@ def machine(results: Results) -> list[tuple[str, str]]:
 
 
 def _fact(key: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {text}" for k, v in value.items() if (text := _fact(str(k), v)))
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_fact(key, x) for x in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if key.endswith("_bytes"):
         return figures.size(value)
-    return figures.plain(value) if isinstance(value, float) else str(value)
+    return figures.plain(value) if isinstance(value, float) else str(value or "")
 
 
 def busy(results: Results) -> str:
     """A warning where other programs were running when the benchmark began; else nothing."""
-    before, cores = results.machine.get("load_before"), results.machine.get("cores")
-    load = before[0] if isinstance(before, (list, tuple)) and before else before
-    if not isinstance(load, (int, float)) or not isinstance(cores, int) or load <= BUSY * cores:
+    load, cores = results.machine.get("load_before", 0.0), results.machine.get("cores") or 1
+    if load <= BUSY * cores:
         return ""
     return (
         f"This machine was busy: its load was {figures.plain(load)} on {cores} cores before "

@@ -50,7 +50,8 @@ def table(
 
 def show(results: Results) -> None:
     """The headline table and the variants without a time."""
-    found, timed, rest = tables.measured(results)
+    lines = tables.lines(results)
+    found, timed, rest = tables.measured(lines)
     for _, work in found.groupby("key", sort=False):
         first, work = work.iloc[0], work[work.why == ""]
         text = work[["variant", *timed, *rest]].map(lambda cell: cell.partition("\n")[0])
@@ -61,5 +62,5 @@ def show(results: Results) -> None:
             title=f"{first.work} {first['dtype']}",
             styles=styles,
         )
-    for variant, reason, works in tables.untimed(results):
+    for variant, reason, works in tables.untimed(lines):
         print(f"no time for {variant} ({works}): {reason}")

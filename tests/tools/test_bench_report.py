@@ -148,7 +148,8 @@ def made_up() -> Results:
             "torch": "2.13.0+cpu",
             "python": "3.11.2",
             "commit": "def5ae9",
-            "versions": {"pytorch-metric-learning": "2.9.0", "lightly": None},
+            "pytorch-metric-learning": "2.9.0",
+            "lightly": None,
         },
         command="python -m cl_kernels bench --html report.html",
         date="2026-11-23T14:05:10",
@@ -389,7 +390,7 @@ def test_what_was_not_timed(results: Results, page: Page) -> None:
     assert "out of memory" in drawn(page, "SupCon, float32, D = 128: forward + backward")[0]
     assert "wrong answer" in drawn(page, "SCE 512 × 65537 × 256, float32: time over")[0]
     assert all("NaN" in found for found in drawn(page, "inputs: error of the"))
-    headlines, timed, _ = tables.measured(results)
+    headlines, timed, _ = tables.measured(tables.lines(results))
     wrong = headlines[headlines.why.str.startswith("wrong")]
     assert len(wrong) == 1 and set(wrong[timed].to_numpy().ravel()) <= {"", figures.MISSING}
 
@@ -400,16 +401,20 @@ def test_extrapolation(page: Page) -> None:
     assert plots.growth(tables.lines(bare(grown[:1]))) is None
     assert plots.growth(tables.lines(bare(replace(x, columns=7) for x in grown))) is None
 
-    def shown(**machine: float) -> str:
-        return " ".join(words(plots.memories(bare(grown, machine=machine))[0].images[0]))
+    def shown(limit: float | None) -> str:
+        return " ".join(
+            words(plots.memories(tables.lines(bare(grown)), panels.styles(["eager"]), limit)[0].images[0])
+        )
 
-    assert "eager runs out at N ≈ 30000, extrapolated" in shown(memory_bytes=20.0 * 30000**2)
-    assert "extrapolated" not in shown(memory_bytes=20.0 * 1500**2)
-    assert "extrapolated" not in shown()
+    assert "eager runs out at N ≈ 30000, extrapolated" in shown(20.0 * 30000**2)
+    assert "extrapolated" not in shown(20.0 * 1500**2)
+    assert "extrapolated" not in shown(None)
 
 
 def test_same_twice(results: Results) -> None:
-    one, other = (plots.speedups(results)[0] for _ in range(2))
+    one, other = (
+        plots.speedups(tables.lines(results), panels.styles(tables.variants(results)))[0] for _ in range(2)
+    )
     assert one.images == other.images
 
 
@@ -429,12 +434,12 @@ def bare(lines: Iterable[Line] = (), **rest: Any) -> Results:
         bare([replace(a_line("clip", v, 512), flops=None) for v in SLOWER], ceilings={"copy": 1e9}),
         bare([replace(a_line("clip", v, 512), graph=(1e-5,), headline=False) for v in SLOWER]),
         bare(accuracy=[Accuracy("clip", "CLIP", 8, 8, "eager", "int8", 0.1, "odd", 0.0, None)]),
-        bare(machine={"load_before": [9.0, 1.0, 1.0], "cores": 2, "kind": "cuda", "tf32": False}),
+        bare(machine={"load_before": 9.0, "cores": 2, "kind": "cuda"}),
     ],
 )
 def test_few_results(few: Results) -> None:
     found = Page(report.html(few))
-    assert found.text("h1") == [tables.summary(few)]
+    assert found.text("h1") == [tables.summary(tables.lines(few))]
     assert report.markdown(few).startswith("# Benchmark of cl_kernels")
     assert bool(tables.busy(few)) == ("load_before" in few.machine)
 
@@ -457,14 +462,14 @@ def test_cuda_graphs_have_a_column() -> None:
 
 def test_markdown_has_the_same_figures(results: Results, page: Page) -> None:
     written = report.markdown(results).replace("\\", "")
-    headlines, timed, rest = tables.measured(results)
+    headlines, timed, rest = tables.measured(tables.lines(results))
     for row in headlines.to_dict("records"):
         assert f"| {row['work']} | {row['dtype']} | cl_kernels |" in written and row["why"] in written
         for column in rest if row["why"] else (*timed, *rest):
             cell, _, spread = row[column].partition("\n")
             assert not cell or (cell in written and cell in page.text("td"))
             assert spread in written
-    for cell in tables.errors(results).to_numpy().ravel():
+    for cell in tables.errors(tables.accuracy(results)).to_numpy().ravel():
         text, _, lost = cell.partition("\n")
         assert text in written and text in page.text("td") and lost in written
     assert "NaN in 2 of 5" in written
