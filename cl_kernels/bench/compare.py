@@ -25,15 +25,14 @@ def _values(results: Results, against: str, phases: Sequence[str]) -> pd.DataFra
     """The lines once for every phase, with a `value`: seconds, or the multiple of the other variant's whole
     step, round by round; NaN where there is none."""
     found = tables.lines(results)
-    unit = dict(zip(*found.loc[found.variant == against, ["key", "both"]].to_numpy().T, strict=True))
-    long = pd.concat([found.assign(phase=phase, samples=found[phase]) for phase in phases]).sort_index(
-        kind="stable"
+    others = found[found.variant == against]
+    unit = dict(zip(others.key, others.both, strict=True))
+    found = found.melt(
+        ["key", "work", "dtype", "variant", "ours", "status", "seconds"], list(phases), "phase"
     )
-    values = [
-        median(row.samples) if against == SECONDS else ratio(row.samples, unit.get(row.key, ()))
-        for row in long.itertuples()
-    ]
-    return long.assign(value=np.array(values, dtype=float))
+    pairs = zip(found.value, found.key, strict=True)
+    found["value"] = [median(x) if against == SECONDS else ratio(x, unit.get(key, ())) for x, key in pairs]
+    return found
 
 
 def compare(
@@ -45,43 +44,32 @@ def compare(
     everything: bool = False,
 ) -> pd.DataFrame:
     """Our variants (`everything`: all) that both runs have, a row for every phase: `before` and `after` in
-    seconds or as multiples, their `factor`, a `verdict`, and whether that is a `regression`. A variant that was
-    timed before and no longer gives a right answer is lost; what else one of the runs does not have is left out."""
+    seconds or as multiples, their `factor`, a `verdict`, and whether that is a `regression`. A variant that
+    was timed before and no longer gives a right answer is lost; what else one of the runs does not have is
+    left out."""
     old, new = (_values(results, against, phases) for results in (before, after))
-    found = (
-        old[["key", "variant", "phase", "value", "seconds"]]
-        .merge(
-            new.drop(columns="seconds").assign(timed=new.seconds.notna()),
-            on=["key", "variant", "phase"],
-            suffixes=("_before", ""),
-        )
-        .rename(columns={"value_before": "before", "value": "after"})
+    old = old.loc[old.seconds.notna(), ["key", "variant", "phase", "value"]].rename(
+        columns={"value": "before"}
     )
-    found = found[found.seconds.notna() & (found.variant != against) & (found.ours | everything)]
-    lost = ~found.timed
+    found = old.merge(new.rename(columns={"value": "after"}), on=["key", "variant", "phase"])
+    found = found[(found.variant != against) & (found.ours | everything)]
     found["factor"] = found.after / found.before
-    slower, faster = found.factor > threshold, found.factor < 1 / threshold
-    found["verdict"] = np.select(
-        [lost, slower, faster], ["lost: " + found.status, "slower", "faster"], "same"
-    )
+    lost, slower, faster = found.seconds.isna(), found.factor > threshold, found.factor < 1 / threshold
+    verdicts = ["lost: " + found.status, "slower", "faster"]
+    found["verdict"] = np.select([lost, slower, faster], verdicts, "same")
     found["regression"] = lost | slower
     return found[lost | found.factor.notna()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("before", type=Path, metavar="A.json")
-    parser.add_argument("after", type=Path, metavar="B.json")
-    parser.add_argument(
-        "--threshold", type=float, default=1.1, help="a factor from which on a time is slower (default 1.1)"
-    )
-    parser.add_argument(
-        "--against",
-        default=FLOOR,
-        metavar="VARIANT",
-        help=f"whose time in the same run is the unit (default {FLOOR}); '{SECONDS}' for seconds",
-    )
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=["both"])
-    parser.add_argument("--all", action="store_true", help="the peers as well")
+    add = parser.add_argument
+    add("before", type=Path, metavar="A.json")
+    add("after", type=Path, metavar="B.json")
+    add("--threshold", type=float, default=1.1, help="a factor from which on a time is slower (default 1.1)")
+    unit = f"whose time in the same run is the unit (default {FLOOR}); '{SECONDS}' for seconds"
+    add("--against", default=FLOOR, metavar="VARIANT", help=unit)
+    add("--phases", nargs="+", choices=PHASES, default=["both"])
+    add("--all", action="store_true", help="the peers as well")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -111,20 +99,8 @@ def show(
     print(f"B {after.date}, {theirs}" + (" (another machine)" if ours != theirs else ""))
     print(f"In {unit}; slower from {threshold:g}× on.")
     write = figures.time if against == SECONDS else figures.ratio
-    text = changes.assign(
-        before=changes.before.map(write),
-        after=changes.after.map(write),
-        factor=changes.factor.map(figures.ratio),
-    )
-    columns = {
-        "work": "work",
-        "dtype": "dtype",
-        "variant": "variant",
-        "phase": "phase",
-        "before": "A",
-        "after": "B",
-        "factor": "B / A",
-        "verdict": "",
-    }
-    terminal.table(list(columns.values()), text[list(columns)].to_numpy().tolist(), left=(0, 1, 2, 3, 7))
+    words = ["work", "dtype", "variant", "phase"]
+    text = changes[words].assign(A=changes.before.map(write), B=changes.after.map(write))
+    text = text.assign(**{"B / A": changes.factor.map(figures.ratio), "": changes.verdict})
+    terminal.table(text, [*words, ""])
     print(f"{changes.regression.sum()} of {len(changes)} slower")

@@ -154,15 +154,5 @@ def dcl(temperature: float, z0: Tensor, z1: Tensor) -> Result:
     return _mean_over_rows(len(z0), 2 * len(z0), leaves, leaves, losses)
 
 
-LOSSES: dict[str, Callable[..., Result]] = {
-    "supcon": supcon,
-    "selfcon": supcon,
-    "multilevel": multilevel,
-    "nt_xent": nt_xent,
-    "dimcl": dimcl,
-    "sce": sce,
-    "sce_multicrop": sce_multicrop,
-    "info_nce": info_nce,
-    "clip": clip,
-    "dcl": dcl,
-}
+_NAMED = (supcon, multilevel, nt_xent, dimcl, sce, sce_multicrop, info_nce, clip, dcl)
+LOSSES: dict[str, Callable[..., Result]] = {loss.__name__: loss for loss in _NAMED} | {"selfcon": supcon}

@@ -79,15 +79,6 @@ def error(value: float | None, missing: str = MISSING) -> str:
     return f"{value:.1e}" if value else "0"
 
 
-def duration(seconds: float) -> str:
-    """How long a whole run took: 41 s, 3 min 20 s, 1 h 5 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def listed(words: Sequence[str]) -> str:
     """One, two and three."""
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))

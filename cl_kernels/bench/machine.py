@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -45,10 +46,8 @@ def describe(device: str) -> dict[str, Any]:
     if on_gpu:
         found |= {"cpu": cpu_name(), "cuda": torch.version.cuda}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -57,13 +56,14 @@ def commit() -> str:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
-    git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        head, changed = (
+            subprocess.run(["git", "-C", str(root), *x], capture_output=True, text=True).stdout.strip()
+            for x in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
     except OSError:
         return ""
-    return head.stdout.strip() + (", with changes" if changed.stdout.strip() else "")
+    return head + (", with changes" if changed else "")
 
 
 def command() -> str:
@@ -77,11 +77,8 @@ def command() -> str:
 @functools.cache
 def cpu_name() -> str:
     facts = cpuinfo.get_cpu_info()
-    family = [
-        f"{name} {facts[key]}" for key, name in (("family", "cpu family"), ("model", "model")) if key in facts
-    ]
     name = facts.get("brand_raw") or platform.processor() or platform.machine()
-    return f"{name} ({', '.join(family)})" if family else name
+    return f"{name} (cpu family {facts['family']}, model {facts['model']})" if "model" in facts else name
 
 
 def capability(device: str) -> str:
@@ -116,10 +113,8 @@ def memory() -> int:
     """What a process may use: the machine's, or what its control group allows if that is less."""
     whole: int = psutil.virtual_memory().total
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
             return min(whole, int(Path(path).read_text()))
-        except (OSError, ValueError):  # no such file; "max"
-            continue
     return whole
 
 
@@ -127,12 +122,11 @@ def cache(device: str) -> int:
     """The last level's size; py-cpuinfo takes the second level's for it on some machines."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-        sizes.append(int(text.rstrip("KMG")) * units.get(text[-1], 1))
-    return max(sizes)
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [
+        path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    return max((int(size.rstrip("KMG")) * units.get(size[-1], 1) for size in sizes), default=0)
 
 
 def same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -19,23 +19,15 @@ from matplotlib.ticker import LogLocator, NullLocator
 from .results import FLOOR, OURS
 
 PALETTE = {
-    "paper": ("#fdfdfb", "#161614"),
-    "ink": ("#1d1c1a", "#eceae4"),
-    "soft": ("#5f5c56", "#aaa69c"),
-    "grid": ("#e4e2dc", "#33322e"),
-    "band": ("#f3f1ec", "#21201d"),
-    "ours-1": ("#cf1c13", "#ff6a1a"),
-    "ours-2": ("#8a1538", "#ff9aa8"),
-    "ours-3": ("#d2600a", "#ffc27a"),
-    "series-1": ("#476dd8", "#3e7cfe"),
-    "series-2": ("#007426", "#7bb99d"),
-    "series-3": ("#864678", "#d64dc3"),
-    "series-4": ("#ad8757", "#e2ab50"),
-    "series-5": ("#1294b6", "#98d7f2"),
-    "series-6": ("#473566", "#c78bff"),
-    "series-7": ("#5c1f0a", "#f5ff99"),
-    "floor": ("#77756f", "#8f8d86"),
-}
+    "paper": ("#fdfdfb", "#161614"), "ink": ("#1d1c1a", "#eceae4"),
+    "soft": ("#5f5c56", "#aaa69c"), "grid": ("#e4e2dc", "#33322e"),
+    "band": ("#f3f1ec", "#21201d"), "ours-1": ("#cf1c13", "#ff6a1a"),
+    "ours-2": ("#8a1538", "#ff9aa8"), "ours-3": ("#d2600a", "#ffc27a"),
+    "series-1": ("#476dd8", "#3e7cfe"), "series-2": ("#007426", "#7bb99d"),
+    "series-3": ("#864678", "#d64dc3"), "series-4": ("#ad8757", "#e2ab50"),
+    "series-5": ("#1294b6", "#98d7f2"), "series-6": ("#473566", "#c78bff"),
+    "series-7": ("#5c1f0a", "#f5ff99"), "floor": ("#77756f", "#8f8d86"),
+}  # fmt: skip
 """On light and dark paper. The series differ for the colour-blind too, and have a contrast of 3:1 or more."""
 
 # Markers and the sizes at which they look equally large.
@@ -60,9 +52,11 @@ class Style:
     order: int = 3
 
     def line(self, ink: Ink, **other: Any) -> dict[str, Any]:
-        return {"color": ink[self.color], "marker": self.marker, "markersize": self.size, "zorder": self.order,
-                "markeredgecolor": ink["paper"], "markeredgewidth": 0.7, "linestyle": self.dashes,
-                "linewidth": self.width, "clip_on": False, **other}  # fmt: skip
+        return {
+            "color": ink[self.color], "linestyle": self.dashes, "linewidth": self.width, "marker": self.marker,
+            "markersize": self.size, "markeredgecolor": ink["paper"], "markeredgewidth": 0.7,
+            "zorder": self.order, "clip_on": False, **other,
+        }  # fmt: skip
 
     def mark(self, ink: Ink, **other: Any) -> dict[str, Any]:
         return self.line(ink, linestyle="", **other)
@@ -92,35 +86,22 @@ def styles(variants: Iterable[str]) -> dict[str, Style]:
 class Panel:
     """One figure, as SVG images on light and on dark paper; a point of it is a pixel of the page."""
 
-    def __init__(
-        self,
-        title: str,
-        what: str,
-        variants: Iterable[str],
-        draw: Draw,
-        height: float = 290,
-        width: float = 380,
-    ) -> None:
+    def __init__(self, title: str, what: str, variants: Iterable[str], draw: Draw, *size: float) -> None:
         self.title, self.variants = title, frozenset(variants)
         self.description = f"{what}. The tables have its figures." if what else ""
-        self.images = [_image(draw, {x: PALETTE[x][i] for x in PALETTE}, width, height) for i in range(2)]
+        inks = ({name: colors[i] for name, colors in PALETTE.items()} for i in range(2))
+        self.images = [_image(draw, ink, *(size or (380, 290))) for ink in inks]
 
 
 def _image(draw: Draw, ink: Ink, width: float, height: float) -> str:
     """A URI with the figure in it."""
     file = io.BytesIO()
-    soft = (
-        "text.color",
-        "axes.titlecolor",
-        "axes.edgecolor",
-        "axes.labelcolor",
-        "xtick.color",
-        "ytick.color",
-    )
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "cl_kernels", "text.parse_math": False, "font.size": _TEXT,
-        "axes.titlesize": _TEXT, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.axisbelow": True, "grid.color": ink["grid"], **dict.fromkeys(soft, ink["soft"]),
+        "text.color": ink["soft"], "axes.titlecolor": ink["soft"], "axes.edgecolor": ink["soft"],
+        "axes.labelcolor": ink["soft"], "xtick.color": ink["soft"], "ytick.color": ink["soft"],
+        "axes.titlesize": _TEXT, "axes.titlelocation": "left", "axes.spines.top": False,
+        "axes.spines.right": False, "axes.axisbelow": True, "grid.color": ink["grid"],
     }  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure((width / 72, height / 72), layout="constrained")
@@ -134,12 +115,11 @@ def key(style: Style) -> Panel:
     """An entry of a legend."""
 
     def draw(axes: Axes, ink: Ink) -> None:
-        axes.figure.set_layout_engine("none")
         axes.set_axis_off()
-        axes.set_position((0, 0, 1, 1))
+        axes.set_position((0, 0, 1, 1))  # and not as the layout would have it
         axes.plot([0, 1, 2], [0, 0, 0], **style.line(ink), markevery=[1])
 
-    return Panel("", "", (), draw, height=14, width=34)
+    return Panel("", "", (), draw, 34, 14)
 
 
 # What the panels have in common
@@ -154,8 +134,10 @@ def log_axis(axis: Any, low: float, high: float, text: Any) -> None:
     axis.set_major_formatter(text)
 
 
-def note(axes: Axes, text: str, at: tuple[float, float], color: str, offset: tuple[float, float] = (0, 0),
-         align: str = "left center_baseline", where: tuple[Any, Any] = ("axes fraction", "data")) -> None:  # fmt: skip
+def note(
+    axes: Axes, text: str, at: tuple[float, float], color: str, offset: tuple[float, float] = (0, 0),
+    align: str = "left center_baseline", where: tuple[Any, Any] = ("axes fraction", "data"),
+) -> None:  # fmt: skip
     """Words at a share of the width and a height of the data."""
     horizontal, vertical = align.split()
     axes.annotate(text, at, offset, where, "offset points", color=color, ha=horizontal, va=vertical)
@@ -166,19 +148,19 @@ def level(axes: Axes, y: float, label: str, ink: Ink, dashes: str = "-", side: s
     note(axes, label, (0, y), ink["soft"], (4, 3 if side == "bottom" else -3), f"left {side}")
 
 
-def heading(axes: Axes, text: str, rails: Mapping[str, Sequence[float]], label: str, align: str, all_styles: Styles,
-            ink: Ink, **mark: Any) -> None:  # fmt: skip
-    """What is on the y axis, above it; between them rows for what has no place in the axes: where each variant of
-    `rails` was lost, and why."""
+def heading(
+    axes: Axes, text: str, rails: Mapping[str, Sequence[float]], label: str, x: float, all_styles: Styles,
+    ink: Ink, **mark: Any,
+) -> None:  # fmt: skip
+    """What is on the y axis, above it; between them rows for what has no place in the axes: where each variant
+    of `rails` was lost, and from `x` on why."""
     for i, (variant, xs) in enumerate(rails.items()):
-        low = 1.02 + _RAIL * i
-        band = {"transform": axes.transAxes, "color": ink["band"], "clip_on": False, "linewidth": 0}
-        axes.add_patch(Rectangle((0, low), 1, _RAIL, **band))
-        style = all_styles[variant]
+        low, style = 1.02 + _RAIL * i, all_styles[variant]
+        band: dict[str, Any] = {"transform": axes.transAxes, "color": ink["band"], "clip_on": False}
+        axes.add_patch(Rectangle((0, low), 1, _RAIL, linewidth=0, **band))
         color = {"markeredgecolor": ink[style.color]} if mark else {}
         where = [low + _RAIL / 2] * len(xs)
         axes.plot(xs, where, transform=axes.get_xaxis_transform(), **style.mark(ink, **mark, **color))
     if rails:
-        x = 0.98 if align == "right" else 0.02
-        axes.text(x, 1.02 + _RAIL / 2, label, transform=axes.transAxes, ha=align, va="center_baseline")
+        axes.text(x, 1.02 + _RAIL / 2, label, transform=axes.transAxes, va="center_baseline")
     axes.set_title(text, y=1.02 + _RAIL * len(rails), pad=6.0)

@@ -183,6 +183,7 @@ PEERS: dict[str, Peer] = {
             package="lightly.loss",
         ),
         Peer("inf-cl", {"clip": _inf_cl}, package="inf_cl", gpu_only=True),
-        Peer("memeff", {"clip": _memeff}, package="memeff", gpu_only=True, notes={"clip": "no gradient of the scale"}),
+        Peer("memeff", {"clip": _memeff}, package="memeff", gpu_only=True,
+             notes={"clip": "no gradient of the scale"}),
     )
 }  # fmt: skip

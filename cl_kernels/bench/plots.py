@@ -60,7 +60,7 @@ def _ratios(work: pd.DataFrame, all_styles: Styles, span: tuple[float, float]) -
             note(axes, figures.ratio(x.ratio), (1.2, i), ink["ink"], align="right center_baseline")
 
     what = f"{title}: time over that of {mine.variant}"
-    return Panel(title, what, others.variant, draw, height=48 + 24.0 * len(rows))
+    return Panel(title, what, others.variant, draw, 380, 48 + 24.0 * len(rows))
 
 
 # Curves over the rows
@@ -111,10 +111,10 @@ def _curve(
         if end:
             n, last, at_last = end
             eager = ink[all_styles["eager"].color]
-            axes.plot([last, n], [at_last, limit], color=eager, linewidth=1.5, linestyle=":")
-            axes.plot([n], [limit], "o", markersize=7, markerfacecolor="none", color=eager)
+            axes.plot([last, n], [at_last, limit or 0.0], color=eager, linewidth=1.5, linestyle=":")
+            axes.plot([n], [limit or 0.0], "o", markersize=7, markerfacecolor="none", color=eager)
         rails = {variant: x.rows.tolist() for variant, x in lost.items()}
-        heading(axes, about, rails, "out of memory", "left", all_styles, ink, marker="x", markeredgewidth=2.0)
+        heading(axes, about, rails, "out of memory", 0.02, all_styles, ink, marker="x", markeredgewidth=2.0)
         if limit:
             level(axes, limit, f"this machine’s memory, {figures.size(limit)}", ink)
             axes.set_ylim(top=max(axes.get_ylim()[1], 3 * limit))
@@ -172,7 +172,7 @@ def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], al
     def draw(axes: Axes, ink: Ink) -> None:
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top), xlabel="operations a byte")
         axes.grid(axis="y")
-        heading(axes, "FLOP/s, on the fewest operations", {}, "", "left", all_styles, ink)
+        heading(axes, "FLOP/s, on the fewest operations", {}, "", 0.0, all_styles, ink)
         log_axis(axes.xaxis, low, high, lambda x, _: figures.plain(x))
         log_axis(axes.yaxis, least, top, EngFormatter())
         if peak:
@@ -198,7 +198,7 @@ def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], al
         for variant, points in series.items():
             axes.plot(points.intensity, points.rate, **all_styles[variant].mark(ink))
 
-    return Panel(dtype, f"Roofline, {dtype}", series, draw, height=330)
+    return Panel(dtype, f"Roofline, {dtype}", series, draw, 380, 330)
 
 
 def _staggered(xs: Sequence[float], labels: Sequence[str], pixel: float) -> list[int]:
@@ -217,7 +217,7 @@ def _staggered(xs: Sequence[float], labels: Sequence[str], pixel: float) -> list
 
 
 def errors(found: pd.DataFrame, all_styles: Styles, which: str) -> dict[str, list[Panel]]:
-    """Panels of `which`, "gradient" or "loss", by kind of inputs, one a dtype: the error against temperature."""
+    """By kind of inputs, a panel a dtype: the error of `which`, "gradient" or "loss", against temperature."""
     found = found.assign(error=found[f"{which}_error"])
     panels: dict[str, list[Panel]] = {}
     for dtype in _dtypes(found):
@@ -247,7 +247,7 @@ def _errors(which: str, here: pd.DataFrame, every: pd.DataFrame, all_styles: Sty
         if epsilon:
             level(axes, epsilon, f"unit roundoff of {dtype}", ink, ":", "top")
         rails = {variant: x.temperature.unique().tolist() for variant, x in lost.items()}
-        heading(axes, f"relative error of the {which}", rails, "NaN", "right", all_styles, ink)
+        heading(axes, f"relative error of the {which}", rails, "NaN", 0.9, all_styles, ink)
         log_axis(
             axes.yaxis, *axes.get_ylim(), lambda y, _: f"{y:.0e}".replace("e-0", "e-").replace("e+00", "")
         )

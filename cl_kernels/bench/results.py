@@ -1,6 +1,6 @@
 """What a benchmark found: the records and their file, which is JSON with a record a line.
 
-The keys of the file are those of `Results`; `lines` and `accuracy` are tables whose first row names the columns.
+Its keys are the fields of `Results`; `lines` and `accuracy` are tables whose first row names the columns.
 """
 
 from __future__ import annotations

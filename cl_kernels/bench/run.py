@@ -123,14 +123,16 @@ def checked(plan: Plan, work: Workload) -> list[Line]:
 
 def steps_of(plan: Plan, work: Workload, name: str, copies: Sequence[Inputs]) -> timing.Step:
     if name == FLOOR:
-        return timing.Products(work, plan.device)
-    return timing.Steps(variants.implementation(name, work.loss), work.temperature, copies)
+        return timing.products(work, plan.device)
+    return timing.steps(variants.implementation(name, work.loss), work.temperature, copies)
 
 
-def timed(plan: Plan, work: Workload, line: Line, samples: timing.Samples) -> Line:
+def timed(plan: Plan, work: Workload, line: Line, samples: Sequence[timing.Sample]) -> Line:
+    line = replace(line, both=tuple(map(sum, samples)))
     if line.variant == FLOOR:
-        return replace(line, both=tuple(samples.both))
-    line = replace(line, **{phase: tuple(times) for phase, times in vars(samples).items()})
+        return line
+    forward, backward = zip(*samples, strict=True)
+    line = replace(line, forward=forward, backward=backward)
     if plan.device == "cuda" and work.rows <= GRAPH_ROWS and line.is_ours:
         implementation = variants.implementation(line.variant, work.loss)
         graph = timing.graph_samples(implementation, work, plan.device, plan.rounds)

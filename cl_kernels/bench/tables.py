@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,10 @@ _FIRST = (
 
 
 def lines(results: Results) -> pd.DataFrame:
-    """A row for each line: its fields; `work`, `key` of the workload, `ours`; `why` there is no time;
-    `seconds`, the median of forward and backward; `rate`, operations a second; `intensity`, operations a byte;
-    `low`, `ratio`, `high`, the quartiles of its time over that of our fastest variant, which is `mine`, round
-    by round; and `share`, its rate over the floor's. Those of a workload stand together."""
+    """A row for each line, those of a workload together: its fields; `work`, `key`, `ours`; `why` there is no
+    time; `seconds`, the median of forward and backward; `rate`, operations a second; `intensity`, those a
+    byte; `low`, `ratio`, `high`, the quartiles of its time over that of our fastest variant, which is `mine`,
+    round by round; and `share`, its rate over the floor's."""
     records = [asdict(x) | {"work": x.work, "key": x.key, "ours": x.is_ours} for x in results.lines]
     found = pd.DataFrame(records, columns=[*(f.name for f in fields(Line)), "work", "key", "ours"])
     found = found.astype({**dict.fromkeys(_NUMBERS, float), "ours": bool, "headline": bool})
@@ -174,7 +175,7 @@ def machine(results: Results) -> list[tuple[str, str]]:
         ("copy here", f"{figures.bandwidth(copy)} read and written" if copy else ""),
         ("date", results.date.replace("T", " ")),
         ("command", results.command),
-        ("took", figures.duration(results.seconds) if results.seconds else ""),
+        ("took", str(timedelta(seconds=round(results.seconds))) if results.seconds else ""),
     ]
     return [(name, value) for name, value in found if value]
 

@@ -171,7 +171,7 @@ def _multilevel(*levels_and_labels: Tensor, temperature: float) -> Tensor:
 
 
 def _sce(q: Tensor, k: Tensor, queue: Tensor, **options: Any) -> Tensor:
-    sharp = {} if "targets" in options else {"target_temperature": eager.TARGET_TEMPERATURE}
+    sharp: dict[str, Any] = {} if "targets" in options else {"target_temperature": eager.TARGET_TEMPERATURE}
     return cl_kernels.sce_loss(q, k, queue=queue, coeff=eager.COEFF, **sharp, **options)
 
 
@@ -194,26 +194,19 @@ class Loss:
     shape: Callable[[int, int], tuple[int, int]]  # rows and columns of the matrix, of rows and queue size
 
 
-def _square(rows: int, queue: int) -> tuple[int, int]:
-    return rows, rows
-
-
-def _own_key_and_queue(rows: int, queue: int) -> tuple[int, int]:
-    return rows, queue + 1
-
+_square, _queued = (lambda rows, queue: (rows, rows)), (lambda rows, queue: (rows, queue + 1))
+"""Each row against each other; against its own key and those of the queue."""
 
 LOSSES: dict[str, Loss] = {
     "supcon": Loss("SupCon", _ours(cl_kernels.supcon_loss), _supcon_inputs, 2, _square),
     "nt_xent": Loss("NT-Xent", _ours(cl_kernels.nt_xent_loss), _pair_inputs, 2, _square),
-    "sce": Loss("SCE", _ours(_sce), _queue_inputs, 4, _own_key_and_queue),
+    "sce": Loss("SCE", _ours(_sce), _queue_inputs, 4, _queued),
     "dimcl": Loss("DimCL", _ours(cl_kernels.dimcl_loss), _dimcl_inputs, 2, _square),
     "clip": Loss("CLIP", _clip, _clip_inputs, 4, _square),
-    "sce_multicrop": Loss(
-        "SCE multi-crop", _ours(_sce_multicrop), _multicrop_inputs, 2 + 2 * VIEWS, _own_key_and_queue
-    ),
+    "sce_multicrop": Loss("SCE multi-crop", _ours(_sce_multicrop), _multicrop_inputs, 2 + 2 * VIEWS, _queued),
     "selfcon": Loss("SelfCon", _ours(cl_kernels.selfcon_loss), _supcon_inputs, 2, _square),
     "multilevel": Loss("Multi-level", _ours(_multilevel), _multilevel_inputs, 2, _square),
-    "info_nce": Loss("InfoNCE", _ours(cl_kernels.info_nce_loss), _queue_inputs, 2, _own_key_and_queue),
+    "info_nce": Loss("InfoNCE", _ours(cl_kernels.info_nce_loss), _queue_inputs, 2, _queued),
     "dcl": Loss("DCL", _ours(cl_kernels.dcl_loss), _one_way_inputs, 3, lambda rows, queue: (rows, 2 * rows)),
 }
 """By name; the first five make the standard report."""

@@ -503,6 +503,5 @@ def test_figures() -> None:
         "1000",
         "1.5×",
     ]
-    assert figures.duration(512) == "8 min 32 s"
     for of in (figures.time, figures.rate, figures.bandwidth, figures.size, figures.ratio, figures.error):
         assert {of(None), of(math.nan), of(math.inf)} == {figures.MISSING}
