@@ -122,10 +122,9 @@ def cache(device: str) -> int:
     """The last level's size; py-cpuinfo takes the second level's for it on some machines."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = [
-        path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    ]
+    sizes = (path.read_text().strip() for path in files)
     return max((int(size.rstrip("KMG")) * units.get(size[-1], 1) for size in sizes), default=0)
 
 

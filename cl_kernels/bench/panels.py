@@ -53,9 +53,9 @@ class Style:
 
     def line(self, ink: Ink, **other: Any) -> dict[str, Any]:
         return {
-            "color": ink[self.color], "linestyle": self.dashes, "linewidth": self.width, "marker": self.marker,
-            "markersize": self.size, "markeredgecolor": ink["paper"], "markeredgewidth": 0.7,
-            "zorder": self.order, "clip_on": False, **other,
+            "color": ink[self.color], "linestyle": self.dashes, "linewidth": self.width,
+            "marker": self.marker, "markersize": self.size, "markeredgecolor": ink["paper"],
+            "markeredgewidth": 0.7, "zorder": self.order, "clip_on": False, **other,
         }  # fmt: skip
 
     def mark(self, ink: Ink, **other: Any) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def heading(
     axes: Axes, text: str, rails: Mapping[str, Sequence[float]], label: str, x: float, all_styles: Styles,
     ink: Ink, **mark: Any,
 ) -> None:  # fmt: skip
-    """What is on the y axis, above it; between them rows for what has no place in the axes: where each variant
-    of `rails` was lost, and from `x` on why."""
+    """What is on the y axis, above it; between them rows for what has no place in the axes: where each
+    variant of `rails` was lost, and from `x` on why."""
     for i, (variant, xs) in enumerate(rails.items()):
         low, style = 1.02 + _RAIL * i, all_styles[variant]
         band: dict[str, Any] = {"transform": axes.transAxes, "color": ink["band"], "clip_on": False}

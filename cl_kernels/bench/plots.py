@@ -40,9 +40,8 @@ def _ratios(work: pd.DataFrame, all_styles: Styles, span: tuple[float, float]) -
     title = f"{mine.work}, {mine['dtype']}"
 
     def draw(axes: Axes, ink: Ink) -> None:
-        axes.set(
-            xscale="log", xlim=span, ylim=(len(rows) - 0.5, -0.5), xlabel=f"time ÷ time of {mine.variant}"
-        )
+        axes.set(xscale="log", xlim=span, ylim=(len(rows) - 0.5, -0.5))
+        axes.set_xlabel(f"time ÷ time of {mine.variant}")
         log_axis(axes.xaxis, *span, lambda x, _: f"{x:g}×")
         axes.axvline(1.0, color=ink["ink"], linewidth=1.1, zorder=2)
         axes.spines["left"].set_visible(False)
@@ -80,12 +79,12 @@ def memories(found: pd.DataFrame, all_styles: Styles, limit: float | None) -> li
 def _curves(
     name: str, found: pd.DataFrame, all_styles: Styles, ticks: EngFormatter, limit: float | None = None
 ) -> list[Panel]:
-    order = found["dtype"].map(_dtypes(found).index)
-    groups = found.sort_values("rows").groupby([order, "loss", "width"], sort=False)
-    first = sorted(
-        (group for _, group in groups), key=lambda group: (order[group.index[0]], group.index.min())
-    )
-    several = [group for group in first if group.rows[group.value.notna()].nunique() > 1]
+    groups = [
+        group.sort_values("rows")
+        for dtype in _dtypes(found)
+        for _, group in found[found["dtype"] == dtype].groupby(["loss", "width"], sort=False)
+    ]
+    several = [group for group in groups if group.rows[group.value.notna()].nunique() > 1]
     return [_curve(name, group, all_styles, ticks, limit) for group in several]
 
 
@@ -160,9 +159,8 @@ def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], al
     if peak and copy:
         low = min(low, peak / copy / 10)
     works = lines.drop_duplicates("key").sort_values("intensity")
-    labels = works.title.where(
-        ~works.title.duplicated(keep=False), works.title + " " + works.rows.astype(str)
-    )
+    several = works.title.duplicated(keep=False)
+    labels = works.title.mask(several, works.title + " " + works.rows.astype(str))
     levels = _staggered([math.log(x) for x in works.intensity], labels, math.log(high / low) / 300)
     top = max(lines.rate.max(), peak or 0.0) * 1.5
     least = min([lines.rate.min() / 1.4, *([low * copy] if peak and copy else [])])
@@ -182,15 +180,8 @@ def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], al
             note(axes, f"torch.mm, {figures.rate(peak)}", (1.0, peak), ink["ink"], (0, 4), "right bottom")
         if peak and copy:
             at = (2 * low, 2 * low * copy)
-            note(
-                axes,
-                f"copy, {figures.bandwidth(copy)}",
-                at,
-                ink["ink"],
-                (8, -4),
-                "left top",
-                ("data", "data"),
-            )
+            here = ("data", "data")
+            note(axes, f"copy, {figures.bandwidth(copy)}", at, ink["ink"], (8, -4), "left top", here)
         for x, row, label in zip(works.intensity, levels, labels, strict=True):
             where = ("data", "axes fraction")
             note(axes, label, (x, 0), ink["soft"], (0, 14 * row + 4), "center bottom", where)

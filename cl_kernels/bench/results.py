@@ -20,8 +20,6 @@ FLOOR = "floor"
 """The name of the variant that is only as many plain products as the fewest operations are worth."""
 FORMAT = 2
 
-Key = tuple[str, int, int, int, str, float]
-
 
 @dataclass(frozen=True)
 class Line:
@@ -54,7 +52,7 @@ class Line:
         return f"{self.title} {self.rows} × {self.columns} × {self.width}"
 
     @property
-    def key(self) -> Key:
+    def key(self) -> tuple[str, int, int, int, str, float]:
         """The same for all variants of a workload."""
         return self.loss, self.rows, self.columns, self.width, self.dtype, self.temperature
 
@@ -122,11 +120,10 @@ def content(results: Results) -> dict[str, Any]:
 
 
 def _rows(kind: type, records: Iterable[Any]) -> list[Sequence[Any]]:
-    """JSON has no NaN and no infinity: None instead."""
-    rows = [
-        [None if isinstance(x, float) and not math.isfinite(x) else x for x in astuple(y)] for y in records
-    ]
-    return [[f.name for f in fields(kind)], *rows]
+    def finite(value: Any) -> Any:  # JSON has no NaN and no infinity
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [[f.name for f in fields(kind)], *(list(map(finite, astuple(x))) for x in records)]
 
 
 def as_text(values: Mapping[str, Any]) -> str:

@@ -20,17 +20,8 @@ BUSY = 0.25
 """The load a core, before the first measurement, from which on a machine counts as busy."""
 QUARTILES = (0.25, 0.5, 0.75)
 _NUMBERS = ("flops", "bytes", "memory", "loss_error", "gradient_error")
-_FIRST = (
-    "device",
-    "kind",
-    "cores",
-    "threads",
-    "memory_bytes",
-    "governor",
-    "load_before",
-    "load_after",
-    "torch",
-)
+_FIRST = ("device", "kind", "cores", "threads", "memory_bytes", "governor", "load_before", "load_after",
+          "torch")  # fmt: skip
 
 
 def lines(results: Results) -> pd.DataFrame:
