@@ -45,7 +45,7 @@ def nt_xent(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
 
 
 def nt_xent_of(temperature: float, z: Tensor) -> Tensor:
-    """Of unit rows, the second half the other views of the first."""
+    """The loss of unit rows, the second half the other views of the first."""
     own = torch.arange(len(z), device=z.device)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, own.roll(len(z) // 2))

@@ -1,4 +1,4 @@
-"""What a measurement ran on, and what the machine was doing meanwhile."""
+"""The machine that a measurement ran on, and its load meanwhile."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def commit() -> str:
 
 
 def command() -> str:
-    """As it was typed, without the folders of this machine."""
+    """The command as it was typed, without the folders of this machine."""
     arguments = [Path(x).name if os.path.isabs(x) else x for x in sys.argv[1:]]
     program = Path(sys.argv[0])
     module = "-m cl_kernels" if program.name == "__main__.py" else program.name
@@ -97,7 +97,7 @@ def multiplies_bfloat16(device: str) -> bool:
 
 
 def governor() -> str:
-    """What sets the first core's clock; "unknown" where the machine does not say, as virtual ones do not."""
+    """The policy of the first core's clock; "unknown" where the machine does not say, as virtual ones do not."""
     try:
         return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
     except OSError:
@@ -110,7 +110,7 @@ def load() -> float:
 
 
 def memory() -> int:
-    """What a process may use: the machine's, or what its control group allows if that is less."""
+    """Bytes that a process may use: the machine's, or fewer where its control group says so."""
     whole: int = psutil.virtual_memory().total
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no such file; "max"

@@ -152,8 +152,8 @@ def heading(
     axes: Axes, text: str, rails: Mapping[str, Sequence[float]], label: str, x: float, all_styles: Styles,
     ink: Ink, **mark: Any,
 ) -> None:  # fmt: skip
-    """What is on the y axis, above it; between them rows for what has no place in the axes: where each
-    variant of `rails` was lost, and from `x` on why."""
+    """Says above the y axis what it shows; between them are rows for what has no place in the axes: where
+    each variant of `rails` was lost, and from `x` on why."""
     for i, (variant, xs) in enumerate(rails.items()):
         low, style = 1.02 + _RAIL * i, all_styles[variant]
         band: dict[str, Any] = {"transform": axes.transAxes, "color": ink["band"], "clip_on": False}

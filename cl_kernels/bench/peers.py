@@ -1,4 +1,4 @@
-"""What the losses are measured against: other implementations of the same work, where they are installed."""
+"""The peers of our losses: other implementations of the same work, where they are installed."""
 
 from __future__ import annotations
 

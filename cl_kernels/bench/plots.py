@@ -99,7 +99,7 @@ def _curve(
     lost = _by_variant(lines[lines.why.str.lower().str.contains("out of memory")], all_styles)
     first, end = lines.iloc[0], _end(lines, limit)
     title = f"{first.title}, {first['dtype']}, D = {first.width}"
-    about = f"{name}; eager runs out at N ≈ {float(f'{end[0]:.1e}'):.0f}, extrapolated" if end else name
+    about = f"{name}\neager runs out at N ≈ {float(f'{end[0]:.1e}'):.0f}, extrapolated" if end else name
 
     def draw(axes: Axes, ink: Ink) -> None:
         axes.set(xscale="log", yscale="log", xlabel="rows N")
@@ -208,7 +208,7 @@ def _staggered(xs: Sequence[float], labels: Sequence[str], pixel: float) -> list
 
 
 def errors(found: pd.DataFrame, all_styles: Styles, which: str) -> dict[str, list[Panel]]:
-    """By kind of inputs, a panel a dtype: the error of `which`, "gradient" or "loss", against temperature."""
+    """The error of `which`, "gradient" or "loss", against temperature: by kind of inputs, a panel a dtype."""
     found = found.assign(error=found[f"{which}_error"])
     panels: dict[str, list[Panel]] = {}
     for dtype in _dtypes(found):

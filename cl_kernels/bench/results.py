@@ -1,4 +1,4 @@
-"""What a benchmark found: the records and their file, which is JSON with a record a line.
+"""The records of a benchmark and their file, which is JSON with a record a line.
 
 Its keys are the fields of `Results`; `lines` and `accuracy` are tables whose first row names the columns.
 """

@@ -24,7 +24,7 @@ LARGEST_TRUTH = {"cpu": 1 << 28, "cuda": 1 << 35}
 """Pairs up to which a workload is held to float64; beyond, that would take longer than all the rest."""
 
 GRAPH_ROWS = 4096
-"""Up to which a step is also replayed from a CUDA graph: larger ones are not bound by launches."""
+"""Rows up to which a step is also replayed from a CUDA graph: larger ones are not bound by launches."""
 
 STUDY_ROWS, STUDY_WIDTH = 512, 128
 STUDY_TEMPERATURES = (0.5, 0.1, 0.07, 0.01)
@@ -49,7 +49,7 @@ class Plan:
 
 
 Progress = Callable[[str, int, int], None]
-"""What is being done, steps done and steps in all."""
+"""Takes what is being done, steps done and steps in all."""
 
 
 def now() -> str:
@@ -217,8 +217,8 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def errors_of(result: Answer, truth: exact.Result) -> tuple[float, float]:
-    """Of the loss, and the largest of the gradients; a gradient that an implementation does not have is left
-    out."""
+    """The relative errors of the loss and, the largest, of the gradients; one that an implementation does not
+    have is left out."""
     gradients = [relative_error(x, y) for x, y in zip(result[1], truth[1], strict=True) if x is not None]
     largest = math.nan if any(map(math.isnan, gradients)) else max(gradients)
     return relative_error(result[0], truth[0]), largest
@@ -253,7 +253,7 @@ def _study(plan: Plan) -> list[Study]:
 
 
 def errors(plan: Plan, loss: str, dtype: str, temperature: float, kind: str) -> list[Accuracy]:
-    """Of every variant that runs, on small inputs. There are none where the loss has vanished: relative
+    """The errors of every variant that runs, on small inputs; none where the loss has vanished: relative
     errors of nothing mean nothing."""
     columns = LOSSES[loss].shape(STUDY_ROWS, STUDY_ROWS)[1]
     work = Workload(loss, STUDY_ROWS, columns, STUDY_WIDTH, dtype, temperature)

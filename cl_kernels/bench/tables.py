@@ -1,4 +1,4 @@
-"""What the reports say in words and tables: results as data frames, of figures and of text.
+"""The words and tables of the reports: results as data frames, of figures and of text.
 
 A cell of text may have a second line, the spread, which Markdown sets in brackets and HTML in smaller type.
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 from .workloads import Implementation, Inputs, Workload
 
 COPIES = 16
-"""Of the inputs, at most."""
+"""Copies of the inputs, at most."""
 
 FEWEST = 3
 """Rounds of even the slowest variant."""
@@ -68,7 +68,7 @@ def products(work: Workload, device: str) -> Step:
 
 
 def copies(work: Workload, device: str, cache: int) -> list[Inputs]:
-    """As many inputs as twice the last cache holds, but at most 16."""
+    """Inputs, as many as twice the last cache holds, but at most 16."""
     first = work.inputs(device)
     one = sum(x.nbytes for x in (*first.leaves, *first.rest))
     count = max(1, min(COPIES, -(-2 * cache // one)))

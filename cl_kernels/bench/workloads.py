@@ -22,7 +22,7 @@ VIEWS = 10  # of multi-crop
 LEVELS = (0.25, 0.5, 1.0)  # widths of the levels of the multi-level loss, of the widest
 
 Implementation = Callable[..., Tensor]
-"""Of a temperature, the tensors that get a gradient, and those that do not; gives the mean loss."""
+"""Takes a temperature, the tensors that get a gradient, and those that do not; gives the mean loss."""
 
 
 @dataclass(frozen=True)
@@ -209,14 +209,14 @@ LOSSES: dict[str, Loss] = {
     "info_nce": Loss("InfoNCE", _ours(cl_kernels.info_nce_loss), _queue_inputs, 2, _queued),
     "dcl": Loss("DCL", _ours(cl_kernels.dcl_loss), _one_way_inputs, 3, lambda rows, queue: (rows, 2 * rows)),
 }
-"""By name; the first five make the standard report."""
+"""The losses by name; the first five make the standard report."""
 
 STANDARD = ("supcon", "nt_xent", "sce", "dimcl", "clip")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one loss on one kind of machine: the rows of its curve, the last of which is the headline."""
+    """The sizes of one loss on one kind of machine: `rows` of its curve, the last of which is the headline."""
 
     rows: Sequence[int]
     width: int
@@ -249,7 +249,7 @@ SIZES: dict[str, dict[str, Sizes]] = {
         "dcl": Sizes((2048, 8192), 128),
     },
 }
-"""By kind of machine: those of the papers (docs/benchmarking.md), as far as they take seconds."""
+"""The sizes by kind of machine: those of the papers (docs/benchmarking.md), as far as they take seconds."""
 
 
 def planned(
