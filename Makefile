@@ -83,7 +83,8 @@ compile-gate: $(BUILT)  ## GPU kernels without a GPU: compile what is not record
 	$(BIN)/python gates/triton_gate.py $(GATE_FLAGS)
 	$(BIN)/python gates/cuda_gate.py $(filter --all --update,$(GATE_FLAGS))
 
-# On a machine with a GPU and no network: $(PYTHON) as it is, with torch, triton and pytest, and no .venv.
+# On a machine with a GPU and no network: $(PYTHON) as it is, with torch, triton, pytest and the libraries of the
+# extra bench, and no .venv.
 gpu-check:  ## tests, memory checkers and timings on this machine's GPU
 	$(PYTHON) bench/gpu_check.py $(GPU_FLAGS)
 

@@ -74,8 +74,8 @@ def multilevel(temperature: float, *levels_and_labels: Tensor) -> Result:
 
 
 def _nt_xent_of(temperature: float, leaves: list[Tensor], z: Tensor, with_self: bool = False) -> Result:
-    """The loss of unit rows, the second half the other views of the first. With a row's similarity to itself it is
-    what a cross-entropy over classes computes."""
+    """The loss of unit rows, the second half the other views of the first. With a row's similarity to itself
+    it is what a cross-entropy over classes computes."""
     partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
 
     def losses(chunk: slice, z: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def multiplies_bfloat16(device: str) -> bool:
 
 
 def governor() -> str:
-    """The policy of the first core's clock; "unknown" where the machine does not say, as virtual ones do not."""
+    """The policy of the first core's clock; "unknown" where the machine does not say, as virtual ones."""
     try:
         return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
     except OSError:

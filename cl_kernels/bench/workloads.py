@@ -216,7 +216,7 @@ STANDARD = ("supcon", "nt_xent", "sce", "dimcl", "clip")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one loss on one kind of machine: `rows` of its curve, the last of which is the headline."""
+    """The sizes of a loss on a kind of machine: `rows` of its curve, the last of which is the headline."""
 
     rows: Sequence[int]
     width: int
