@@ -42,7 +42,7 @@ def _checked(name: object, source: str) -> str:
 def _checked_and_ready(name: object, source: str) -> str:
     checked = _checked(name, source)
     if checked == "cuda":
-        extension.require_cuda()
+        extension.cuda.require()
     return checked
 
 
@@ -109,7 +109,7 @@ def obstacle(
         return None
     if backend == "triton" and not ops.has_triton():
         return "the package triton is not installed"
-    on_cpu = interpreted() if backend == "triton" else bool(extension.emulated_ops)
+    on_cpu = interpreted() if backend == "triton" else bool(extension.cuda.emulated_ops)
     if device.type != "cuda" and not (device.type == "cpu" and on_cpu):
         return f"takes GPU tensors, not {device.type} tensors"
     if dtype is not None and dtype not in _GPU_DTYPES:
@@ -124,11 +124,11 @@ def _index(device: torch.device) -> int:
 
 
 def _cpu_obstacle(device: torch.device, op_name: str | None) -> str | None:
-    if not extension.is_loaded():
-        return extension.missing_because
+    if extension.cpu.module is None:
+        return extension.cpu.missing_because
     if device.type != "cpu":
         return f"takes CPU tensors only, not {device.type} tensors"
-    if op_name is not None and op_name not in extension.compiled_ops:
+    if op_name is not None and op_name not in extension.cpu.ops:
         return f"the compiled extension has no kernel for {op_name}"
     return None
 
@@ -136,14 +136,14 @@ def _cpu_obstacle(device: torch.device, op_name: str | None) -> str | None:
 def _cuda_obstacle(device: torch.device, op_name: str | None) -> str | None:
     if device.type == "cuda" and torch.version.hip is not None:
         return "takes NVIDIA GPUs, not AMD GPUs"
-    if device.type == "cuda" and extension.cuda_module is None:
-        return extension.cuda_missing_because
-    compiled = extension.emulated_ops if device.type == "cpu" else extension.cuda_ops
+    if device.type == "cuda" and extension.cuda.module is None:
+        return extension.cuda.missing_because
+    compiled = extension.cuda.emulated_ops if device.type == "cpu" else extension.cuda.ops
     if op_name is not None and op_name not in compiled:
         return f"the compiled extension has no kernel for {op_name}"
     if device.type == "cpu":
         return None
-    return extension.cuda_unsuited(_index(device))
+    return extension.cuda.unsuited(_index(device))
 
 
 def interpreted() -> bool:

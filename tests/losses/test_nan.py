@@ -22,7 +22,7 @@ BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
 # Beside the usual NaN those with the low bits set too, which torch's own conversions make.
 PATTERNS = ("usual", "low bits", "low bits, negative")
 PLACES = {"first": 0, "tail": -1}
-CAPABILITIES = extension.module.cpu_capabilities() if extension.module else []
+CAPABILITIES = extension.cpu.module.cpu_capabilities() if extension.cpu.module else []
 
 
 def poison(x: Tensor, place: str, pattern: str) -> Tensor:
@@ -138,14 +138,14 @@ def test_same_rows_as_plain_torch(problem: Problem, name: str, backend: str) -> 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set(capability: str) -> None:
-    before = extension.module.cpu_capability()
-    extension.module.set_cpu_capability(capability)
+    before = extension.cpu.module.cpu_capability()
+    extension.cpu.module.set_cpu_capability(capability)
     try:
         for case in CASES:
             problem, name = case.values
             assert_same_rows(problem, name, ["low bits"])
     finally:
-        extension.module.set_cpu_capability(before)
+        extension.cpu.module.set_cpu_capability(before)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "target_q", "target_k"])

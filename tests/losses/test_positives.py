@@ -14,7 +14,7 @@ from cl_kernels import autograd, extension
 from cl_kernels.problem import Contrast
 from cl_kernels.tools.parity import unit
 
-CAPABILITIES = extension.module.cpu_capabilities() if extension.module else []
+CAPABILITIES = extension.cpu.module.cpu_capabilities() if extension.cpu.module else []
 D = 96
 
 
@@ -82,8 +82,8 @@ def test_sums_of_every_instruction_set(
     capability: str, dtype: torch.dtype, n: int, m: int | None, exclude: int | None, scale: float
 ) -> None:
     """By labels and by a mask that repeats, against float64: tails, an offset, fixed and running shifts."""
-    before = extension.module.cpu_capability()
-    extension.module.set_cpu_capability(capability)
+    before = extension.cpu.module.cpu_capability()
+    extension.cpu.module.set_cpu_capability(capability)
     try:
         q = unit(n, 19).to(dtype)
         k = None if m is None else unit(m, 19).to(dtype)
@@ -106,7 +106,7 @@ def test_sums_of_every_instruction_set(
             )
             assert (stats.lse - lse).abs().max() <= 8 * eps * scale
     finally:
-        extension.module.set_cpu_capability(before)
+        extension.cpu.module.set_cpu_capability(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -170,7 +170,7 @@ def test_float64_is_the_references(
     arguments: tuple[Any, ...], measured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 4, "sm_90"))
-    monkeypatch.setattr(extension, "emulated_ops", frozenset(ops.SCHEMAS))
+    monkeypatch.setattr(extension.cuda, "emulated_ops", frozenset(ops.SCHEMAS))
     assert dispatch.serving("contrastive_forward", arguments) == "cuda"
     q, *rest = arguments
     assert dispatch.serving("contrastive_forward", (q.double(), *rest)) == "reference"
@@ -326,10 +326,10 @@ def test_what_does_not_launch_by_name(error: Exception, launches: dict[str, Exce
 def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CUDA extension were loaded, compiled for Ampere, beside a GPU of that kind."""
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(extension, "cuda_module", object())
-    monkeypatch.setattr(extension, "cuda_ops", frozenset(ops.SCHEMAS))
-    monkeypatch.setattr(extension, "_unsuited", {})
-    monkeypatch.setattr(extension, "cuda_build_info", lambda: {"architectures": "sm_80,sm_90a"})
+    monkeypatch.setattr(extension.cuda, "module", object())
+    monkeypatch.setattr(extension.cuda, "ops", frozenset(ops.SCHEMAS))
+    monkeypatch.setattr(extension.cuda, "_unsuited", {})
+    monkeypatch.setattr(extension.cuda, "build_info", lambda: {"architectures": "sm_80,sm_90a"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
 
 
@@ -341,18 +341,18 @@ def test_why_cuda_does_not_serve(loaded: None, monkeypatch: pytest.MonkeyPatch) 
     def reason(device: Any = GPU, dtype: torch.dtype = torch.float32) -> str:
         return str(dispatch.obstacle("cuda", device, "contrastive_forward", dtype))
 
-    monkeypatch.setattr(extension, "emulated_ops", frozenset())
+    monkeypatch.setattr(extension.cuda, "emulated_ops", frozenset())
     assert reason("cpu") == "takes GPU tensors, not cpu tensors"
     assert reason(dtype=torch.float64) == "takes float16, bfloat16 and float32, not torch.float64"
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "hip", "7.0")
         assert reason() == "takes NVIDIA GPUs, not AMD GPUs"
     with monkeypatch.context() as patch:
-        patch.setattr(extension, "cuda_module", None)
-        patch.setattr(extension, "cuda_missing_because", "it was not built")
+        patch.setattr(extension.cuda, "module", None)
+        patch.setattr(extension.cuda, "missing_because", "it was not built")
         assert reason() == "it was not built"
     with monkeypatch.context() as patch:
-        patch.setattr(extension, "cuda_ops", frozenset({"dimcl_forward"}))
+        patch.setattr(extension.cuda, "ops", frozenset({"dimcl_forward"}))
         assert "no kernel for contrastive_forward" in reason()
 
 
@@ -383,8 +383,8 @@ def test_info_says_what_the_table_has(loaded: None, monkeypatch: pytest.MonkeyPa
         row = dispatch._row("contrastive_forward", "cuda")
         assert row.backend == "cuda, triton"
         assert "cuda for half self (measured); triton for the rest (default)" in row.reason
-    monkeypatch.setattr(extension, "cuda_module", None)
-    monkeypatch.setattr(extension, "cuda_missing_because", "it was not built")
+    monkeypatch.setattr(extension.cuda, "module", None)
+    monkeypatch.setattr(extension.cuda, "missing_because", "it was not built")
     row = dispatch._row("contrastive_forward", "cuda")
     assert row.backend == "triton"
     assert "cuda: it was not built" in row.reason
@@ -393,7 +393,7 @@ def test_info_says_what_the_table_has(loaded: None, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def emulated() -> Iterator[list[str]]:
     """A library of the CUDA ops for CPU tensors, as the emulator registers; the names of the ops that ran."""
-    if extension.emulated_ops:
+    if extension.cuda.emulated_ops:
         pytest.skip("the emulator is loaded")
     ran: list[str] = []
 
@@ -405,7 +405,7 @@ def emulated() -> Iterator[list[str]]:
         library.impl(name, recording(name), "CPU")
     yield ran
     library._destroy()
-    extension.require_cuda()
+    extension.cuda.require()
 
 
 def test_cuda_by_name_takes_cpu_tensors_of_the_emulator_only(emulated: list[str]) -> None:
@@ -443,19 +443,19 @@ def test_all_libraries_have_the_schemas_and_fake_kernels() -> None:
 
 
 def test_other_backends_compile_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "_required", False)
+    monkeypatch.setattr(extension.cuda, "_required", False)
     monkeypatch.setattr(extension, "_compile", lambda: pytest.fail("it compiles"))
     for backend in ("auto", "reference", "cpu", "triton"):
         with clk.use_backend(backend):
             pass
-    assert not extension._required
+    assert not extension.cuda._required
 
 
 def test_a_source_checkout_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    monkeypatch.setattr(extension, "_required", False)
-    monkeypatch.setattr(extension, "cuda_module", None)
-    monkeypatch.setattr(extension, "cuda_missing_because", "it was not built")
+    monkeypatch.setattr(extension.cuda, "_required", False)
+    monkeypatch.setattr(extension.cuda, "module", None)
+    monkeypatch.setattr(extension.cuda, "missing_because", "it was not built")
     monkeypatch.setattr(extension, "_is_source_checkout", lambda: True)
     monkeypatch.setattr(extension, "_switched_off", lambda: False)
     monkeypatch.setattr(extension, "_is_built", lambda name: False)
