@@ -1,0 +1,2 @@
+"""`python -m cl_kernels info`, and what its processes import."""
+
