@@ -14,6 +14,7 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_kernels import autograd, extension
+from cl_kernels.problem import SoftTarget
 
 N, D, M = 6, 19, 11  # no width is a multiple of a vector
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -158,8 +159,10 @@ def test_statistics_of_soft_targets(name: str, save_gradient: bool, dtype: torch
         given = {**inputs, name: poison(inputs[name], place, "low bits")}
         wide = [x.double() for x in given.values()]
         q, k, t, u = given.values()
-        found = autograd.soft_target(q.requires_grad_(save_gradient), [k], t, [u], 10.0, 20.0)
-        expected = clk.reference.soft_target_stats(wide[0], [wide[1]], wide[2], [wide[3]], 10.0, 20.0)
+        scales = (10.0, 20.0)
+        found = autograd.soft_target(SoftTarget(q.requires_grad_(save_gradient), [k], t, [u], *scales))
+        q, k, t, u = wide
+        expected = clk.reference.soft_target_stats(SoftTarget(q, [k], t, [u], *scales))
         for ours, truth in zip(found[:3], expected[:3], strict=True):
             assert torch.equal(ours.isnan(), truth.isnan()), place
 
