@@ -116,6 +116,7 @@ def problems(kind: str, n: int, d: int) -> list[Problem]:
         Problem("supcon_loss", {"features": features, "mask": weights}),
         Problem("selfcon_loss", {"features": features, "labels": labels}, {"anchors": "exits"}),
         Problem("multilevel_loss", {"levels": [features, wider], "labels": labels}, {"weights": [1.0, 0.5]}),
+        Problem("stablerep_loss", {"features": features[:, 0], "labels": labels}),
         Problem("nt_xent_loss", {"z0": first, "z1": second}),
         Problem("info_nce_loss", {"q": first, "k": second}),
         Problem("info_nce_loss", {"q": first, "k": second, "queue": queue}),

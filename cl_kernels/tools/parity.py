@@ -23,7 +23,7 @@ from .. import reference
 PACKAGE = importlib.import_module("..", __package__)
 """The package itself, by whatever name it was imported."""
 
-NORMALISING = ("nt_xent_loss", "dimcl_loss")
+NORMALISING = ("nt_xent_loss", "dimcl_loss", "stablerep_loss")
 TEMPERATURES = ("temperature", "target_temperature", "sigma")
 SCALES = ("logit_scale", "scale", "target_scale")
 SOFT_TARGETS = ("sce_loss", "soft_target_cross_entropy")

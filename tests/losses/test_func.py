@@ -48,6 +48,7 @@ CASES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "multilevel": lambda m, x, y, z: m.multilevel_loss(
         [views(x, y), views(x[:, :2], y[:, 1:3])], LABELS, weights=[1.0, 0.4]
     ),
+    "stablerep": lambda m, x, y, z: m.stablerep_loss(x, LABELS, temperature=0.4),
     "nt_xent": lambda m, x, y, z: m.nt_xent_loss(x, y),
     "info_nce": lambda m, x, y, z: m.info_nce_loss(x, y, temperature=0.4),
     "info_nce queue": lambda m, x, y, z: m.info_nce_loss(x, y, z, temperature=0.4),
