@@ -5,7 +5,8 @@ For each kernel: registers, static shared memory, spills and stack (a few bytes 
 machine code has tensor-core products (HGMMA of Hopper, HMMA), exponentials (MUFU.EX2) and accesses to local
 memory (LDL, STL). Warnings of the assembler, such as serialised wgmma or an ignored setmaxnreg, are faults.
 
-Compiled are the files whose text, or a header's, is not that recorded. `make compile-gate` runs it. Without nvcc, or with another than the file's, texts are compared; figures only where nvcc is the same.
+Compiled are the files whose text, or a header's, is not that recorded. Without nvcc, or with another than the
+file's, texts are compared; figures only where nvcc is the same. `make compile-gate` runs it.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def texts(path: Path, found: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def source_digest(path: Path) -> str:
-    """Of what a file is compiled from: texts in any order of inclusion, and flags."""
+    """A digest of what a file is compiled from: texts in any order of inclusion, and flags."""
     found = texts(path)
     return recorded.digest([*FLAGS, *(part for name in sorted(found) for part in (name, found[name]))])
 

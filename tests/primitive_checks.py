@@ -61,7 +61,7 @@ def assert_matches_reference(
 
 
 def inputs_of(problem: Contrast) -> tuple[Tensor | None, ...]:
-    """What is differentiable in it."""
+    """The inputs that may get a gradient."""
     return problem.q, problem.k, problem.scale, problem.key_bias
 
 
@@ -73,7 +73,7 @@ def over_inputs(
 
 
 def in_dtype(problem: Contrast, dtype: torch.dtype) -> Contrast:
-    """As the ops take it."""
+    """The problem as the ops take it."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
 
     def to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
