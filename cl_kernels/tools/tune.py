@@ -65,7 +65,7 @@ def candidates(row: Shape) -> list[Shape]:
 
 
 def _sizes_make_sense(shape: Shape, row: Shape) -> bool:
-    """At least 16 each; a size of 0 or below 16 in the row is not the kernel's to vary."""
+    """Sizes are at least 16 each; one of 0 or below 16 in the row is not the kernel's to vary."""
     pairs = zip(shape[:3], row[:3], strict=True)
     return all(size == given or (size >= 16 and given >= 16) for size, given in pairs)
 

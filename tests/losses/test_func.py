@@ -159,7 +159,7 @@ def test_batches_of_float_labels() -> None:
 
 
 def test_gradients_for_each_problem_of_a_batch() -> None:
-    """Of a module's parameters and of the temperature, by functional_call."""
+    """Gradients of a module's parameters and of the temperature, by functional_call."""
     module = torch.nn.Linear(D, 3, dtype=torch.float64)
     parameters = {name: x.detach() for name, x in module.named_parameters()}
     tau = torch.tensor(0.3, dtype=torch.float64)

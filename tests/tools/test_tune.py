@@ -1,4 +1,4 @@
-"""What of `python -m cl_kernels tune` needs no GPU."""
+"""The parts of `python -m cl_kernels tune` that need no GPU."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_decisions_are_those_that_a_step_asks_for(monkeypatch: pytest.MonkeyPatc
 
 
 def test_serving_rows_are_literals_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `tune --serving` prints goes into SERVING as it stands, and then CUDA C++ serves under "auto"."""
+    """Rows that `tune --serving` prints go into SERVING as they stand; then CUDA C++ serves under "auto"."""
     work, ours = tune.work_of("nt_xent", 64, 8, "bfloat16")
     decided = [Serving("contrastive", "self", "half", "sm_90", 8, "triton", "default")]
     monkeypatch.setattr(tune, "decisions", lambda step: decided)
