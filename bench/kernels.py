@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-GATES = Path(__file__).resolve().parents[1] / "tests" / "gates"
+GATES = Path(__file__).resolve().parents[1] / "gates"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MISSING = "–"
 

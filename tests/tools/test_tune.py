@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -80,11 +78,13 @@ def test_serving_rows_are_literals_that_decide(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tune, "by_backend", lambda backend, ours: ours)
     monkeypatch.setattr(type(work), "inputs", lambda work, device, seed=0: [])
     monkeypatch.setattr(tune, "differentiate", lambda *_: lambda: None)
-    monkeypatch.setattr(tune.timing, "Steps", lambda *_: None)
+    monkeypatch.setattr(tune.timing, "steps", lambda *_: None)
 
-    def interleaved(steps: dict[str, object], device: str, rounds: int) -> dict[str, SimpleNamespace]:
+    def interleaved(
+        steps: dict[str, object], device: str, rounds: int
+    ) -> dict[str, list[tuple[float, float]]]:
         times = {"cuda": 1e-4, "triton": 2e-4}
-        return {name: SimpleNamespace(both=[times[name]] * rounds) for name in steps}
+        return {name: [(0.25 * times[name], 0.75 * times[name])] * rounds for name in steps}
 
     monkeypatch.setattr(tune.timing, "interleaved", interleaved)
     text = "\n".join(tune.serving_rows(work, ours))
