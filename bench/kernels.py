@@ -67,7 +67,7 @@ def total(file: str, column: str) -> str:
 
 
 def _features(line: Mapping[str, str]) -> int:
-    """Of the tile; of the row of the table, where its tile walks them in chunks."""
+    """Features of the tile, or those of the row of the table, where its tile walks them in chunks."""
     tile, row = int(line["tile"].split("x")[-1]), int(line["row"].split()[-1])
     return row if row > 256 else tile
 

@@ -1,4 +1,4 @@
-"""What the GPU kernels should take on an H200, on paper: the table in docs/performance.md.
+"""Times that the GPU kernels should take on an H200, on paper: the table in docs/performance.md.
 
 For each workload the operations, exponentials and bytes of the schemes that the kernels follow, and the time
 that each takes at the chip's rate alone. The largest of the three is the floor of the scheme.

@@ -26,7 +26,7 @@ ROWS = {"supcon": 2048, "nt_xent": 2048, "sce": 128, "dimcl": 2048, "clip": 1024
 
 
 def works() -> list[Workload]:
-    """Of each standard loss one that takes a fraction of a second."""
+    """A workload of each standard loss that takes a fraction of a second."""
     found = []
     for name in STANDARD:
         sizes = SIZES["cpu"][name]

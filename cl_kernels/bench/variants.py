@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-import cl_kernels
-
 from .. import dispatch
 from .exact import LOSSES as EXACT
 from .peers import PEERS, Truth
@@ -41,7 +39,7 @@ def by_backend(backend: str, ours: Implementation) -> Implementation:
     """Ours, insisting on a backend."""
 
     def run(temperature: float, *inputs: Tensor) -> Tensor:
-        with cl_kernels.use_backend(backend):  # type: ignore[arg-type]
+        with dispatch.use_backend(backend):  # type: ignore[arg-type]
             return ours(temperature, *inputs)
 
     return run

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cl_kernels
-
+from .. import losses
 from . import eager
 
 LABELS = 10
@@ -167,22 +166,22 @@ def _ours(loss: Callable[..., Tensor]) -> Implementation:
 
 def _multilevel(*levels_and_labels: Tensor, temperature: float) -> Tensor:
     *levels, labels = levels_and_labels
-    return cl_kernels.multilevel_loss(levels, labels, temperature=temperature)
+    return losses.multilevel_loss(levels, labels, temperature=temperature)
 
 
 def _sce(q: Tensor, k: Tensor, queue: Tensor, **options: Any) -> Tensor:
     sharp: dict[str, Any] = {} if "targets" in options else {"target_temperature": eager.TARGET_TEMPERATURE}
-    return cl_kernels.sce_loss(q, k, queue=queue, coeff=eager.COEFF, **sharp, **options)
+    return losses.sce_loss(q, k, queue=queue, coeff=eager.COEFF, **sharp, **options)
 
 
 def _sce_multicrop(*views_k_queue: Tensor, temperature: float) -> Tensor:
     *views, k, queue = views_k_queue
-    targets = cl_kernels.sce_targets(k, queue=queue, target_temperature=eager.TARGET_TEMPERATURE)
+    targets = losses.sce_targets(k, queue=queue, target_temperature=eager.TARGET_TEMPERATURE)
     return torch.stack([_sce(q, k, queue, targets=targets, temperature=temperature) for q in views]).mean()
 
 
 def _clip(tau: float, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    return cl_kernels.clip_loss(image, text, scale)
+    return losses.clip_loss(image, text, scale)
 
 
 @dataclass(frozen=True)
@@ -198,16 +197,16 @@ _square, _queued = (lambda rows, queue: (rows, rows)), (lambda rows, queue: (row
 """Each row against each other; against its own key and those of the queue."""
 
 LOSSES: dict[str, Loss] = {
-    "supcon": Loss("SupCon", _ours(cl_kernels.supcon_loss), _supcon_inputs, 2, _square),
-    "nt_xent": Loss("NT-Xent", _ours(cl_kernels.nt_xent_loss), _pair_inputs, 2, _square),
+    "supcon": Loss("SupCon", _ours(losses.supcon_loss), _supcon_inputs, 2, _square),
+    "nt_xent": Loss("NT-Xent", _ours(losses.nt_xent_loss), _pair_inputs, 2, _square),
     "sce": Loss("SCE", _ours(_sce), _queue_inputs, 4, _queued),
-    "dimcl": Loss("DimCL", _ours(cl_kernels.dimcl_loss), _dimcl_inputs, 2, _square),
+    "dimcl": Loss("DimCL", _ours(losses.dimcl_loss), _dimcl_inputs, 2, _square),
     "clip": Loss("CLIP", _clip, _clip_inputs, 4, _square),
     "sce_multicrop": Loss("SCE multi-crop", _ours(_sce_multicrop), _multicrop_inputs, 2 + 2 * VIEWS, _queued),
-    "selfcon": Loss("SelfCon", _ours(cl_kernels.selfcon_loss), _supcon_inputs, 2, _square),
+    "selfcon": Loss("SelfCon", _ours(losses.selfcon_loss), _supcon_inputs, 2, _square),
     "multilevel": Loss("Multi-level", _ours(_multilevel), _multilevel_inputs, 2, _square),
-    "info_nce": Loss("InfoNCE", _ours(cl_kernels.info_nce_loss), _queue_inputs, 2, _queued),
-    "dcl": Loss("DCL", _ours(cl_kernels.dcl_loss), _one_way_inputs, 3, lambda rows, queue: (rows, 2 * rows)),
+    "info_nce": Loss("InfoNCE", _ours(losses.info_nce_loss), _queue_inputs, 2, _queued),
+    "dcl": Loss("DCL", _ours(losses.dcl_loss), _one_way_inputs, 3, lambda rows, queue: (rows, 2 * rows)),
 }
 """The losses by name; the first five make the standard report."""
 

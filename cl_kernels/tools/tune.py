@@ -219,7 +219,7 @@ def main(options: argparse.Namespace) -> int:
         return 2
     print(f"# {torch.cuda.get_device_name()}")
     if options.serving:
-        print(f"# rows for SERVING in {configs.__file__}, above its last")
+        print(f"# rows for SERVING in {dispatch.__file__}, above its last")
     cases = [(name, dtype, width) for name in options.workloads for dtype in options.dtype
              for width in options.width]  # fmt: skip
     tuned: dict[Key, dict[int, tuple[Shape, str]]] = {}
