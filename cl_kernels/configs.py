@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What a launcher needs to know of a device."""
+    """A device, as launchers see it."""
 
     architecture: str  # whose launch shapes it has
     processors: int  # multiprocessors, compute units

@@ -160,7 +160,7 @@ def select(op_name: str, tensor: Tensor) -> str:
 
 
 class Case(NamedTuple):
-    """What the table of serving backends distinguishes."""
+    """A kind of call, as far as the table of serving backends tells them apart."""
 
     op: str  # without forward or backward
     variant: str  # of VARIANTS
@@ -199,7 +199,7 @@ VARIANTS = {
     "similarity": ("plain", "transposed"),
     "masked_log_softmax": ("plain",),
 }
-"""What the backends do differently; transposed: the stride along the features is not 1."""
+"""Kinds of an op that backends run differently; transposed: the stride along the features is not 1."""
 
 SERVING = (
     # op, variant, kind of dtype, architecture, widest, backend, basis
@@ -247,7 +247,7 @@ def _family(op_name: str) -> str:
 
 
 def _variant(op: str, given: dict[str, Any]) -> str:
-    """What the table distinguishes within an op, by the arguments of its forward or backward."""
+    """The kind of an op, by the arguments of its forward or backward."""
     matrices = [given.get(name) for name in ("q", "k", "z0", "z1")]
     tensors = [x for x in matrices if isinstance(x, Tensor)]
     if any(x.stride(1) != 1 and x.shape[1] > 1 for x in tensors):

@@ -1,4 +1,4 @@
-"""What lies below the losses: similarities, masked log-softmax, soft-target cross-entropy, the LSE engine."""
+"""Functions below the losses: similarities, masked log-softmax, soft-target cross-entropy, the LSE engine."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Contrast(NamedTuple):
         )  # fmt: skip
 
     def options(self) -> Contrast:
-        """What is left of it without its tensors."""
+        """The rest, without tensors."""
         return self.with_tensors((None,) * 8)
 
     @property
@@ -105,7 +105,7 @@ class SoftTarget(NamedTuple):
         )  # fmt: skip
 
     def options(self) -> SoftTarget:
-        """What is left of it without its tensors."""
+        """The rest, without tensors."""
         return self.with_tensors((None,) * 5)
 
     @property

@@ -122,7 +122,7 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """What the compiled code depends on, but for numbers that are neither constants nor strides: whether
+        """Arguments that the compiled code depends on, but for numbers that are neither constants nor strides: whether
         a count of rows or groups is a multiple of 16 makes no other kernel."""
         names = self.kernel.arg_names
         types = {}
@@ -135,7 +135,7 @@ class Launch:
 
     @property
     def digest(self) -> str:
-        """Of all that the compiled code depends on but the texts, in any order of arguments and options."""
+        """Digest of all that the compiled code depends on but the texts, in any order of arguments and options."""
         names = self.kernel.arg_names
         arguments = [
             f"{name}: {self.signature[name]} {_written(self.constants.get((i,), ''))} "
@@ -254,7 +254,7 @@ def _add(function: Any, found: dict[str, str]) -> None:
 
 @functools.cache
 def source_digest(kernel: JITFunction) -> str:
-    """Of a kernel's text, without comments' lines, and of all that it reaches."""
+    """Digest of a kernel's text, without comments' lines, and of all that it reaches."""
     found: dict[str, str] = {}
     _add(kernel, found)
     return recorded.digest(part for name in sorted(found) for part in (name, found[name]))
@@ -443,7 +443,7 @@ def figures(compiled: Any) -> Figures:
 
 
 def wanted_instructions(found: Launch) -> tuple[str, ...]:
-    """Of which one at least must be there, in a kernel with products: half tiles of the 64 rows that the
+    """Instructions of which one at least must be there, in a kernel with products: half tiles of the 64 rows that the
     widest instruction of their chip takes must use it."""
     if found.architecture == "gfx942":
         return ("mfma",)

@@ -21,7 +21,7 @@ from ._common import (
 
 
 class SCETargets(NamedTuple):
-    """What every student view of a batch takes from its teacher; made by `sce_targets`."""
+    """The teacher's part in the loss of every student view of a batch; made by `sce_targets`."""
 
     lse: Tensor  # [N], log-sum-exps of the target's logits
     mean: Tensor  # [N, D], A: the target's mean of the keys, without the positive
