@@ -122,8 +122,8 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """Arguments that the compiled code depends on, but for numbers that are neither constants nor strides: whether
-        a count of rows or groups is a multiple of 16 makes no other kernel."""
+        """The compiled code's inputs, but for numbers that are neither constants nor strides: whether a count of
+        rows or groups is a multiple of 16 makes no other kernel."""
         names = self.kernel.arg_names
         types = {}
         for i, name in enumerate(names):
@@ -135,7 +135,7 @@ class Launch:
 
     @property
     def digest(self) -> str:
-        """Digest of all that the compiled code depends on but the texts, in any order of arguments and options."""
+        """Digest of the compiled code's inputs but its texts, in any order of arguments and options."""
         names = self.kernel.arg_names
         arguments = [
             f"{name}: {self.signature[name]} {_written(self.constants.get((i,), ''))} "
@@ -443,7 +443,7 @@ def figures(compiled: Any) -> Figures:
 
 
 def wanted_instructions(found: Launch) -> tuple[str, ...]:
-    """Instructions of which one at least must be there, in a kernel with products: half tiles of the 64 rows that the
+    """Instructions of which a kernel with products has one at least: half tiles of the 64 rows that the
     widest instruction of their chip takes must use it."""
     if found.architecture == "gfx942":
         return ("mfma",)
