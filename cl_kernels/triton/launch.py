@@ -1,4 +1,4 @@
-"""What the launchers share: arguments as kernels take them."""
+"""Arguments as kernels take them, and sizes of grids: shared by the launchers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import configs
+from .tiles import Matrix
 
 
 def precision(x: Tensor) -> str:
@@ -25,6 +26,10 @@ def precision(x: Tensor) -> str:
 def scalar(x: Tensor) -> float | Tensor:
     """A 0-dim tensor as a kernel argument: its value from the CPU, else itself; never a synchronisation."""
     return x.item() if x.device.type == "cpu" else x
+
+
+def matrix(x: Tensor | None) -> Matrix | None:
+    return None if x is None else Matrix(x, *x.stride())
 
 
 def cdiv(a: int, b: int) -> int:
