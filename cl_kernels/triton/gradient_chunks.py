@@ -40,9 +40,12 @@ def _gradient_tiles_kernel(
     factor = scalar(scale) * LOG2E
     lift = half_lift(bound) if bound is not None else 0.0
     s = product(own.x, other.x, i, i < last_row, j, j < m, d, BLOCK_D, EVEN_D, PRECISION)
+    owner = load_owner(own, i, n, RULES)
+    top, low = tl.load(other.ranges + block_j), tl.load(other.ranges + col_blocks + block_j)
+    at_j = other.index_ranges + block_j
     softmax, g = pair_gradient(
-        s, factor, lift, Tile(i, j, first_i, first_j), (last_row, m, exclude), load_owner(own, i, n, RULES),
-        own, other, mask, (mask_rows, mask_cols), RULES, BLOCK_M, BLOCK_N,
+        s, factor, lift, Tile(i, j, first_i, first_j), (last_row, m, exclude), owner, own, other,
+        (top, low, tl.load(at_j), tl.load(at_j + col_blocks)), mask, (mask_rows, mask_cols), RULES, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     m_pair = (i < last_row)[:, None] & (j < m)[None, :]
     at = (out + (i - first_row).to(tl.int64) * m)[:, None] + j[None, :]

@@ -101,10 +101,12 @@ def _gradient_rows_kernel(
         first_j = block_j * BLOCK_N
         j = first_j + tl.arange(0, BLOCK_N)
         b_y = load_rows(other.x, j, j < m, i_d, i_d < d, EVEN_D)
+        top, low = tl.load(other.ranges + block_j), tl.load(other.ranges + other_blocks + block_j)
         s = dot(b_x, tl.trans(b_y), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        at_j = other.index_ranges + block_j
         softmax, g = pair_gradient(
             s, factor, lift, Tile(i, j, first_i, first_j), (n, m, exclude), owner, own, other,
-            mask, (mask_rows, mask_cols), RULES, BLOCK_M, BLOCK_N,
+            (top, low, tl.load(at_j), tl.load(at_j + other_blocks)), mask, (mask_rows, mask_cols), RULES, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if BIAS_GRADIENT:
             bias_sum += tl.sum(softmax, 1)

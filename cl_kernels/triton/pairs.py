@@ -144,7 +144,7 @@ def load_owner(own, i, n, RULES: tl.constexpr):
 
 @triton.jit
 def pair_gradient(
-    s, factor, lift, tile, sizes, owner, own, other, mask, mask_sizes,
+    s, factor, lift, tile, sizes, owner, own, other, ranges, mask, mask_sizes,
     RULES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(softmax part, all of it) of G of a tile, owners i by others j, from its products s; times 2^lift.
@@ -158,7 +158,7 @@ def pair_gradient(
     """
     i, j, first_i, first_j = tile
     n, m = sizes[0], sizes[1]
-    block, blocks = first_j // BLOCK_N, tl.cdiv(m, BLOCK_N)
+    top, low, first, last = ranges
     if own.bias is not None:
         s = s * factor + tl.load(own.bias + i, mask=i < n, other=0.0)[:, None] * LOG2E
         factor = 1.0
@@ -166,7 +166,6 @@ def pair_gradient(
         s = s * factor + tl.load(other.bias + j, mask=j < m, other=0.0)[None, :] * LOG2E
         factor = 1.0
     if RULES.other:
-        top, low = tl.load(other.ranges + block), tl.load(other.ranges + blocks + block)
         level = tl.load(other.planes + 3 * m + j, mask=j < m, other=0.0)
         s = s * factor + (lift - top)
         if top - tl.minimum(owner.low, low) <= 60.0:
@@ -219,7 +218,6 @@ def pair_gradient(
         if (owner.last >= first_j) & (owner.first < first_j + BLOCK_N):
             g += tl.where(owner.partner[:, None] == j[None, :], (owner.weight * unit)[:, None], 0.0)
     if RULES.positives == "index" and RULES.other_positives:
-        first, last = tl.load(other.index_ranges + block), tl.load(other.index_ranges + blocks + block)
         if (last >= first_i) & (first < first_i + BLOCK_M):
             partner = tl.load(other.partner + j, mask=j < m, other=-1).to(tl.int32)
             weight = tl.load(other.planes + 2 * m + j, mask=j < m, other=0.0)
