@@ -28,7 +28,7 @@ class Matrix(NamedTuple):
 @triton.jit
 def scalar(x):
     """A scalar argument, from memory where it is a tensor."""
-    if x.dtype.is_ptr():
+    if isinstance(x, tl.tensor) and x.dtype.is_ptr():  # a number is one too, but to the interpreter
         x = tl.load(x)
     return x
 
