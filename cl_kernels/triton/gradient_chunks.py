@@ -45,7 +45,8 @@ def _gradient_tiles_kernel(
     at_j = other.index_ranges + block_j
     softmax, g = pair_gradient(
         s, factor, lift, Tile(i, j, first_i, first_j), (last_row, m, exclude), owner, own, other,
-        (top, low, tl.load(at_j), tl.load(at_j + col_blocks)), mask, (mask_rows, mask_cols), RULES, BLOCK_M, BLOCK_N,
+        (top, low, tl.load(at_j), tl.load(at_j + col_blocks)), mask, (mask_rows, mask_cols),
+        RULES, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     m_pair = (i < last_row)[:, None] & (j < m)[None, :]
     at = (out + (i - first_row).to(tl.int64) * m)[:, None] + j[None, :]

@@ -106,7 +106,8 @@ def _gradient_rows_kernel(
         at_j = other.index_ranges + block_j
         softmax, g = pair_gradient(
             s, factor, lift, Tile(i, j, first_i, first_j), (n, m, exclude), owner, own, other,
-            (top, low, tl.load(at_j), tl.load(at_j + other_blocks)), mask, (mask_rows, mask_cols), RULES, BLOCK_M, BLOCK_N,
+            (top, low, tl.load(at_j), tl.load(at_j + other_blocks)), mask, (mask_rows, mask_cols),
+            RULES, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if BIAS_GRADIENT:
             bias_sum += tl.sum(softmax, 1)

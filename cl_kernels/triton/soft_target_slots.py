@@ -17,7 +17,7 @@ LEFT_OUT = tl.constexpr(-2e30)
 
 
 class Slots(NamedTuple):
-    """Where the programs that share a row leave their parts of it: the splits of each segment's keys."""
+    """Places of the parts of a row that programs leave which share it: the splits of each segment's keys."""
 
     statistics: Tensor  # [6, N, slots]: peak, sum; target_peak, target_sum; pivot, cross
     means: Tensor | None  # [2, N, slots, D]: sums of keys by student's and by teacher's weights

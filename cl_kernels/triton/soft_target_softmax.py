@@ -48,8 +48,8 @@ def _coefficient(b_grad, b_lse, b_shift):
 #     G = g_lse softmax(S) + g_cross softmax(T) + g_positive [j = positive]
 #     H = softmax(T) (g_target_lse + g_cross (S - cross)), 0 at the positive
 #
-# times the `factors`, powers of two that keep float16 from underflow. With REST_ONLY G is 0 at
-# the positive, too. Each row of a tile has a place for its sum of G o (q k^T), and of H o (t u^T).
+# times the `factors`, powers of two that keep float16 from underflow. With REST_ONLY G is 0 at the positive,
+# too. Each row of a tile has a place for its sum of G o (q k^T), and of H o (t u^T).
 #
 # Logits are in base 2. A log-sum-exp is split into a float32 shift and a float64 rest: the difference of a
 # logit and the shift is as exact as the logit, and the rest goes into the row's coefficient.

@@ -54,9 +54,8 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(
-    x, y, i_x, m_x, i_y, m_y, d,
-    BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x, y, i_x, m_x, i_y, m_y, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr
+):
     """x[i_x] y[i_y]^T of two Matrices, walking the d features in chunks."""
     acc = tl.zeros((i_x.shape[0], i_y.shape[0]), tl.float32)
     for first in range(0, d, BLOCK_D):
