@@ -9,97 +9,38 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import platform
+import importlib
 import sys
-from typing import Any
 
-import torch
-
-from . import __version__, dispatch, extension
-from .bench import cli as bench
-from .bench import compare
-from .tools import check, tables, tune
-
-
-def _installed(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def collect() -> dict[str, Any]:
-    build, on_gpu = extension.build_info(), extension.cuda_build_info()
-    capability = build.get("cpu_capability") or f"{torch.backends.cpu.get_cpu_capability()} (torch's)"
-    return {
-        "versions": {
-            "cl_kernels": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "triton": _installed("triton"),
-        },
-        "build": {
-            "extension": "loaded" if extension.is_loaded() else f"none: {extension.missing_because}",
-            **({"built with": _described(build)} if build else {}),
-            "CUDA extension": "loaded" if on_gpu else f"none: {extension.cuda_missing_because}",
-            **({"CUDA extension built with": _described(on_gpu)} if on_gpu else {}),
-            "CPU instruction set": capability,
-            "threads": str(torch.get_num_threads()),
-            "float32 matmul precision": torch.get_float32_matmul_precision(),
-        },
-        "backend": dispatch.requested(),
-        "ops": [row._asdict() for row in dispatch.table()],
-    }
-
-
-def _described(build: dict[str, str]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in build.items() if key != "cpu_capability")
-
-
-def _section(title: str, entries: dict[str, str]) -> list[str]:
-    width = max(map(len, entries))
-    return [title, *(f"  {key:<{width}}  {value}" for key, value in entries.items()), ""]
-
-
-def as_text(info: dict[str, Any]) -> str:
-    header = ("op", "device", "backend", "why")
-    rows = [(row["op"], row["device"], row["backend"], row["reason"]) for row in info["ops"]]
-    return "\n".join(
-        [
-            *_section("versions", info["versions"]),
-            *_section("build", info["build"]),
-            f"ops under backend 'auto' (now: {info['backend']!r})",
-            *tables.aligned(header, rows),
-        ]
-    )
-
-
-MAINS = {"bench": bench.main, "check": check.main, "compare": compare.main, "tune": tune.main}
+COMMANDS = {
+    "info": (".tools.info", "versions, the build, and which backend serves which op, and why"),
+    "check": (".tools.check", "compare every loss and option with float64"),
+    "tune": (".tools.tune", "time launch shapes on this machine's GPU"),
+    "bench": (".bench.cli", "measure the losses beside others; write a report"),
+    "compare": (".bench.compare", "what became slower between two bench results"),
+}
+"""The module of each, with `add_arguments` and `main`: imported, with what it needs, when it is asked for."""
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="python -m cl_kernels", description="Contrastive losses for PyTorch."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="versions, the build, and which backend serves which op, and why")
-    info.add_argument("--json", action="store_true", help="print JSON")
-    check.add_arguments(
-        commands.add_parser(
-            "check", help="compare every loss and option with float64", description=check.DESCRIPTION
-        )
-    )
-    tune.add_arguments(commands.add_parser("tune", help="time launch shapes on this machine's GPU"))
-    bench.add_arguments(commands.add_parser("bench", help="measure the losses beside others; write a report"))
-    compare.add_arguments(commands.add_parser("compare", help="what became slower between two bench results"))
-    options = parser.parse_args(arguments)
-    if options.command != "info":
-        return MAINS[options.command](options)
-    collected = collect()
-    print(json.dumps(collected, indent=2) if options.json else as_text(collected))
-    return 0
+    parsers = {name: commands.add_parser(name, help=help) for name, (_, help) in COMMANDS.items()}
+    name = arguments[0] if arguments else ""
+    if name in parsers:
+        try:
+            module = importlib.import_module(COMMANDS[name][0], __package__)
+        except ModuleNotFoundError as error:
+            if name in ("info", "check"):
+                raise
+            print(f"{name}: {error}: pip install 'cl_kernels[bench]'", file=sys.stderr)
+            return 2
+        module.add_arguments(parsers[name])
+    options = parser.parse_args(arguments)  # exits where no command is named
+    return module.main(options)
 
 
 if __name__ == "__main__":

@@ -15,36 +15,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch, reference
-from .dtypes import accumulate_dtype, full_precision
+from . import dispatch, dtypes, reference
+from .dtypes import full_precision
+from .problem import Contrast, SoftTarget
 
 Tensors = Sequence[Any]  # of tensors and None
 Options = tuple[Any, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Which pairs (i, j) count: the denominator of row i and its positives (at most one kind of them)."""
-
-    exclude: int | None = 0  # column i + exclude is left out of row i
-    row_labels: Tensor | None = None  # int64 [N]
-    col_labels: Tensor | None = None  # int64 [M]
-    among: str = "all"  # "same", "different": restricts the denominator by label
-    label_positives: bool = False  # positives: equal labels
-    positive_index: Tensor | None = None  # int64 [N], -1: none
-    first_positive: int | None = None  # where the index is known to count up from here, row by row
-    positive_mask: Tensor | None = None  # [R, C], weight of (i, j) at [i % R, j % C]
-
-    @property
-    def has_positives(self) -> bool:
-        return self.label_positives or self.positive_index is not None or self.positive_mask is not None
 
 
 class ContrastiveStats(NamedTuple):
@@ -65,83 +47,58 @@ class SoftTargetStats(NamedTuple):
     positive_sum: Tensor  # [N], or [0] without positives
 
 
-def as_scale(scale: float | Tensor, like: Tensor) -> Tensor:
+def _scale(value: float | Tensor, like: Tensor) -> Tensor:
     """The 0-dim tensor that the ops take, in the accumulation dtype of `like`; a float goes to the CPU."""
-    dtype = accumulate_dtype(like.dtype)
-    if isinstance(scale, Tensor):
-        return scale.to(dtype)
-    if torch.compiler.is_compiling():
-        return torch.ones((), dtype=dtype) * scale  # compiles once for all values
-    return torch.scalar_tensor(scale, dtype=dtype)
+    return dtypes.scalar_tensor(value, dtypes.accumulate_dtype(like.dtype))
 
 
-def contrastive(
-    q: Tensor,
-    k: Tensor | None,
-    scale: float | Tensor,
-    pairs: Pairs,
-    *,
-    key_bias: Tensor | None = None,
-    both_axes: bool = False,
-) -> ContrastiveStats:
-    """LSEs of S = scale q k^T + key_bias over the denominators, and sums over positives; k None: q with q."""
-    acc = accumulate_dtype(q.dtype)
-    mask = None if pairs.positive_mask is None else pairs.positive_mask.to(acc)
-    bias = None if key_bias is None else key_bias.to(acc)
-    backend = dispatch.select("contrastive_forward", q)
-    tensors = (q, k, as_scale(scale, q), bias, pairs.row_labels, pairs.col_labels, pairs.positive_index, mask)
-    # With frozen keys the gradient of q is one vector a row, and comes with the forward.
-    summed = pairs.label_positives or mask is not None
-    frozen = k is not None and not (both_axes or summed or _needs_gradient(k, bias))
-    save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, tensors[2])
-    options = (
-        pairs.exclude, pairs.among, pairs.label_positives, both_axes, save_gradient, pairs.first_positive,
-        backend,
+def contrastive(problem: Contrast, first_positive: int | None = None) -> ContrastiveStats:
+    """LSEs over the denominators, and sums over positives.
+
+    `first_positive`: where `positive_index` is known to count up from there, row by row."""
+    q, acc = problem.q, dtypes.accumulate_dtype(problem.q.dtype)
+    mask, bias = problem.positive_mask, problem.key_bias
+    problem = problem._replace(
+        scale=_scale(problem.scale, q), positive_mask=None if mask is None else mask.to(acc),
+        key_bias=None if bias is None else bias.to(acc),
     )  # fmt: skip
-    return ContrastiveStats(*_run("contrastive", options, tensors))
+    backend = dispatch.select("contrastive_forward", q)
+    # With frozen keys the gradient of q is one vector a row, and comes with the forward.
+    summed = problem.positives in ("labels", "mask")
+    frozen = problem.k is not None and not (
+        problem.both_axes or summed or _needs_gradient(problem.k, problem.key_bias)
+    )
+    save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, problem.scale)
+    options = (problem.options(), save_gradient, first_positive, backend)
+    return ContrastiveStats(*_run("contrastive", options, problem.tensors()))
 
 
-def soft_target(
-    q: Tensor,
-    k: Sequence[Tensor],
-    target_q: Tensor,
-    target_k: Sequence[Tensor],
-    scale: float | Tensor,
-    target_scale: float | Tensor,
-    *,
-    positive: Tensor | None = None,
-    first_positive: int | None = None,
-    positive_in_target: str = "exclude",
-) -> SoftTargetStats:
+def soft_target(problem: SoftTarget, first_positive: int | None = None) -> SoftTargetStats:
     """LSEs of the student's and the target's logits, the target's mean of the student's, the positives'.
 
-    `first_positive`: as in `Pairs`."""
-    s, target_s = as_scale(scale, q), as_scale(target_scale, q)
-    frozen = not _needs_gradient(*k, target_q, *target_k, target_s)
-    save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, s)
+    `first_positive`: as above."""
+    q = problem.q
+    problem = problem._replace(scale=_scale(problem.scale, q), target_scale=_scale(problem.target_scale, q))
+    target = (problem.target_q, *problem.target_k, problem.target_scale)
+    frozen = not _needs_gradient(*problem.k, *target)
+    save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, problem.scale)
     backend = dispatch.select("soft_target_forward", q)
-    tensors = (q, target_q, s, target_s, positive, *k, *target_k)
-    options = (positive_in_target, save_gradient, first_positive, backend)
-    return SoftTargetStats(*_run("soft_target", options, tensors))
+    options = (problem.options(), save_gradient, first_positive, backend)
+    return SoftTargetStats(*_run("soft_target", options, problem.tensors()))
 
 
-def soft_target_means(
-    target_q: Tensor,
-    keys: Sequence[Tensor],
-    target_scale: float | Tensor,
-    positive: Tensor | None,
-    positive_in_target: str,
-) -> tuple[Tensor, Tensor]:
-    """target_lse [N] and softmax(T) keys [N, D] without the positive, T = target_scale target_q keys^T: what
-    students share. Not differentiable."""
-    scale = as_scale(target_scale, target_q)
-    tensors = (target_q, target_q, scale, scale, positive, *keys, *keys)
-    options = (positive_in_target, True, None, dispatch.select("soft_target_forward", target_q))
+def soft_target_means(problem: SoftTarget) -> tuple[Tensor, Tensor]:
+    """target_lse [N] and softmax(T) keys [N, D] without the positive, of a problem whose student is its
+    target: what students share. Not differentiable."""
+    scale = _scale(problem.scale, problem.q)
+    problem = problem._replace(scale=scale, target_scale=scale)
+    options = (problem.options(), True, None, dispatch.select("soft_target_forward", problem.q))
     with torch.no_grad():
         if in_transform():
-            _, target_lse, _, _, _, mean = _TransformedValue.apply("soft_target", options, *tensors)
+            outputs = _TransformedValue.apply("soft_target", options, *problem.tensors())
         else:
-            _, target_lse, _, _, _, mean = _SoftTarget.forward(tensors, options)
+            outputs = _SoftTarget.forward(problem.tensors(), options)
+    _, target_lse, _, _, _, mean = outputs
     return target_lse, mean
 
 
@@ -150,7 +107,7 @@ def dimcl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, positive_sum, positive_count [2D] of the columns' Pearson correlations, z0 and z1 [N, D]."""
     backend = dispatch.select("dimcl_forward", z0)
-    outputs = _run("dimcl", (backend,), (z0, z1, as_scale(scale, z0), positive_mask))
+    outputs = _run("dimcl", (backend,), (z0, z1, _scale(scale, z0), positive_mask))
     lse, positive_sum, positive_count = outputs
     return lse, positive_sum, positive_count
 
@@ -158,7 +115,7 @@ def dimcl(
 def similarity(q: Tensor, k: Tensor | None, scale: float | Tensor, normalize: bool) -> Tensor:
     """scale q k^T [N, M], of unit rows with `normalize`."""
     backend = dispatch.select("similarity_forward", q)
-    return _run("similarity", (normalize, backend), (q, k, as_scale(scale, q)))[0]
+    return _run("similarity", (normalize, backend), (q, k, _scale(scale, q)))[0]
 
 
 def masked_log_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -232,57 +189,49 @@ class _Contrastive(_Op):
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
-        q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask = tensors
-        exclude, among, label_positives, both_axes, save_gradient, _, backend = options
-        return dispatch.call(
-            "contrastive_forward", backend, q, k, scale, exclude, row_labels, col_labels, among,
-            label_positives, positive_index, positive_mask, key_bias, both_axes, save_gradient,
-        )  # fmt: skip
+        rest, save_gradient, _, backend = options
+        return dispatch.call("contrastive_forward", backend, *rest.with_tensors(tensors), save_gradient)
 
     @staticmethod
     def frozen(options: Options, needs: Sequence[bool]) -> bool:
-        save_gradient = options[4]
-        return save_gradient and not (needs[1] or needs[3])
+        _, needs_k, *_, needs_bias = needs
+        save_gradient = options[1]
+        return save_gradient and not (needs_k or needs_bias)
 
     @staticmethod
     def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
         lse, lse_cols, _, _, residual = outputs
-        if not frozen:
-            return *tensors, lse, lse_cols, residual
-        q, k, scale, _, _, _, index, _ = tensors
-        keys, own = _positive_keys([k], index, options[5])
-        return q, keys, scale, None, None, None, own, None, lse, lse_cols, residual
+        if frozen:
+            rest, _, first_positive, _ = options
+            problem = rest.with_tensors(tensors)
+            keys, own = _positive_keys([problem.k], problem.positive_index, first_positive)
+            tensors = rest._replace(q=problem.q, k=keys, scale=problem.scale, positive_index=own).tensors()
+        return *tensors, lse, lse_cols, residual
 
     @staticmethod
     def gradient(
         saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
     ) -> Tensors:
-        q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask, *stats = saved
-        exclude, among, label_positives, both_axes, _, _, backend = options
+        rest, _, _, backend = options
+        problem = rest.with_tensors(saved[: len(needs)])
         if frozen:
-            k, exclude, among = q if k is None else k, None, "all"
-        has_positives = label_positives or positive_index is not None or positive_mask is not None
+            problem = problem._replace(k=problem.keys, exclude=None, among="all")
         grad_lse, grad_cols, grad_positive = grads
-        needs_q, needs_k, needs_scale, needs_bias = needs[:4]
+        needs_q, needs_k, needs_scale, *_, needs_bias = needs
         grad_q, grad_k, grad_scale, grad_bias = dispatch.call(
-            "contrastive_backward", backend, grad_lse, grad_cols if both_axes else None,
-            grad_positive if has_positives else None, q, k, scale, exclude, row_labels, col_labels, among,
-            label_positives, positive_index, positive_mask, key_bias, both_axes, *stats,
-            (needs_q, needs_k, needs_bias),
+            "contrastive_backward", backend,
+            grad_lse, grad_cols if problem.both_axes else None,
+            None if problem.positives == "none" else grad_positive,
+            *problem, *saved[len(needs) :], (needs_q, needs_k, needs_bias),
         )  # fmt: skip
         return (
-            _if(needs_q, grad_q), _if(needs_k, grad_k), _like(grad_scale, scale, needs_scale),
-            _if(needs_bias, grad_bias), None, None, None, None,
+            _if(needs_q, grad_q), _if(needs_k, grad_k), _like(grad_scale, problem.scale, needs_scale),
+            None, None, None, None, _if(needs_bias, grad_bias),
         )  # fmt: skip
 
     @staticmethod
     def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
-        q, k, scale, key_bias, row_labels, col_labels, positive_index, positive_mask = tensors
-        exclude, among, label_positives, both_axes, *_ = options
-        return reference.contrastive_stats(
-            q, k, scale, exclude, row_labels, col_labels, among, label_positives, positive_index,
-            positive_mask, key_bias, both_axes,
-        )  # fmt: skip
+        return reference.contrastive_stats(options[0].with_tensors(tensors))
 
 
 class _SoftTarget(_Op):
@@ -292,13 +241,8 @@ class _SoftTarget(_Op):
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
-        q, target_q, scale, target_scale, positive, *segments = tensors
-        positive_in_target, save_gradient, _, backend = options
-        k, target_k = _halves(segments)
-        return dispatch.call(
-            "soft_target_forward", backend, q, k, target_q, target_k, scale, target_scale, positive,
-            positive_in_target, save_gradient,
-        )  # fmt: skip
+        rest, save_gradient, _, backend = options
+        return dispatch.call("soft_target_forward", backend, *rest.with_tensors(tensors), save_gradient)
 
     @staticmethod
     def frozen(options: Options, needs: Sequence[bool]) -> bool:
@@ -307,45 +251,46 @@ class _SoftTarget(_Op):
 
     @staticmethod
     def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
-        if not frozen:
-            return *tensors, *outputs
-        q, _, scale, _, positive, *segments = tensors
-        keys, own = _positive_keys(_halves(segments)[0], positive, options[2])
-        return q, None, scale, None, own, keys, *[None] * (len(segments) - 1), *outputs
+        if frozen:
+            rest, _, first_positive, _ = options
+            problem = rest.with_tensors(tensors)
+            keys, own = _positive_keys(problem.k, problem.positive, first_positive)
+            absent = [None] * (len(problem.k) - 1)
+            tensors = rest._replace(
+                q=problem.q, k=[keys, *absent], target_k=[None, *absent], scale=problem.scale, positive=own
+            ).tensors()
+        return *tensors, *outputs
 
     @staticmethod
     def gradient(
         saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
     ) -> Tensors:
-        q, target_q, scale, target_scale, positive, *segments = saved[: len(needs)]
-        positive_in_target, _, _, backend = options
-        k, target_k = _halves(segments)
+        rest, _, _, backend = options
+        problem = rest.with_tensors(saved[: len(needs)])
         if frozen:
-            k = target_k = [q if segments[0] is None else segments[0]]
-            target_q, target_scale = q, scale
-        needs_q, needs_target_q, needs_scale, needs_target_scale, _, *needs_segments = needs
-        needs_k, needs_target_k = _halves(needs_segments)
-        needed = (needs_q, any(needs_k), needs_target_q or needs_target_scale, any(needs_target_k))
+            keys = [problem.q if problem.k[0] is None else problem.k[0]]
+            problem = problem._replace(k=keys, target_q=problem.q, target_k=keys, target_scale=problem.scale)
+        needed = rest.with_tensors(needs)
+        needs_target_q = needed.target_q or needed.target_scale
         grad_lse, grad_target_lse, grad_cross, grad_positive = grads
         grad_q, grad_k, grad_target_q, grad_target_k, grad_scale, grad_target_scale = dispatch.call(
-            "soft_target_backward", backend, grad_lse, grad_target_lse, grad_cross,
-            None if positive is None else grad_positive, q, k, target_q, target_k, scale, target_scale,
-            positive, positive_in_target, *saved[len(needs) :], needed,
+            "soft_target_backward", backend,
+            grad_lse, grad_target_lse, grad_cross, None if problem.positive is None else grad_positive,
+            *problem, *saved[len(needs) :],
+            (needed.q, any(needed.k), needs_target_q, any(needed.target_k)),
         )  # fmt: skip
-        grad_segments = [None] * len(segments) if frozen else [*grad_k, *grad_target_k]
+        if frozen:
+            grad_k, grad_target_k = needed.k, needed.target_k  # none of them is
         return (
-            _if(needs_q, grad_q), _if(needs_target_q, grad_target_q), _like(grad_scale, scale, needs_scale),
-            _like(grad_target_scale, target_scale, needs_target_scale), None,
-            *(_if(needed, grad) for needed, grad in zip(needs_segments, grad_segments, strict=True)),
+            _if(needed.q, grad_q), _if(needed.target_q, grad_target_q),
+            _like(grad_scale, problem.scale, needed.scale),
+            _like(grad_target_scale, problem.target_scale, needed.target_scale), None,
+            *map(_if, needed.k, grad_k), *map(_if, needed.target_k, grad_target_k),
         )  # fmt: skip
 
     @staticmethod
     def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
-        q, target_q, scale, target_scale, positive, *segments = tensors
-        k, target_k = _halves(segments)
-        return reference.soft_target_stats(
-            q, k, target_q, target_k, scale, target_scale, positive, options[0]
-        )
+        return reference.soft_target_stats(options[0].with_tensors(tensors))
 
 
 class _DimCL(_Op):
@@ -460,11 +405,6 @@ def _if(needed: bool, grad: Tensor | None) -> Tensor | None:
 
 def _like(grad: Tensor, scalar: Tensor, needed: bool) -> Tensor | None:
     return grad.to(scalar.device) if needed else None
-
-
-def _halves(parts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    half = len(parts) // 2
-    return list(parts[:half]), list(parts[half:])
 
 
 def _positive_keys(

@@ -10,16 +10,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .dtypes import accumulate_dtype, full_precision, statistics_dtype
+from .problem import Contrast, SoftTarget, flat
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Gradients = Sequence[Tensor | None]  # those that came in
 
 CHUNK_ELEMENTS = 1 << 22
 MIN_CHUNK_ROWS = 16
@@ -51,7 +52,7 @@ def _chunks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
-    """Of the rows (1) or columns (0) of a chunk, with the digits of a statistic."""
+    """LSEs of the rows (1) or columns (0) of a chunk, with the digits of a statistic."""
     dtype = statistics_dtype(logits)
     top = logits.amax(dim, keepdim=True)
     top = top.masked_fill(top == -math.inf, 0)
@@ -80,150 +81,100 @@ def _where_finite(grad: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.to(dtype).masked_fill(lse == -math.inf, 0)
 
 
-@dataclass(frozen=True)
-class _Contrast:
-    """One contrastive problem: features in the accumulation dtype, and which pairs count."""
-
-    q: Tensor  # [N, D]
-    k: Tensor  # [M, D]
-    scale: Tensor  # []
-    exclude: int | None
-    row_labels: Tensor | None  # [N]
-    col_labels: Tensor | None  # [M]
-    among: str
-    label_positives: bool
-    positive_index: Tensor | None  # [N]
-    positive_mask: Tensor | None  # [R, C], of any dtype
-    key_bias: Tensor | None  # [M]
-
-    def chunks(self) -> Iterator[slice]:
-        return _chunks(self.q.shape[0], self.k.shape[0])
-
-    @property
-    def has_positives(self) -> bool:
-        return self.label_positives or self.positive_index is not None or self.positive_mask is not None
-
-    def _columns(self) -> Tensor:
-        return torch.arange(self.k.shape[0], device=self.k.device)
-
-    def _excluded(self, rows: slice) -> Tensor:
-        own = torch.arange(rows.start, rows.stop, device=self.q.device) + (self.exclude or 0)
-        return own[:, None] == self._columns()
-
-    def _same_label(self, rows: slice) -> Tensor:
-        if self.row_labels is None or self.col_labels is None:
-            raise ValueError("row_labels and col_labels must be given when labels decide which pairs count")
-        return self.row_labels[rows, None] == self.col_labels
-
-    def dots(self, rows: slice) -> Tensor:
-        return self.q[rows] @ self.k.T
-
-    def denominator(self, rows: slice, similarities: Tensor) -> Tensor:
-        """S of these rows from scale q k^T, -inf outside of the denominator."""
-        logits = similarities.clone()
-        if self.key_bias is not None:
-            logits += self.key_bias
-        if self.exclude is not None:
-            logits.masked_fill_(self._excluded(rows), -math.inf)
-        if self.among != "all":
-            same = self._same_label(rows)
-            logits.masked_fill_(same if self.among == "different" else ~same, -math.inf)
-        return logits
-
-    def weights(self, rows: slice) -> Tensor:
-        """w of these rows, [n, M], bool or in the accumulation dtype."""
-        if self.positive_index is not None:
-            return self.positive_index[rows, None] == self._columns()
-        if self.positive_mask is not None:
-            period, width = self.positive_mask.shape
-            index = torch.arange(rows.start, rows.stop, device=self.q.device) % period
-            weights = self.positive_mask[index][:, self._columns() % width]
-        else:
-            weights = self._same_label(rows)
-        return weights if self.exclude is None else weights.masked_fill(self._excluded(rows), 0)
+def _accumulated(problem: Contrast) -> Contrast:
+    """The problem with its keys spelt out, in the accumulation dtype."""
+    q = problem.q.to(accumulate_dtype(problem.q.dtype))
+    return problem._replace(q=q, k=q if problem.k is None else problem.k.to(q.dtype))
 
 
-def _contrast(q: Tensor, k: Tensor | None, *options: Any) -> _Contrast:
-    rows = q.to(accumulate_dtype(q.dtype))
-    return _Contrast(rows, rows if k is None else k.to(rows.dtype), *options)
+def _columns(problem: Contrast) -> Tensor:
+    return torch.arange(problem.keys.shape[0], device=problem.q.device)
+
+
+def _excluded(problem: Contrast, rows: slice) -> Tensor:
+    own = torch.arange(rows.start, rows.stop, device=problem.q.device) + (problem.exclude or 0)
+    return own[:, None] == _columns(problem)
+
+
+def _same_label(problem: Contrast, rows: slice) -> Tensor:
+    if problem.row_labels is None or problem.col_labels is None:
+        raise ValueError("row_labels and col_labels must be given when labels decide which pairs count")
+    return problem.row_labels[rows, None] == problem.col_labels
+
+
+def _denominator(problem: Contrast, rows: slice, similarities: Tensor) -> Tensor:
+    """S of these rows from scale q k^T, -inf outside of the denominator."""
+    logits = similarities.clone()
+    if problem.key_bias is not None:
+        logits += problem.key_bias
+    if problem.exclude is not None:
+        logits.masked_fill_(_excluded(problem, rows), -math.inf)
+    if problem.among != "all":
+        same = _same_label(problem, rows)
+        logits.masked_fill_(same if problem.among == "different" else ~same, -math.inf)
+    return logits
+
+
+def _weights(problem: Contrast, rows: slice) -> Tensor:
+    """w of these rows, [n, M], bool or in the accumulation dtype."""
+    if problem.positive_index is not None:
+        return problem.positive_index[rows, None] == _columns(problem)
+    if problem.positive_mask is not None:
+        period, width = problem.positive_mask.shape
+        index = torch.arange(rows.start, rows.stop, device=problem.q.device) % period
+        weights = problem.positive_mask[index][:, _columns(problem) % width]
+    else:
+        weights = _same_label(problem, rows)
+    return weights if problem.exclude is None else weights.masked_fill(_excluded(problem, rows), 0)
 
 
 @_op
+@flat(Contrast)
 def contrastive_forward(
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    exclude: int | None,
-    row_labels: Tensor | None,
-    col_labels: Tensor | None,
-    among: str,
-    label_positives: bool,
-    positive_index: Tensor | None,
-    positive_mask: Tensor | None,
-    key_bias: Tensor | None,
-    both_axes: bool,
-    save_gradient: bool,
+    given: Contrast, save_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pairs = _contrast(
-        q, k, scale, exclude, row_labels, col_labels, among, label_positives, positive_index,
-        positive_mask, key_bias,
-    )  # fmt: skip
-    n, m = q.shape[0], pairs.k.shape[0]
+    problem = _accumulated(given)
+    q, k = problem.q, problem.keys
+    n, m = q.shape[0], k.shape[0]
     dtype = statistics_dtype(q)
+    has_positives = problem.positives != "none"
     lse = q.new_empty(n, dtype=dtype)
-    lse_cols = q.new_full((m if both_axes else 0,), -math.inf, dtype=dtype)
-    positive_sum = q.new_empty(n if pairs.has_positives else 0, dtype=dtype)
+    lse_cols = q.new_full((m if problem.both_axes else 0,), -math.inf, dtype=dtype)
+    positive_sum = q.new_empty(n if has_positives else 0, dtype=dtype)
     positive_count = torch.empty_like(positive_sum)
-    residual = pairs.q.new_empty(q.shape if save_gradient else (0,))
-    for rows in pairs.chunks():
-        similarities = pairs.dots(rows) * scale
-        if pairs.has_positives:
-            weights = pairs.weights(rows)
+    residual = q.new_empty(q.shape if save_gradient else (0,))
+    for rows in _chunks(n, m):
+        similarities = (q[rows] @ k.T) * problem.scale
+        if has_positives:
+            weights = _weights(problem, rows)
             positive_sum[rows] = _weighted_sum(weights, similarities, dtype)
             positive_count[rows] = weights.sum(1, dtype=dtype)
-        logits = pairs.denominator(rows, similarities)
+        logits = _denominator(problem, rows, similarities)
         lse[rows] = _log_sum_exp(logits, 1)
-        if both_axes:
+        if problem.both_axes:
             lse_cols = torch.logaddexp(lse_cols, _log_sum_exp(logits, 0))
         if save_gradient:
             softmax = _softmax_of(logits, lse[rows, None])
-            residual[rows] = (softmax - weights.to(softmax) if pairs.has_positives else softmax) @ pairs.k
+            residual[rows] = (softmax - weights.to(softmax) if has_positives else softmax) @ k
     return lse, lse_cols, positive_sum, positive_count, residual
 
 
 @_op
+@flat(Contrast, gradients=3)
 def contrastive_backward(
-    grad_lse: Tensor | None,
-    grad_lse_cols: Tensor | None,
-    grad_positive_sum: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    exclude: int | None,
-    row_labels: Tensor | None,
-    col_labels: Tensor | None,
-    among: str,
-    label_positives: bool,
-    positive_index: Tensor | None,
-    positive_mask: Tensor | None,
-    key_bias: Tensor | None,
-    both_axes: bool,
-    lse: Tensor,
-    lse_cols: Tensor,
-    residual: Tensor,
-    needs: Sequence[bool],
+    grads: Gradients, given: Contrast, saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = accumulate_dtype(q.dtype)
-    pairs = _contrast(
-        q, k, scale, exclude, row_labels, col_labels, among, label_positives, positive_index,
-        positive_mask, key_bias,
-    )  # fmt: skip
+    grad_lse, grad_lse_cols, grad_positive_sum = grads
+    lse, lse_cols, residual = saved
     needs_q, needs_k, needs_bias = needs
-    into_columns = needs_k or (needs_q and k is None)
-    grad_q = q.new_empty(q.shape if needs_q else (0,), dtype=acc)
-    grad_k = q.new_zeros(pairs.k.shape if into_columns else (0,), dtype=acc)
-    grad_bias = q.new_zeros(pairs.k.shape[0] if needs_bias else 0, dtype=acc)
-    grad_scale = q.new_zeros((), dtype=acc)
+    problem = _accumulated(given)
+    q, k, scale = problem.q, problem.keys, problem.scale
+    acc, like = q.dtype, given.q
+    into_columns = needs_k or (needs_q and given.k is None)
+    grad_q = q.new_empty(q.shape if needs_q else (0,))
+    grad_k = q.new_zeros(k.shape if into_columns else (0,))
+    grad_bias = q.new_zeros(k.shape[0] if needs_bias else 0)
+    grad_scale = q.new_zeros(())
     if grad_lse is not None:
         grad_lse = _where_finite(grad_lse, lse, acc)
     if grad_lse_cols is not None:
@@ -231,15 +182,15 @@ def contrastive_backward(
 
     if residual.numel() > 0 and not (needs_k or needs_bias):
         grad = _or_zeros(grad_lse, lse).to(acc)[:, None] * residual
-        if positive_index is not None:
+        if problem.positive_index is not None:
             weight = _or_zeros(grad_lse, lse) + _or_zeros(grad_positive_sum, lse)
-            grad += weight[:, None].to(acc) * _at([pairs.k], positive_index, acc)
-        grad_scale = (pairs.q * grad).sum()
-        return _gradient(grad, scale, q, needs_q), grad_k, grad_scale, grad_bias
+            grad += weight[:, None].to(acc) * _at([k], problem.positive_index, acc)
+        grad_scale = (q * grad).sum()
+        return _gradient(grad, scale, like, needs_q), grad_k, grad_scale, grad_bias
 
-    for rows in pairs.chunks():
-        dots = pairs.dots(rows)
-        logits = pairs.denominator(rows, dots * scale)
+    for rows in _chunks(q.shape[0], k.shape[0]):
+        dots = q[rows] @ k.T
+        logits = _denominator(problem, rows, dots * scale)
         grad = torch.zeros_like(dots)
         if grad_lse is not None:
             grad += grad_lse[rows, None] * _softmax_of(logits, lse[rows, None])
@@ -248,16 +199,17 @@ def contrastive_backward(
         if needs_bias:
             grad_bias += grad.sum(0)
         if grad_positive_sum is not None:
-            grad += grad_positive_sum[rows, None].to(acc) * pairs.weights(rows)
+            grad += grad_positive_sum[rows, None].to(acc) * _weights(problem, rows)
         grad_scale += (grad * dots).sum()
         if needs_q:
-            grad_q[rows] = grad @ pairs.k
+            grad_q[rows] = grad @ k
         if into_columns:
-            grad_k += grad.T @ pairs.q[rows]
+            grad_k += grad.T @ q[rows]
 
-    if needs_q and k is None:
+    if needs_q and given.k is None:
         grad_q += grad_k
-    return _gradient(grad_q, scale, q, needs_q), _gradient(grad_k, scale, q, needs_k), grad_scale, grad_bias
+    grad_q, grad_k = _gradient(grad_q, scale, like, needs_q), _gradient(grad_k, scale, like, needs_k)
+    return grad_q, grad_k, grad_scale, grad_bias
 
 
 def _at(segments: Sequence[Tensor], index: Tensor, acc: torch.dtype) -> Tensor:
@@ -272,59 +224,30 @@ def _at(segments: Sequence[Tensor], index: Tensor, acc: torch.dtype) -> Tensor:
     return found
 
 
-@dataclass(frozen=True)
-class _SoftTarget:
-    """Student and teacher features in the accumulation dtype; keys as segments of one long list."""
-
-    q: Tensor  # [N, D]
-    k: list[Tensor]  # [M_s, D] each
-    target_q: Tensor  # [N, E]
-    target_k: list[Tensor]  # [M_s, E] each
-    scale: Tensor
-    target_scale: Tensor
-    positive: Tensor | None  # [N]
-    positive_in_target: str
-
-    @property
-    def lengths(self) -> list[int]:
-        return [part.shape[0] for part in self.k]
-
-    def chunks(self) -> Iterator[slice]:
-        return _chunks(self.q.shape[0], sum(self.lengths))
-
-    def is_positive(self, rows: slice) -> Tensor | None:
-        if self.positive is None:
-            return None
-        return self.positive[rows, None] == torch.arange(sum(self.lengths), device=self.q.device)
-
-    def dots(self, rows: slice) -> Tensor:
-        return torch.cat([self.q[rows] @ part.T for part in self.k], 1)
-
-    def target_dots(self, rows: slice) -> Tensor:
-        return torch.cat([self.target_q[rows] @ part.T for part in self.target_k], 1)
-
-    def target_logits(self, dots: Tensor, positive: Tensor | None) -> Tensor:
-        logits = dots * self.target_scale
-        if positive is not None:
-            logits.masked_fill_(positive, -math.inf if self.positive_in_target == "exclude" else 0.0)
-        return logits
-
-
-def _soft_target(
-    q: Tensor,
-    k: Sequence[Tensor],
-    target_q: Tensor,
-    target_k: Sequence[Tensor],
-    scale: Tensor,
-    target_scale: Tensor,
-    positive: Tensor | None,
-    positive_in_target: str,
-) -> _SoftTarget:
-    acc = accumulate_dtype(q.dtype)
-    return _SoftTarget(
-        q.to(acc), [part.to(acc) for part in k], target_q.to(acc), [part.to(acc) for part in target_k],
-        scale, target_scale, positive, positive_in_target,
+def _accumulated_segments(problem: SoftTarget) -> SoftTarget:
+    """The problem with its features in the accumulation dtype."""
+    acc = accumulate_dtype(problem.q.dtype)
+    return problem._replace(
+        q=problem.q.to(acc), k=[part.to(acc) for part in problem.k],
+        target_q=problem.target_q.to(acc), target_k=[part.to(acc) for part in problem.target_k],
     )  # fmt: skip
+
+
+def _is_positive(problem: SoftTarget, rows: slice) -> Tensor | None:
+    if problem.positive is None:
+        return None
+    return problem.positive[rows, None] == torch.arange(problem.columns, device=problem.q.device)
+
+
+def _dots(q: Tensor, segments: Sequence[Tensor]) -> Tensor:
+    return torch.cat([q @ part.T for part in segments], 1)
+
+
+def _target_logits(problem: SoftTarget, dots: Tensor, positive: Tensor | None) -> Tensor:
+    logits = dots * problem.target_scale
+    if positive is not None:
+        logits.masked_fill_(positive, -math.inf if problem.positive_in_target == "exclude" else 0.0)
+    return logits
 
 
 def _times_segments(matrix: Tensor, segments: Sequence[Tensor]) -> Tensor:
@@ -346,28 +269,20 @@ def _add_transposed(grads: Sequence[Tensor], matrix: Tensor, rows: Tensor) -> No
 
 
 @_op
+@flat(SoftTarget)
 def soft_target_forward(
-    q: Tensor,
-    k: Sequence[Tensor],
-    target_q: Tensor,
-    target_k: Sequence[Tensor],
-    scale: Tensor,
-    target_scale: Tensor,
-    positive: Tensor | None,
-    positive_in_target: str,
-    save_gradient: bool,
+    given: SoftTarget, save_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    acc = accumulate_dtype(q.dtype)
-    problem = _soft_target(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
-    n = q.shape[0]
+    problem = _accumulated_segments(given)
+    q, n = problem.q, problem.q.shape[0]
     dtype = statistics_dtype(q)
     lse, target_lse, cross = (q.new_empty(n, dtype=dtype) for _ in range(3))
-    positive_sum = q.new_empty(0 if positive is None else n, dtype=dtype)
-    mean_key, mean_target_key = (q.new_empty(q.shape if save_gradient else (0,), dtype=acc) for _ in range(2))
-    for rows in problem.chunks():
-        own = problem.is_positive(rows)
-        logits = problem.dots(rows) * scale
-        target_logits = problem.target_logits(problem.target_dots(rows), own)
+    positive_sum = q.new_empty(0 if problem.positive is None else n, dtype=dtype)
+    mean_key, mean_target_key = (q.new_empty(q.shape if save_gradient else (0,)) for _ in range(2))
+    for rows in _chunks(n, problem.columns):
+        own = _is_positive(problem, rows)
+        logits = _dots(q[rows], problem.k) * problem.scale
+        target_logits = _target_logits(problem, _dots(problem.target_q[rows], problem.target_k), own)
         lse[rows] = _log_sum_exp(logits, 1)
         target_lse[rows] = _log_sum_exp(target_logits, 1)
         target = _softmax_of(target_logits, target_lse[rows, None])
@@ -387,60 +302,46 @@ def soft_target_forward(
 
 
 @_op
+@flat(SoftTarget, gradients=4)
 def soft_target_backward(
-    grad_lse: Tensor | None,
-    grad_target_lse: Tensor | None,
-    grad_cross: Tensor | None,
-    grad_positive_sum: Tensor | None,
-    q: Tensor,
-    k: Sequence[Tensor],
-    target_q: Tensor,
-    target_k: Sequence[Tensor],
-    scale: Tensor,
-    target_scale: Tensor,
-    positive: Tensor | None,
-    positive_in_target: str,
-    lse: Tensor,
-    target_lse: Tensor,
-    cross: Tensor,
-    positive_sum: Tensor,
-    mean_key: Tensor,
-    mean_target_key: Tensor,
-    needs: Sequence[bool],
+    grads: Gradients, given: SoftTarget, saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor, Tensor]:
-    problem = _soft_target(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
+    grad_lse, grad_target_lse, grad_cross, grad_positive_sum = grads
+    lse, target_lse, cross, positive_sum, mean_key, mean_target_key = saved
     needs_q, needs_k, needs_target_q, needs_target_k = needs
     needs_target = needs_target_q or needs_target_k
-    acc = accumulate_dtype(q.dtype)
+    problem = _accumulated_segments(given)
+    q, target_q, scale, target_scale = problem.q, problem.target_q, problem.scale, problem.target_scale
+    acc, like = q.dtype, given.q
     g_positive = _or_zeros(grad_positive_sum, lse).to(acc)
     g_lse = _where_finite(_or_zeros(grad_lse, lse), lse, acc)
     g_cross = _where_finite(_or_zeros(grad_cross, lse), target_lse, acc)
     g_target_lse = _where_finite(_or_zeros(grad_target_lse, lse), target_lse, acc)
 
     def zeros(like: Tensor, needed: bool) -> Tensor:
-        return like.new_zeros(like.shape if needed else (0,), dtype=acc)
+        return like.new_zeros(like.shape if needed else (0,))
 
     grad_q, grad_target_q = zeros(q, needs_q), zeros(target_q, needs_target_q)
-    grad_k = [zeros(part, needs_k) for part in k]
-    grad_target_k = [zeros(part, needs_target_k) for part in target_k]
-    grad_scale, grad_target_scale = (q.new_zeros((), dtype=acc) for _ in range(2))
+    grad_k = [zeros(part, needs_k) for part in problem.k]
+    grad_target_k = [zeros(part, needs_target_k) for part in problem.target_k]
+    grad_scale, grad_target_scale = (q.new_zeros(()) for _ in range(2))
 
     if mean_key.numel() > 0 and not (needs_k or needs_target):
         grad = g_lse[:, None] * mean_key + g_cross[:, None] * mean_target_key
-        if positive is not None:
+        if problem.positive is not None:
             weight = g_lse * torch.expm1(positive_sum - lse) + (g_lse + g_positive)
-            if positive_in_target == "zero":
+            if problem.positive_in_target == "zero":
                 weight += g_cross * (-target_lse).exp()
-            grad += weight[:, None].to(acc) * _at(problem.k, positive, acc)
-        grad_scale = (problem.q * grad).sum()
+            grad += weight[:, None].to(acc) * _at(problem.k, problem.positive, acc)
+        grad_scale = (q * grad).sum()
         if needs_q:
             grad_q = grad
     else:
-        for rows in problem.chunks():
-            own = problem.is_positive(rows)
-            dots, target_dots = problem.dots(rows), problem.target_dots(rows)
+        for rows in _chunks(q.shape[0], problem.columns):
+            own = _is_positive(problem, rows)
+            dots, target_dots = _dots(q[rows], problem.k), _dots(target_q[rows], problem.target_k)
             logits = dots * scale
-            target = _softmax_of(problem.target_logits(target_dots, own), target_lse[rows, None])
+            target = _softmax_of(_target_logits(problem, target_dots, own), target_lse[rows, None])
             grad = g_lse[rows, None] * _softmax_of(logits, lse[rows, None]) + g_cross[rows, None] * target
             if own is not None:
                 grad += g_positive[rows, None] * own
@@ -448,7 +349,7 @@ def soft_target_backward(
             if needs_q:
                 grad_q[rows] = _times_segments(grad, problem.k)
             if needs_k:
-                _add_transposed(grad_k, grad, problem.q[rows])
+                _add_transposed(grad_k, grad, q[rows])
             if not needs_target:
                 continue
             rounded = cross[rows, None].to(acc)
@@ -460,13 +361,13 @@ def soft_target_backward(
             if needs_target_q:
                 grad_target_q[rows] = _times_segments(grad, problem.target_k)
             if needs_target_k:
-                _add_transposed(grad_target_k, grad, problem.target_q[rows])
+                _add_transposed(grad_target_k, grad, target_q[rows])
 
     return (
-        _gradient(grad_q, scale, q, needs_q),
-        [_gradient(part, scale, q, needs_k) for part in grad_k],
-        _gradient(grad_target_q, target_scale, q, needs_target_q),
-        [_gradient(part, target_scale, q, needs_target_k) for part in grad_target_k],
+        _gradient(grad_q, scale, like, needs_q),
+        [_gradient(part, scale, like, needs_k) for part in grad_k],
+        _gradient(grad_target_q, target_scale, like, needs_target_q),
+        [_gradient(part, target_scale, like, needs_target_k) for part in grad_target_k],
         grad_scale,
         grad_target_scale,
     )
@@ -490,14 +391,14 @@ def _column_statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(norm > rounding * mean.abs(), norm.reciprocal(), 0)
 
 
-def _dimcl_positives(z: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(positive_index, positive_mask) of the 2D rows of X: the other view's same dimension, and the mask."""
-    features = z.shape[1]
-    own = torch.arange(2 * features, device=z.device)
-    partner = (own + features) % (2 * features)
+def _dimcl_problem(x: Tensor, scale: Tensor, mask: Tensor | None) -> Contrast:
+    """X with itself; positives are the other view's same dimension, and those of the mask."""
+    own = torch.arange(x.shape[0], device=x.device)
+    partner = own.roll(x.shape[0] // 2)
+    problem = Contrast(x, None, scale, exclude=0)
     if mask is None:
-        return partner, None
-    return None, mask | (partner[:, None] == own)
+        return problem._replace(positive_index=partner)
+    return problem._replace(positive_mask=mask | (partner[:, None] == own))
 
 
 @_op
@@ -507,10 +408,8 @@ def dimcl_forward(
     mean0, rnorm0 = _column_statistics(z0)
     mean1, rnorm1 = _column_statistics(z1)
     x = torch.cat([_standardised(z0, mean0, rnorm0), _standardised(z1, mean1, rnorm1)])
-    index, mask = _dimcl_positives(z0, positive_mask)
-    lse, _, positive_sum, positive_count, _ = contrastive_forward(
-        x, None, scale, 0, None, None, "all", False, index, mask, None, False, False
-    )
+    problem = _dimcl_problem(x, scale, positive_mask)
+    lse, _, positive_sum, positive_count, _ = contrastive_forward(*problem, False)
     return lse, positive_sum, positive_count, torch.stack([mean0, mean1]), torch.stack([rnorm0, rnorm1])
 
 
@@ -527,15 +426,12 @@ def dimcl_backward(
     rnorm: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.cat([_standardised(z0, mean[0], rnorm[0]), _standardised(z1, mean[1], rnorm[1])])
-    index, mask = _dimcl_positives(z0, positive_mask)
-    grad, _, grad_scale, _ = contrastive_backward(
-        grad_lse, None, grad_positive_sum, x, None, scale, 0, None, None, "all", False, index, mask, None,
-        False, lse, lse.new_empty(0), x.new_empty(0), (True, False, False),
-    )  # fmt: skip
+    grads, problem = (grad_lse, None, grad_positive_sum), _dimcl_problem(x, scale, positive_mask)
+    saved, needs = (lse, lse.new_empty(0), x.new_empty(0)), (True, False, False)
+    grad, _, grad_scale, _ = contrastive_backward(*grads, *problem, *saved, needs)
     grad = grad - x * (x * grad).sum(1, keepdim=True)
-    grad = grad - grad.mean(
-        1, keepdim=True
-    )  # last, as rounding leaves x itself a mean where it hardly varies
+    # Last, as rounding leaves x itself a mean where it hardly varies.
+    grad = grad - grad.mean(1, keepdim=True)
     grad_z = (grad * rnorm.flatten()[:, None]).T.to(z0.dtype)
     grad_z0, grad_z1 = (part.contiguous() for part in grad_z.split(z0.shape[1], 1))
     return grad_z0, grad_z1, grad_scale

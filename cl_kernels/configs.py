@@ -1,13 +1,8 @@
-"""Two tables for GPUs: which backend serves an op under "auto", and the launch shapes of Triton's kernels.
+"""The launch shapes of Triton's kernels, by kernel, architecture, dtype and padded width.
 
-`SERVING` is read from the top, and the first row that fits decides. Triton serves by default; CUDA C++ only
-where a row says that both ran on a GPU of that architecture and it was faster: `python -m cl_kernels tune
---serving` prints such rows.
-
-`TABLE` has launch shapes by kernel, architecture, dtype and padded width. A row is found for the architecture
-of a tensor's device, the kind of its dtype and its number of features rounded up to a power of two; where the
-table has no row for that width, the next wider one serves, and the widest row serves everything beyond,
-because such kernels walk the features in chunks of `block_d`.
+A row is found for the architecture of a tensor's device, the kind of its dtype and its number of features
+rounded up to a power of two; where the table has no row for that width, the next wider one serves, and the
+widest row serves everything beyond, because such kernels walk the features in chunks of `block_d`.
 
 Rows for sm_80 keep to the 99 KiB of shared memory that sm_86, sm_89 and sm_120 have too. Every row is
 compiled ahead of time, and held to limits, by `make compile-gate`.
@@ -47,43 +42,6 @@ class Device(NamedTuple):
 # Small tiles, so that small tests see several of them, tails and splits.
 _INTERPRETED = Shape(32, 16, 32, 1, 1)
 
-
-class Serving(NamedTuple):
-    """Which backend serves an op; `ANY` fits all. A row for "cuda" counts only if its basis is "measured"."""
-
-    op: str
-    variant: str  # of VARIANTS
-    kind: str  # of dtype: "half", "float32"
-    architecture: str  # of the chip that was measured: sm_89, not the sm_80 whose launch shapes it has
-    widest: int | None  # features, at most
-    backend: str  # "cuda", "triton"
-    basis: str  # "measured", "default"
-
-    @property
-    def counts(self) -> bool:
-        return self.backend != "cuda" or self.basis == "measured"
-
-    def fits(self, op: str, variant: str, kind: str, architecture: str, width: int) -> bool:
-        fixed = zip(self[:4], (op, variant, kind, architecture), strict=True)
-        narrow_enough = width <= (self.widest or width)
-        return self.counts and narrow_enough and all(wanted in (ANY, got) for wanted, got in fixed)
-
-
-ANY = "any"
-VARIANTS = {
-    # One axis of q with itself, of unfrozen keys; both axes; keys that get no gradient.
-    "contrastive": ("self", "keys", "both axes", "frozen keys", "transposed"),
-    "soft_target": ("plain", "transposed"),
-    "dimcl": ("plain", "transposed"),
-    "similarity": ("plain", "transposed"),
-    "masked_log_softmax": ("plain",),
-}
-"""What the backends do differently; transposed: the stride along the features is not 1."""
-
-SERVING = (
-    # op, variant, kind of dtype, architecture, widest, backend, basis
-    Serving(ANY, ANY, ANY, ANY, None, "triton", "default"),
-)
 
 Key = tuple[str, str, str]  # kernel, architecture, kind of dtype
 
@@ -366,29 +324,13 @@ def dtype_kind(dtype: torch.dtype) -> str:
     return "float32" if dtype == torch.float32 else "half"
 
 
-def row_serving(op: str, variant: str, kind: str, architecture: str, width: int) -> Serving:
-    """The row of SERVING that decides."""
-    return next(row for row in SERVING if row.fits(op, variant, kind, architecture, width))
-
-
-def rows_for(op: str, architecture: str) -> list[Serving]:
-    """The rows of SERVING that can decide for an op on an architecture."""
-    rows = []
-    for row in SERVING:
-        if row.counts and row.op in (ANY, op) and row.architecture in (ANY, architecture):
-            rows.append(row)
-            if (row.variant, row.kind, row.widest) == (ANY, ANY, None):
-                break
-    return rows
-
-
 def padded(width: int) -> int:
     """The next power of two, at least 16: the least that a matrix instruction multiplies."""
     return max(16, 1 << (width - 1).bit_length())
 
 
-def serving(rows: Collection[int], width: int) -> int:
-    """The width of the row that serves: the next wider one, or the widest."""
+def wide_enough(rows: Collection[int], width: int) -> int:
+    """The width of the row for so many features: the next wider one, or the widest."""
     return min((known for known in rows if known >= width), default=max(rows))
 
 
@@ -399,8 +341,7 @@ def widest(kernel: str, x: torch.Tensor) -> int:
 
 
 def key(kernel: str, x: torch.Tensor, variant: str = "") -> Key:
-    """Where the table has the rows of a kernel for features like `x`: those of kernel_variant, if it has some
-    of its own."""
+    """The place in the table of a kernel's rows for features like `x`, or of kernel_variant's, if there."""
     architecture, kind = device_of(x).architecture, dtype_kind(x.dtype)
     own = (f"{kernel}_{variant}", architecture, kind)
     return own if own in TABLE else (kernel, architecture, kind)
@@ -413,4 +354,4 @@ def shape(kernel: str, x: torch.Tensor, width: int, variant: str = "") -> Shape:
         whole = kernel == "lse" and width <= widest("gradient_rows", x)
         return _INTERPRETED._replace(block_d=padded(width)) if whole else _INTERPRETED
     rows = TABLE[key(kernel, x, variant)]
-    return rows[serving(rows, width)]
+    return rows[wide_enough(rows, width)]

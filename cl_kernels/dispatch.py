@@ -1,11 +1,15 @@
 """Which backend serves an op: the choice by name, the reasons why one cannot serve, and the call itself.
 
 Under "auto" PyTorch's dispatcher picks: a compiled kernel where there is one, else the chunked reference. For
-GPU tensors `serve` picks, by the table in `configs.py`, and passes over what cannot be launched.
+GPU tensors `serve` picks, and passes over what cannot be launched: by `SERVING`, read from the top, of which
+the first row that fits decides. Triton serves by default; CUDA C++ only where a row says that both ran on a
+GPU of that architecture and it was faster: `python -m cl_kernels tune --serving` prints such rows.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import os
 import typing
@@ -38,7 +42,7 @@ def _checked(name: object, source: str) -> str:
 def _checked_and_ready(name: object, source: str) -> str:
     checked = _checked(name, source)
     if checked == "cuda":
-        extension.require_cuda()
+        extension.cuda.require()
     return checked
 
 
@@ -73,6 +77,7 @@ class use_backend:
         global _backend
         self._previous = _backend
         _backend = _checked_and_ready(name, "backend")
+        forget_decisions()  # "cuda" may have compiled what was not there
         if name == "triton" and ops.has_triton() and torch.cuda.is_available():
             for index in range(torch.cuda.device_count()):  # before a compiled graph asks about them
                 _triton_unsuited(index)
@@ -104,7 +109,7 @@ def obstacle(
         return None
     if backend == "triton" and not ops.has_triton():
         return "the package triton is not installed"
-    on_cpu = interpreted() if backend == "triton" else bool(extension.emulated_ops)
+    on_cpu = interpreted() if backend == "triton" else bool(extension.cuda.emulated_ops)
     if device.type != "cuda" and not (device.type == "cpu" and on_cpu):
         return f"takes GPU tensors, not {device.type} tensors"
     if dtype is not None and dtype not in _GPU_DTYPES:
@@ -119,11 +124,11 @@ def _index(device: torch.device) -> int:
 
 
 def _cpu_obstacle(device: torch.device, op_name: str | None) -> str | None:
-    if not extension.is_loaded():
-        return extension.missing_because
+    if extension.cpu.module is None:
+        return extension.cpu.missing_because
     if device.type != "cpu":
         return f"takes CPU tensors only, not {device.type} tensors"
-    if op_name is not None and op_name not in extension.compiled_ops:
+    if op_name is not None and op_name not in extension.cpu.ops:
         return f"the compiled extension has no kernel for {op_name}"
     return None
 
@@ -131,14 +136,14 @@ def _cpu_obstacle(device: torch.device, op_name: str | None) -> str | None:
 def _cuda_obstacle(device: torch.device, op_name: str | None) -> str | None:
     if device.type == "cuda" and torch.version.hip is not None:
         return "takes NVIDIA GPUs, not AMD GPUs"
-    if device.type == "cuda" and extension.cuda_module is None:
-        return extension.cuda_missing_because
-    compiled = extension.emulated_ops if device.type == "cpu" else extension.cuda_ops
+    if device.type == "cuda" and extension.cuda.module is None:
+        return extension.cuda.missing_because
+    compiled = extension.cuda.emulated_ops if device.type == "cpu" else extension.cuda.ops
     if op_name is not None and op_name not in compiled:
         return f"the compiled extension has no kernel for {op_name}"
     if device.type == "cpu":
         return None
-    return extension.cuda_unsuited(_index(device))
+    return extension.cuda.unsuited(_index(device))
 
 
 def interpreted() -> bool:
@@ -154,61 +159,165 @@ def select(op_name: str, tensor: Tensor) -> str:
     return "interpreter" if _backend == "triton" and tensor.device.type == "cpu" else _backend
 
 
-class Problem(NamedTuple):
+class Case(NamedTuple):
     """What the table of serving backends distinguishes."""
 
     op: str  # without forward or backward
-    variant: str
-    kind: str  # of dtype
-    chip: str
+    variant: str  # of VARIANTS
+    kind: str  # of dtype: "half", "float32"
+    architecture: str  # of the chip itself: sm_89, not the sm_80 whose launch shapes it has
     width: int
 
 
-_exhausted: dict[tuple[str, Problem], str] = {}
-"""Why a backend that should have served a problem could not be launched."""
+class Serving(NamedTuple):
+    """Which backend serves an op; `ANY` fits all. A row for "cuda" counts only if its basis is "measured"."""
+
+    op: str
+    variant: str
+    kind: str
+    architecture: str
+    widest: int | None  # features, at most
+    backend: str  # "cuda", "triton"
+    basis: str  # "measured", "default"
+
+    @property
+    def counts(self) -> bool:
+        return self.backend != "cuda" or self.basis == "measured"
+
+    def fits(self, case: Case) -> bool:
+        narrow_enough = case.width <= (self.widest or case.width)
+        fixed = zip(self[:4], case[:4], strict=True)
+        return self.counts and narrow_enough and all(wanted in (ANY, got) for wanted, got in fixed)
 
 
-def _problem(op_name: str, args: Sequence[Any]) -> Problem:
-    """The same for an op's forward and backward, which must see the same logits."""
-    features = ops.features(op_name, args)
-    kind, chip = configs.dtype_kind(features.dtype), configs.device_of(features).chip
-    return Problem(_family(op_name), variant(op_name, args), kind, chip, features.shape[1])
+ANY = "any"
+VARIANTS = {
+    # One axis of q with itself, of unfrozen keys; both axes; keys that get no gradient.
+    "contrastive": ("self", "keys", "both axes", "frozen keys", "transposed"),
+    "soft_target": ("plain", "transposed"),
+    "dimcl": ("plain", "transposed"),
+    "similarity": ("plain", "transposed"),
+    "masked_log_softmax": ("plain",),
+}
+"""What the backends do differently; transposed: the stride along the features is not 1."""
+
+SERVING = (
+    # op, variant, kind of dtype, architecture, widest, backend, basis
+    Serving(ANY, ANY, ANY, ANY, None, "triton", "default"),
+)
+
+
+def row_for(case: Case) -> Serving:
+    """The row of SERVING that decides."""
+    return next(row for row in SERVING if row.fits(case))
+
+
+def rows_for(op: str, architecture: str) -> list[Serving]:
+    """The rows of SERVING that can decide for an op on an architecture."""
+    rows = []
+    for row in SERVING:
+        if row.counts and row.op in (ANY, op) and row.architecture in (ANY, architecture):
+            rows.append(row)
+            if (row.variant, row.kind, row.widest) == (ANY, ANY, None):
+                break
+    return rows
+
+
+_exhausted: dict[tuple[str, Case], str] = {}
+"""Why a backend that should have served a case could not be launched."""
+
+
+@functools.cache
+def _parameters(op_name: str) -> tuple[str, ...]:
+    schema = getattr(getattr(torch.ops, ops.NAMESPACE), op_name).default._schema
+    return tuple(argument.name for argument in schema.arguments)
+
+
+def _case(op_name: str, args: Sequence[Any]) -> tuple[Case, Tensor]:
+    """The case of a call, the same for an op's forward and backward, which must see the same logits; and the
+    features that its work is sized by."""
+    given = dict(zip(_parameters(op_name), args, strict=True))
+    features = next(given[name] for name in ("q", "z0", "logits", "output") if name in given)
+    op, kind, chip = _family(op_name), configs.dtype_kind(features.dtype), configs.device_of(features).chip
+    return Case(op, _variant(op, given), kind, chip, features.shape[1]), features
+
+
+def _family(op_name: str) -> str:
+    return op_name.removesuffix("_forward").removesuffix("_backward")
+
+
+def _variant(op: str, given: dict[str, Any]) -> str:
+    """What the table distinguishes within an op, by the arguments of its forward or backward."""
+    matrices = [given.get(name) for name in ("q", "k", "z0", "z1")]
+    tensors = [x for x in matrices if isinstance(x, Tensor)]
+    if any(x.stride(1) != 1 and x.shape[1] > 1 for x in tensors):
+        return "transposed"
+    if op != "contrastive":
+        return "plain"
+    if given["both_axes"]:
+        return "both axes"
+    if given["k"] is None:
+        return "self"
+    saved = given["save_gradient"] if "save_gradient" in given else given["residual"].numel() > 0
+    return "frozen keys" if saved else "keys"
 
 
 def serving(op_name: str, args: Sequence[Any]) -> str:
     """The backend that serves an op on GPU tensors under "auto": the table's, else Triton, else the chunked
     reference."""
-    features, problem = ops.features(op_name, args), _problem(op_name, args)
-    for backend in dict.fromkeys((configs.row_serving(*problem).backend, "triton")):
-        launches = (backend, problem) not in _exhausted
-        if launches and obstacle(backend, features.device, op_name, features.dtype) is None:
+    case, features = _case(op_name, args)
+    return _decided(op_name, case, features.device, features.dtype)
+
+
+@functools.lru_cache(1024)
+def _decided(op_name: str, case: Case, device: torch.device, dtype: torch.dtype) -> str:
+    for backend in dict.fromkeys((row_for(case).backend, "triton")):
+        launches = (backend, case) not in _exhausted
+        if launches and obstacle(backend, device, op_name, dtype) is None:
             return backend
     return "reference"
 
 
-def serve(op_name: str, args: Sequence[Any]) -> Any:
+def forget_decisions() -> None:
+    """Decide anew from now on: what can serve has changed."""
+    _decided.cache_clear()
+
+
+def serve(op_name: str, *args: Any) -> Any:
     """Run an op on GPU tensors under "auto".
 
     A backend that asks for more than the GPU has is passed over from then on, for the forward and the
-    backward of such problems. Where it is the backward that does not launch, the next backend finishes it
+    backward of such cases. Where it is the backward that does not launch, the next backend finishes it
     from the statistics that the forward saved, which mean the same to all; the logits that it recomputes
     differ from the forward's by their rounding, this once.
     """
+    case, features = _case(op_name, args)
     while True:
-        backend = serving(op_name, args)
+        backend = _decided(op_name, case, features.device, features.dtype)
         try:
-            return implementation(op_name, backend)(*args)
+            with torch.cuda.device_of(features):
+                return implementation(op_name, "interpreter" if backend == "triton" else backend)(*args)
         except Exception as error:
             if backend == "reference" or not _lacks_resources(error):
                 raise
-            problem, reason = _problem(op_name, args), " ".join(str(error).split())
-            _exhausted[backend, problem] = reason
+            reason = " ".join(str(error).split())
+            _exhausted[backend, case] = reason
+            forget_decisions()
             warnings.warn(
-                f"{backend} cannot launch {op_name} for {problem.variant} {problem.kind} features of width "
-                f"{problem.width} on {problem.chip} ({reason}): {serving(op_name, args)} serves them",
+                f"{backend} cannot launch {op_name} for {case.variant} {case.kind} features of width "
+                f"{case.width} on {case.architecture} ({reason}): "
+                f"{serving(op_name, args)} serves them",
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _by_triton(op_name: str, *args: Any) -> Any:
+    with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+        return triton_op(op_name)(*args)
+
+
+ops.on_gpus(serve, _by_triton)
 
 
 def _lacks_resources(error: Exception) -> bool:
@@ -220,34 +329,17 @@ def _lacks_resources(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
-def _family(op_name: str) -> str:
-    return op_name.removesuffix("_forward").removesuffix("_backward")
-
-
-def variant(op_name: str, args: Sequence[Any]) -> str:
-    """What the table distinguishes within an op (`configs.VARIANTS`), by the arguments of its forward or
-    backward."""
-    given = ops.given(op_name, args)
-    matrices = [given.get(name) for name in ("q", "k", "z0", "z1")]
-    tensors = [x for x in matrices if isinstance(x, Tensor)]
-    if any(x.stride(1) != 1 and x.shape[1] > 1 for x in tensors):
-        return "transposed"
-    if _family(op_name) != "contrastive":
-        return "plain"
-    if given["both_axes"]:
-        return "both axes"
-    if given["k"] is None:
-        return "self"
-    saved = given["save_gradient"] if "save_gradient" in given else given["residual"].numel() > 0
-    return "frozen keys" if saved else "keys"
+def triton_op(op_name: str) -> Callable[..., Any]:
+    """The Triton implementation of an op, imported with Triton when first called."""
+    return getattr(importlib.import_module(".triton.entry_points", __package__), op_name)
 
 
 def implementation(op_name: str, backend: str) -> Callable[..., Any]:
     """An op by one backend: a registered op, or plain PyTorch."""
     if backend == "reference":
         return getattr(chunked, op_name)
-    if backend == "interpreter":
-        return ops.triton_op(op_name)
+    if backend == "interpreter":  # Triton's functions themselves
+        return triton_op(op_name)
     if backend == "triton":
         return getattr(torch.ops.cl_kernels_triton, op_name)
     if backend == "cuda":
@@ -304,11 +396,11 @@ def _row(op: str, device: str) -> Row:
         for backend, tool in (("triton", "Triton's interpreter"), ("cuda", "the emulator")):
             if obstacles[backend] is None:
                 obstacles[backend] = f"serves CPU tensors by name only, under {tool}"
-    rows: list[configs.Serving] = []
+    rows: list[Serving] = []
     if device == "cuda" and obstacles["cuda"] is None:
-        rows = configs.rows_for(_family(op), configs.gpu(torch.cuda.current_device()).chip)
+        rows = rows_for(_family(op), configs.gpu(torch.cuda.current_device()).chip)
         if all(row.backend != "cuda" for row in rows):
-            obstacles["cuda"] = "serves by name only: no row of configs.SERVING has measured it to be faster"
+            obstacles["cuda"] = "serves by name only: no row of SERVING has measured it to be faster"
     able = [backend for backend in compiled if obstacles[backend] is None]
     reasons: dict[str, list[str]] = {}
     for backend, reason in obstacles.items():
@@ -322,11 +414,11 @@ def _row(op: str, device: str) -> Row:
     return Row(op, device, able[0] if able else "reference", "; ".join(why))
 
 
-def _cases(rows: Sequence[configs.Serving]) -> str:
+def _cases(rows: Sequence[Serving]) -> str:
     """Rows of one backend, in words."""
     cases = []
     for row in rows:
-        words = [word for word in (row.kind, row.variant) if word != configs.ANY]
+        words = [word for word in (row.kind, row.variant) if word != ANY]
         words += [] if row.widest is None else [f"up to {row.widest} features"]
         cases.append(" ".join(words) or "the rest")
     return f"{rows[0].backend} for {', '.join(cases)} ({rows[0].basis})"

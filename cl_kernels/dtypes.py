@@ -45,3 +45,12 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their common floating-point dtype."""
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return tuple(x.to(dtype) for x in tensors)
+
+
+def scalar_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """A 0-dim tensor; a compiled graph serves every float."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.scalar_tensor(value, dtype=dtype, device=device)

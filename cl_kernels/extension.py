@@ -73,70 +73,90 @@ def _warn(message: str) -> None:
     warnings.warn(f"{message}. To get kernels that fit, {_BUILD_HINT}.", ExtensionWarning, stacklevel=2)
 
 
-def _load_cpu() -> tuple[ModuleType | None, str]:
-    extension, reason = _load(f"{__package__}._C")
-    if extension is None and not _switched_off():
-        _warn(f"{reason}: losses on the CPU run in plain PyTorch, with the same results but slower")
-    return extension, reason
+class Extension:
+    """A compiled extension: its module, or why there is none, and the ops that it has kernels for."""
+
+    def __init__(self, name: str, namespace: str, key: str) -> None:
+        self.name, self.namespace, self.key = f"{__package__}.{name}", namespace, key
+        self.module, self.missing_because = self._loaded()
+        self.ops = self._with_kernel(key)
+
+    def _loaded(self) -> tuple[ModuleType | None, str]:
+        module, reason = _load(self.name)
+        if module is None and not _switched_off():
+            _warn(f"{reason}: losses on the CPU run in plain PyTorch, with the same results but slower")
+        return module, reason
+
+    def _with_kernel(self, key: str) -> frozenset[str]:
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        return frozenset(name for name in ops.SCHEMAS if has(f"{self.namespace}::{name}", key))
+
+    def build_info(self) -> dict[str, str]:
+        """What it was built with, and the CPU's the instruction set in use; empty where there is none."""
+        if self.module is None:
+            return {}
+        in_use = getattr(self.module, "cpu_capability", None)
+        return {**self.module.build_info(), **({"cpu_capability": in_use()} if in_use else {})}
 
 
-def _load_cuda() -> tuple[ModuleType | None, str]:
-    if torch.version.cuda is None:
-        return None, f"torch {torch.__version__} has no CUDA"
-    name = f"{__package__}._cuda"
-    extension, reason = _load(name)
-    if torch.cuda.is_available() and not _switched_off():
-        if extension is None and _is_built(name):
-            _warn(f"{reason}: the backend 'cuda' is not there")
-        if not ops.has_triton():
-            slower = "losses on the GPU run in plain PyTorch, with the same results but slower"
-            warnings.warn(f"triton is not installed: {slower}", ExtensionWarning, stacklevel=2)
-    return extension, reason
+class CudaExtension(Extension):
+    """The GPU's, which a source checkout compiles when it is first required."""
+
+    def __init__(self, name: str, namespace: str, key: str) -> None:
+        super().__init__(name, namespace, key)
+        self.emulated_ops = self._with_kernel("CPU")
+        """The ops whose kernels run on CPU tensors, by the tests' emulator."""
+        self._unsuited: dict[int, str | None] = {}
+        self._required = False
+
+    def _loaded(self) -> tuple[ModuleType | None, str]:
+        if torch.version.cuda is None:
+            return None, f"torch {torch.__version__} has no CUDA"
+        module, reason = _load(self.name)
+        if torch.cuda.is_available() and not _switched_off():
+            if module is None and _is_built(self.name):
+                _warn(f"{reason}: the backend 'cuda' is not there")
+            if not ops.has_triton():
+                slower = "losses on the GPU run in plain PyTorch, with the same results but slower"
+                warnings.warn(f"triton is not installed: {slower}", ExtensionWarning, stacklevel=2)
+        return module, reason
+
+    def unsuited(self, index: int) -> str | None:
+        """Why the kernels as compiled do not run on this GPU, or None."""
+        if index not in self._unsuited:
+            compiled = self.build_info()["architectures"].split(",")
+            self._unsuited[index] = _unsuited(torch.cuda.get_device_capability(index), compiled)
+        return self._unsuited[index]
+
+    def require(self) -> None:
+        """Make the kernels ready as far as they can be: compile those of a source checkout where they were
+        not built, and look at the GPUs here, before a compiled graph asks about them."""
+        if not self._required:
+            self._required = True
+            if _is_source_checkout() and torch.version.cuda is not None and self.module is None:
+                self.module, self.missing_because = self._compiled_where_possible()
+        self.ops, self.emulated_ops = self._with_kernel(self.key), self._with_kernel("CPU")
+        if self.module is not None:
+            for index in range(torch.cuda.device_count()):
+                self.unsuited(index)
+
+    def _compiled_where_possible(self) -> tuple[ModuleType | None, str]:
+        reason = self.missing_because
+        if _switched_off() or _is_built(self.name):
+            return None, reason
+        cuda_build.name_toolkit()
+        obstacle = cuda_build.obstacle(_ROOT)
+        if obstacle is None and not torch.cuda.is_available():
+            obstacle = "there is no GPU"
+        if obstacle is not None:
+            return None, f"{reason}, and is not compiled now: {obstacle}"
+        try:
+            return _compile(), ""
+        except (ImportError, OSError, RuntimeError) as error:
+            return None, f"{reason}, and its compilation failed ({error})"
 
 
-def _with_kernel(namespace: str, key: str) -> frozenset[str]:
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(name for name in ops.SCHEMAS if has(f"{namespace}::{name}", key))
-
-
-module, missing_because = _load_cpu()
-compiled_ops = _with_kernel(ops.NAMESPACE, "CPU")
-"""The ops that the extension has a CPU kernel for."""
-
-cuda_module, cuda_missing_because = _load_cuda()
-cuda_ops = _with_kernel(ops.CUDA_NAMESPACE, "CUDA")
-emulated_ops = _with_kernel(ops.CUDA_NAMESPACE, "CPU")
-"""The ops whose CUDA kernels run on CPU tensors, by the tests' emulator."""
-
-_unsuited: dict[int, str | None] = {}
-_required = False
-
-
-def is_loaded() -> bool:
-    return module is not None
-
-
-def build_info() -> dict[str, str]:
-    """What the extension was built with and the instruction set in use; empty without an extension."""
-    if module is None:
-        return {}
-    return {**module.build_info(), "cpu_capability": module.cpu_capability()}
-
-
-def cuda_build_info() -> dict[str, str]:
-    """What the CUDA kernels were built with; empty without them."""
-    return {} if cuda_module is None else dict(cuda_module.build_info())
-
-
-def cuda_unsuited(index: int) -> str | None:
-    """Why the CUDA kernels as compiled do not run on this GPU, or None."""
-    if index not in _unsuited:
-        compiled = cuda_build_info()["architectures"].split(",")
-        _unsuited[index] = unsuited(torch.cuda.get_device_capability(index), compiled)
-    return _unsuited[index]
-
-
-def unsuited(capability: tuple[int, int], compiled: list[str]) -> str | None:
+def _unsuited(capability: tuple[int, int], compiled: list[str]) -> str | None:
     """Why kernels compiled for these architectures do not run on a GPU of this capability, or None."""
     here = "sm_{}{}".format(*capability)
     if capability < cuda_build.LEAST:
@@ -144,36 +164,6 @@ def unsuited(capability: tuple[int, int], compiled: list[str]) -> str | None:
     if not cuda_build.runs_on(compiled, capability):
         return f"compiled for {', '.join(compiled)}, not for this GPU, {here}"
     return None
-
-
-def require_cuda() -> None:
-    """Make the CUDA kernels ready as far as they can be: compile those of a source checkout where they were
-    not built, and look at the GPUs here, before a compiled graph asks about them."""
-    global cuda_module, cuda_missing_because, cuda_ops, emulated_ops, _required
-    if not _required:
-        _required = True
-        if _is_source_checkout() and torch.version.cuda is not None and cuda_module is None:
-            cuda_module, cuda_missing_because = _compile_where_possible()
-    cuda_ops = _with_kernel(ops.CUDA_NAMESPACE, "CUDA")
-    emulated_ops = _with_kernel(ops.CUDA_NAMESPACE, "CPU")
-    if cuda_module is not None:
-        for index in range(torch.cuda.device_count()):
-            cuda_unsuited(index)
-
-
-def _compile_where_possible() -> tuple[ModuleType | None, str]:
-    if _switched_off() or _is_built(f"{__package__}._cuda"):
-        return None, cuda_missing_because
-    cuda_build.name_toolkit()
-    obstacle = cuda_build.obstacle(_ROOT)
-    if obstacle is None and not torch.cuda.is_available():
-        obstacle = "there is no GPU"
-    if obstacle is not None:
-        return None, f"{cuda_missing_because}, and is not compiled now: {obstacle}"
-    try:
-        return _compile(), ""
-    except (ImportError, OSError, RuntimeError) as error:
-        return None, f"{cuda_missing_because}, and its compilation failed ({error})"
 
 
 def _compile() -> ModuleType:
@@ -195,3 +185,7 @@ def _compile() -> ModuleType:
         extra_cuda_cflags=flags["nvcc"],
         extra_include_paths=[str(folder) for folder in cuda_build.include_folders(_ROOT)],
     )
+
+
+cpu = Extension("_C", ops.NAMESPACE, "CPU")
+cuda = CudaExtension("_cuda", ops.CUDA_NAMESPACE, "CUDA")

@@ -1,9 +1,9 @@
 """The registered ops `torch.ops.cl_kernels.*`: schemas, formulas and fake kernels.
 
 The default implementation of every op is the function of the same name in `chunked.py`; the compiled
-extension registers faster CPU kernels for the same schemas. GPU tensors go on to one of two libraries, as
-`dispatch.serve` says: `torch.ops.cl_kernels_triton.*`, the functions of `triton/entry_points.py`, and
-`torch.ops.cl_kernels_cuda.*`, whose kernels the CUDA extension registers. Gradients are attached in
+extension registers faster CPU kernels for the same schemas. What GPU tensors go on to, `dispatch.py`
+registers: one of two libraries, `torch.ops.cl_kernels_triton.*`, the functions of `triton/entry_points.py`,
+and `torch.ops.cl_kernels_cuda.*`, whose kernels the CUDA extension registers. Gradients are attached in
 `autograd.py`: the ops themselves are not differentiable.
 
 Common to all: N rows, M columns, D features; features are [N, D] and [M, D] of one dtype, and `k` None means
@@ -53,7 +53,6 @@ masked_log_softmax: logits - LSE over the included of each row; excluded: -inf, 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,6 +62,7 @@ from torch import Tensor
 
 from . import chunked
 from .dtypes import accumulate_dtype, statistics_dtype
+from .problem import Contrast, SoftTarget, flat
 
 NAMESPACE = "cl_kernels"
 TRITON_NAMESPACE = "cl_kernels_triton"
@@ -126,47 +126,6 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def triton_op(name: str) -> Callable[..., Any]:
-    """The Triton implementation of an op, imported with Triton when first called."""
-    return getattr(importlib.import_module(".triton.entry_points", __package__), name)
-
-
-def _by_triton(name: str) -> Callable[..., Any]:
-    def op(*args: Any) -> Any:
-        with torch.cuda.device_of(features(name, args)):
-            return triton_op(name)(*args)
-
-    return op
-
-
-def _on_gpu(name: str) -> Callable[..., Any]:
-    """An op by the backend that serves these arguments."""
-
-    def op(*args: Any) -> Any:
-        from . import dispatch  # which imports this module
-
-        return dispatch.serve(name, args)
-
-    return op
-
-
-def given(name: str, args: Sequence[Any]) -> dict[str, Any]:
-    """The arguments of an op by their names."""
-    return dict(zip(_parameters(name), args, strict=True))
-
-
-@functools.cache
-def _parameters(name: str) -> tuple[str, ...]:
-    schema = getattr(getattr(torch.ops, NAMESPACE), name).default._schema
-    return tuple(argument.name for argument in schema.arguments)
-
-
-def features(name: str, args: Sequence[Any]) -> Tensor:
-    """The matrix that an op's work is sized by."""
-    by_name = given(name, args)
-    return next(by_name[key] for key in ("q", "z0", "logits", "output") if key in by_name)
-
-
 _library = torch.library.Library(NAMESPACE, "DEF")
 _triton_library = torch.library.Library(TRITON_NAMESPACE, "DEF")
 _cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
@@ -175,8 +134,14 @@ for _name, _schema in SCHEMAS.items():
     for _each in _libraries:
         _each.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(chunked, _name), "CompositeExplicitAutograd")
-    _library.impl(_name, _on_gpu(_name), "CUDA")
-    _triton_library.impl(_name, _by_triton(_name), "CUDA")
+
+
+def on_gpus(serve: Callable[..., Any], by_triton: Callable[..., Any]) -> None:
+    """Register what GPU tensors go on to, functions of an op's name and arguments: the backend that serves
+    them, and Triton."""
+    for name in SCHEMAS:
+        _library.impl(name, functools.partial(serve, name), "CUDA")
+        _triton_library.impl(name, functools.partial(by_triton, name), "CUDA")
 
 
 def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,26 +166,12 @@ def _gradient(of: Tensor, needed: bool) -> Tensor:
 
 
 @_fake
-def _contrastive_forward(
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    exclude: int | None,
-    row_labels: Tensor | None,
-    col_labels: Tensor | None,
-    among: str,
-    label_positives: bool,
-    positive_index: Tensor | None,
-    positive_mask: Tensor | None,
-    key_bias: Tensor | None,
-    both_axes: bool,
-    save_gradient: bool,
-) -> tuple[Tensor, ...]:
-    n, m = q.shape[0], (q if k is None else k).shape[0]
-    positives = label_positives or positive_index is not None or positive_mask is not None
+@flat(Contrast)
+def _contrastive_forward(problem: Contrast, save_gradient: bool) -> tuple[Tensor, ...]:
+    q, n, positives = problem.q, problem.q.shape[0], problem.positives != "none"
     return (
         _rows(q, n),
-        _rows(q, m, both_axes),
+        _rows(q, problem.keys.shape[0], problem.both_axes),
         _rows(q, n, positives),
         _rows(q, n, positives),
         _empty(q, *q.shape, needed=save_gradient),
@@ -228,16 +179,12 @@ def _contrastive_forward(
 
 
 @_fake
+@flat(Contrast, gradients=3)
 def _contrastive_backward(
-    grad_lse: Tensor | None,
-    grad_lse_cols: Tensor | None,
-    grad_positive_sum: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    *pairs: Any,
+    grads: Any, problem: Contrast, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    needs_q, needs_k, needs_bias = pairs[-1]
-    keys = q if k is None else k
+    q, keys = problem.q, problem.keys
+    needs_q, needs_k, needs_bias = needs
     return (
         _gradient(q, needs_q),
         _gradient(keys, needs_k),
@@ -247,41 +194,26 @@ def _contrastive_backward(
 
 
 @_fake
-def _soft_target_forward(
-    q: Tensor,
-    k: Sequence[Tensor],
-    target_q: Tensor,
-    target_k: Sequence[Tensor],
-    scale: Tensor,
-    target_scale: Tensor,
-    positive: Tensor | None,
-    positive_in_target: str,
-    save_gradient: bool,
-) -> tuple[Tensor, ...]:
-    n, d = q.shape
+@flat(SoftTarget)
+def _soft_target_forward(problem: SoftTarget, save_gradient: bool) -> tuple[Tensor, ...]:
+    q, n = problem.q, problem.q.shape[0]
     rows = (_rows(q, n) for _ in range(3))
-    means = (_empty(q, n, d, needed=save_gradient) for _ in range(2))
-    return *rows, _rows(q, n, positive is not None), *means
+    means = (_empty(q, *q.shape, needed=save_gradient) for _ in range(2))
+    return *rows, _rows(q, n, problem.positive is not None), *means
 
 
 @_fake
+@flat(SoftTarget, gradients=4)
 def _soft_target_backward(
-    grad_lse: Tensor | None,
-    grad_target_lse: Tensor | None,
-    grad_cross: Tensor | None,
-    grad_positive_sum: Tensor | None,
-    q: Tensor,
-    k: Sequence[Tensor],
-    target_q: Tensor,
-    target_k: Sequence[Tensor],
-    *rest: Any,
+    grads: Any, problem: SoftTarget, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | list[Tensor], ...]:
-    needs_q, needs_k, needs_target_q, needs_target_k = rest[-1]
+    q, target_q = problem.q, problem.target_q
+    needs_q, needs_k, needs_target_q, needs_target_k = needs
     return (
         _gradient(q, needs_q),
-        [_gradient(part, needs_k) for part in k],
+        [_gradient(part, needs_k) for part in problem.k],
         _gradient(target_q, needs_target_q),
-        [_gradient(part, needs_target_k) for part in target_k],
+        [_gradient(part, needs_target_k) for part in problem.target_k],
         _empty(q),
         _empty(q),
     )

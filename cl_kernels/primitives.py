@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import autograd, dtypes, validation
-from .autograd import Pairs
 from .losses._common import settled
 
 
@@ -159,25 +158,21 @@ def soft_target_cross_entropy(
     Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
     2023.
     """
-    q, keys, target_q, target_keys, scale, target_scale, positive, coeff = validation.soft_target_inputs(
-        q, k, target_q, target_k, scale, target_scale, positive, coeff
+    problem, coeff = validation.soft_target(
+        q, k, target_q, target_k, scale, target_scale, positive, coeff, positive_in_target
     )
-    validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     validation.option("reduction", reduction, validation.REDUCTIONS)
-    stats = autograd.soft_target(
-        q, keys, target_q, target_keys, scale, target_scale,
-        positive=positive, positive_in_target=positive_in_target,
-    )  # fmt: skip
+    stats = autograd.soft_target(problem)
     empty = stats.target_lse == -math.inf
     if positive is None:
         loss = (stats.lse - stats.cross).masked_fill(empty & ~stats.lse.isnan(), 0)
     else:
-        coeff = validation.constant(coeff, stats.lse)
+        coeff = dtypes.scalar_tensor(coeff, stats.lse.dtype, stats.lse.device)
         weight = torch.where(empty, 1, coeff) * (positive >= 0)
         target_weight = torch.where(empty, 0, 1 - coeff)
         loss = weight * (stats.lse - stats.positive_sum) + target_weight * (stats.lse - stats.cross)
-    loss = settled(loss, sum(part.shape[0] for part in keys))
-    return validation.reduction(loss, reduction).to(dtypes.accumulate_dtype(q.dtype))
+    loss = settled(loss, problem.columns)
+    return validation.reduction(loss, reduction).to(dtypes.accumulate_dtype(problem.q.dtype))
 
 
 @dtypes.full_precision
@@ -230,10 +225,6 @@ def contrastive_lse(
     Source: the denominator of van den Oord et al., "Representation Learning with Contrastive Predictive
     Coding", 2018, equation 4.
     """
-    q, k, scale, offset, row_labels, col_labels = validation.lse_inputs(
-        q, k, scale, exclude, row_labels, col_labels, among, key_bias, both_axes
-    )
-    pairs = Pairs(exclude=offset, row_labels=row_labels, col_labels=col_labels, among=among)
-    stats = autograd.contrastive(q, k, scale, pairs, key_bias=key_bias, both_axes=both_axes)
-    dtype = dtypes.accumulate_dtype(q.dtype)
+    problem = validation.contrast(q, k, scale, exclude, row_labels, col_labels, among, key_bias, both_axes)
+    stats, dtype = autograd.contrastive(problem), dtypes.accumulate_dtype(problem.q.dtype)
     return (stats.lse.to(dtype), stats.lse_cols.to(dtype)) if both_axes else stats.lse.to(dtype)

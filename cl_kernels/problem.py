@@ -18,7 +18,7 @@ class Contrast(NamedTuple):
 
     q: Tensor  # [N, D]
     k: Tensor | None  # [M, D], None: q
-    scale: Tensor  # []
+    scale: Any  # [], a float until the op takes it
     exclude: int | None = None  # column i + exclude is left out of row i
     row_labels: Tensor | None = None  # int64 [N]
     col_labels: Tensor | None = None  # int64 [M]
@@ -28,6 +28,24 @@ class Contrast(NamedTuple):
     positive_mask: Tensor | None = None  # [R, C], weight of (i, j) at [i % R, j % C]
     key_bias: Tensor | None = None  # [M]
     both_axes: bool = False  # LSEs of the columns too
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Its tensors, flat, as an autograd Function takes them."""
+        return (
+            self.q, self.k, self.scale, self.row_labels, self.col_labels, self.positive_index,
+            self.positive_mask, self.key_bias,
+        )  # fmt: skip
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Contrast:
+        q, k, scale, rows, cols, index, mask, bias = tensors
+        return self._replace(
+            q=q, k=k, scale=scale, row_labels=rows, col_labels=cols, positive_index=index,
+            positive_mask=mask, key_bias=bias,
+        )  # fmt: skip
+
+    def options(self) -> Contrast:
+        """What is left of it without its tensors."""
+        return self.with_tensors((None,) * 8)
 
     @property
     def keys(self) -> Tensor:
@@ -67,10 +85,28 @@ class SoftTarget(NamedTuple):
     k: Sequence[Tensor]  # [M_s, D] each
     target_q: Tensor  # [N, E]
     target_k: Sequence[Tensor]  # [M_s, E] each
-    scale: Tensor  # []
-    target_scale: Tensor  # []
+    scale: Any  # [], as above
+    target_scale: Any
     positive: Tensor | None = None  # int64 [N], a column, -1: none
     positive_in_target: str = "exclude"  # or "zero"
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Its tensors, flat, as an autograd Function takes them."""
+        return (
+            self.q, self.target_q, self.scale, self.target_scale, self.positive, *self.k, *self.target_k
+        )  # fmt: skip
+
+    def with_tensors(self, tensors: Sequence[Any]) -> SoftTarget:
+        q, target_q, scale, target_scale, positive, *segments = tensors
+        half = len(segments) // 2
+        return self._replace(
+            q=q, k=segments[:half], target_q=target_q, target_k=segments[half:], scale=scale,
+            target_scale=target_scale, positive=positive,
+        )  # fmt: skip
+
+    def options(self) -> SoftTarget:
+        """What is left of it without its tensors."""
+        return self.with_tensors((None,) * 5)
 
     @property
     def columns(self) -> int:

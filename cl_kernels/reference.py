@@ -18,6 +18,7 @@ from torch import Tensor
 from . import dtypes
 from . import validation as check
 from .dtypes import accumulate_dtype, full_precision
+from .problem import Contrast, SoftTarget
 
 INF = float("inf")
 Scalar = float | Tensor
@@ -86,50 +87,37 @@ def _one_hot(column: Tensor, m: int) -> Tensor:
     return column[:, None] == torch.arange(m, device=column.device)
 
 
-def contrastive_stats(
-    q: Tensor,  # [N, D]
-    k: Tensor | None,  # [M, D], None: q
-    scale: Scalar,
-    exclude: int | None = 0,
-    row_labels: Tensor | None = None,  # int64 [N]
-    col_labels: Tensor | None = None,  # int64 [M]
-    among: str = "all",
-    label_positives: bool = False,
-    positive_index: Tensor | None = None,  # int64 [N]
-    positive_mask: Tensor | None = None,  # [R, C]
-    key_bias: Tensor | None = None,  # [M]
-    both_axes: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def contrastive_stats(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(lse [N], lse_cols [M], positive_sum [N], positive_count [N])` of S = scale q kᵀ; [0] if unasked.
 
     lse_i = LSE_{j in Den(i)} (S_ij + key_bias_j), lse_cols_j = LSE_{i: j in Den(i)} (S_ij + key_bias_j),
     positive_sum_i = Σ_j w_ij S_ij, positive_count_i = Σ_j w_ij.
     """
-    q = _accumulate(q)
-    k = q if k is None else _accumulate(k)
+    q = _accumulate(problem.q)
+    k = q if problem.k is None else _accumulate(problem.k)
     (n, _), (m, _) = q.shape, k.shape
-    products = _scalar(scale, q) * (q @ k.T)
+    products = _scalar(problem.scale, q) * (q @ k.T)
 
     others = torch.ones(n, m, dtype=torch.bool, device=q.device)
-    if exclude is not None:
-        others = ~_columns(n, m, exclude, q.device)
+    if problem.exclude is not None:
+        others = ~_columns(n, m, problem.exclude, q.device)
     included = others
-    if row_labels is not None and col_labels is not None:
-        same = row_labels[:, None] == col_labels
-        included = {"all": others, "same": others & same, "different": others & ~same}[among]
+    if problem.row_labels is not None and problem.col_labels is not None:
+        same = problem.row_labels[:, None] == problem.col_labels
+        included = {"all": others, "same": others & same, "different": others & ~same}[problem.among]
 
-    logits = products if key_bias is None else products + key_bias.to(q)
+    logits = products if problem.key_bias is None else products + problem.key_bias.to(q)
     lse = _logsumexp(logits, included)
-    lse_cols = _logsumexp(logits.T, included.T) if both_axes else q.new_zeros(0)
+    lse_cols = _logsumexp(logits.T, included.T) if problem.both_axes else q.new_zeros(0)
 
-    if label_positives:
+    if problem.label_positives:
         weights = (others & same).to(q)
-    elif positive_index is not None:
-        weights = _one_hot(positive_index, m).to(q)
-    elif positive_mask is not None:
-        rows, cols = positive_mask.shape
+    elif problem.positive_index is not None:
+        weights = _one_hot(problem.positive_index, m).to(q)
+    elif problem.positive_mask is not None:
+        rows, cols = problem.positive_mask.shape
         row, col = torch.arange(n, device=q.device) % rows, torch.arange(m, device=q.device) % cols
-        weights = positive_mask.to(q)[row][:, col].masked_fill(~others, 0.0)
+        weights = problem.positive_mask.to(q)[row][:, col].masked_fill(~others, 0.0)
     else:
         return lse, lse_cols, q.new_zeros(0), q.new_zeros(0)
     return lse, lse_cols, _weighted_sum(weights, products), weights.sum(dim=1)
@@ -140,48 +128,33 @@ def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
     return (weights * x).masked_fill(weights == 0, 0.0).sum(dim=1)
 
 
-def soft_target_stats(
-    q: Tensor,  # [N, D]
-    k: Sequence[Tensor],  # segments [M_s, D]
-    target_q: Tensor,  # [N, E]
-    target_k: Sequence[Tensor],  # segments [M_s, E]
-    scale: Scalar,
-    target_scale: Scalar,
-    positive: Tensor | None = None,  # int64 [N]
-    positive_in_target: str = "exclude",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def soft_target_stats(problem: SoftTarget) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(lse [N], target_lse [N], cross [N], positive_sum [N])` of S = scale q kᵀ and T = target_scale t uᵀ.
 
     cross_i = Σ_j softmax(T)_ij S_ij; the positive's column of T is left out ("exclude") or 0 ("zero").
     """
-    q, keys = _accumulate(q), _accumulate(torch.cat(list(k)))
-    student = _scalar(scale, q) * (q @ keys.T)
-    teacher, included = _teacher(target_q, target_k, target_scale, positive, positive_in_target)
+    student, teacher, included = _soft_target_logits(problem)
     target_lse = _logsumexp(teacher, included)
     cross = (_masked_softmax(teacher, included, target_lse) * student).sum(dim=1)
-    if positive is None:
-        return _logsumexp(student), target_lse, cross, q.new_zeros(0)
-    at_positive = _one_hot(positive, student.shape[1])
-    return _logsumexp(student), target_lse, cross, _weighted_sum(at_positive.to(q), student)
+    if problem.positive is None:
+        return _logsumexp(student), target_lse, cross, student.new_zeros(0)
+    at_positive = _one_hot(problem.positive, student.shape[1])
+    return _logsumexp(student), target_lse, cross, _weighted_sum(at_positive.to(student), student)
 
 
-def _teacher(
-    target_q: Tensor,
-    target_k: Sequence[Tensor],
-    target_scale: Scalar,
-    positive: Tensor | None,
-    positive_in_target: str,
-) -> tuple[Tensor, Tensor]:
-    """The target's logits [N, M] and which of them count."""
-    t, u = _accumulate(target_q), _accumulate(torch.cat(list(target_k)))
-    teacher = _scalar(target_scale, t) * (t @ u.T)
+def _soft_target_logits(problem: SoftTarget) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's and the target's logits [N, M], and which of the latter count."""
+    q, k = _accumulate(problem.q), _accumulate(torch.cat(list(problem.k)))
+    t, u = _accumulate(problem.target_q), _accumulate(torch.cat(list(problem.target_k)))
+    student = _scalar(problem.scale, q) * (q @ k.T)
+    teacher = _scalar(problem.target_scale, t) * (t @ u.T)
     everything = torch.ones_like(teacher, dtype=torch.bool)
-    if positive is None:
-        return teacher, everything
-    at_positive = _one_hot(positive, teacher.shape[1])
-    if positive_in_target == "zero":
-        return teacher.masked_fill(at_positive, 0.0), everything
-    return teacher, ~at_positive
+    if problem.positive is None:
+        return student, teacher, everything
+    at_positive = _one_hot(problem.positive, teacher.shape[1])
+    if problem.positive_in_target == "zero":
+        return student, teacher.masked_fill(at_positive, 0.0), everything
+    return student, teacher, ~at_positive
 
 
 def dimcl_stats(
@@ -198,7 +171,9 @@ def dimcl_stats(
     )
     if positive_mask is not None:
         positives = positives | positive_mask
-    lse, _, positive_sum, count = contrastive_stats(columns, None, scale, positive_mask=positives)
+    lse, _, positive_sum, count = contrastive_stats(
+        Contrast(columns, None, scale, exclude=0, positive_mask=positives)
+    )
     return lse, positive_sum, count
 
 
@@ -275,16 +250,12 @@ def soft_target_cross_entropy(
 
     S = scale q kᵀ, T = target_scale target_q target_kᵀ. A row whose target is empty has W = onehot.
     """
-    q, keys, target_q, target_keys, scale, target_scale, positive, coeff = check.soft_target_inputs(
-        q, k, target_q, target_k, scale, target_scale, positive, coeff
+    problem, coeff = check.soft_target(
+        q, k, target_q, target_k, scale, target_scale, positive, coeff, positive_in_target
     )
-    check.option("positive_in_target", positive_in_target, check.TARGET_POSITIVES)
     check.option("reduction", reduction, check.REDUCTIONS)
-
-    q = _accumulate(q)
-    student = _scalar(scale, q) * (q @ _accumulate(torch.cat(keys)).T)
-    teacher, included = _teacher(target_q, target_keys, target_scale, positive, positive_in_target)
-    return check.reduction(_soft_cross_entropy(student, teacher, included, positive, coeff), reduction)
+    logits = _soft_target_logits(problem)
+    return check.reduction(_soft_cross_entropy(*logits, problem.positive, coeff), reduction)
 
 
 def _soft_cross_entropy(
@@ -316,11 +287,8 @@ def contrastive_lse(
     both_axes: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LSE_{j in Den(i)} (scale q_i·k_j + key_bias_j) [N], with `both_axes` also over i [M]; -inf if empty."""
-    q, k, scale, offset, row_labels, col_labels = check.lse_inputs(
-        q, k, scale, exclude, row_labels, col_labels, among, key_bias, both_axes
-    )
     lse, lse_cols, _, _ = contrastive_stats(
-        q, k, scale, offset, row_labels, col_labels, among, key_bias=key_bias, both_axes=both_axes
+        check.contrast(q, k, scale, exclude, row_labels, col_labels, among, key_bias, both_axes)
     )
     return (lse, lse_cols) if both_axes else lse
 
@@ -615,7 +583,8 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.5, reduction
     n = z0.shape[0]
     z = _normalize(_accumulate(torch.cat([z0, z1])))
     partner = (torch.arange(2 * n, device=z.device) + n) % (2 * n)
-    lse, _, positive, _ = contrastive_stats(z, None, _inverse(temperature, z), positive_index=partner)
+    problem = Contrast(z, None, _inverse(temperature, z), exclude=0, positive_index=partner)
+    lse, _, positive, _ = contrastive_stats(problem)
     return check.reduction(lse - positive, reduction)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import dtypes
+from .problem import Contrast, SoftTarget
 
 REDUCTIONS = ("mean", "sum", "none")
 TARGET_POSITIVES = ("exclude", "zero")
@@ -291,13 +292,6 @@ def exclude(name: str, value: Any) -> int | None:
     return int(value)
 
 
-def constant(value: float | Tensor, like: Tensor) -> Tensor:
-    """A 0-dim tensor in the dtype and on the device of `like`; a compiled graph serves every float."""
-    if isinstance(value, Tensor):
-        return value.to(like)
-    return like.new_ones(()) * value if torch.compiler.is_compiling() else like.new_full((), value)
-
-
 def reduction(loss: Tensor, how: str, weight: Tensor | None = None) -> Tensor:
     """Reduce the losses of rows [n]; `weight` [n] (bool or 0/1) marks the rows that the mean counts."""
     option("reduction", how, REDUCTIONS)
@@ -351,12 +345,11 @@ def pair_and_queue(q: Any, k: Any, queue: Any) -> tuple[Tensor, Tensor, Tensor |
     return q, k, queue
 
 
-def soft_target_inputs(
-    q: Any, k: Any, target_q: Any, target_k: Any, factor: Any, target_factor: Any, positive: Any, coeff: Any
-) -> tuple[
-    Tensor, list[Tensor], Tensor, list[Tensor], float | Tensor, float | Tensor, Tensor | None, float | Tensor
-]:
-    """The arguments of `soft_target_cross_entropy`, checked: features of one dtype, keys as segments."""
+def soft_target(
+    q: Any, k: Any, target_q: Any, target_k: Any, factor: Any, target_factor: Any, positive: Any, coeff: Any,
+    positive_in_target: Any,
+) -> tuple[SoftTarget, float | Tensor]:  # fmt: skip
+    """The arguments of `soft_target_cross_entropy`, checked: features of one dtype, and the coefficient."""
     keys, target_keys = segments("k", k), segments("target_k", target_k)
     features("q", q)
     features("target_q", target_q, shape="[N, E]")
@@ -372,22 +365,18 @@ def soft_target_inputs(
         positive = index("positive", positive, q.shape[0], sum(part.shape[0] for part in keys))
     elif isinstance(coeff, Tensor) or coeff != 0:
         raise ValueError(f"positive must be given with a coeff other than 0, got None with coeff {coeff}")
+    option("positive_in_target", positive_in_target, TARGET_POSITIVES)
     q, target_q, *parts = dtypes.promote(q, target_q, *keys, *target_keys)
-    return q, parts[: len(keys)], target_q, parts[len(keys) :], factor, target_factor, positive, coeff
+    k, target_k = parts[: len(keys)], parts[len(keys) :]
+    problem = SoftTarget(q, k, target_q, target_k, factor, target_factor, positive, positive_in_target)
+    return problem, coeff
 
 
-def lse_inputs(
-    q: Any,
-    k: Any,
-    factor: Any,
-    left_out: Any,
-    row_labels: Any,
-    col_labels: Any,
-    among: Any,
-    bias: Any,
+def contrast(
+    q: Any, k: Any, factor: Any, left_out: Any, row_labels: Any, col_labels: Any, among: Any, bias: Any,
     both_axes: Any,
-) -> tuple[Tensor, Tensor | None, float | Tensor, int | None, Tensor | None, Tensor | None]:
-    """The arguments of `contrastive_lse`, checked: q, k, scale, offset, row_labels, col_labels."""
+) -> Contrast:  # fmt: skip
+    """The arguments of `contrastive_lse`, checked."""
     features("q", q)
     n = m = q.shape[0]
     if k is not None:
@@ -412,7 +401,7 @@ def lse_inputs(
         key_bias("key_bias", bias, m)
     if k is not None:
         q, k = dtypes.promote(q, k)
-    return q, k, factor, offset, row_labels, col_labels
+    return Contrast(q, k, factor, offset, row_labels, col_labels, among, key_bias=bias, both_axes=both_axes)
 
 
 def _label_pair(row_labels: Tensor, col_labels: Tensor, own_excluded: bool) -> tuple[Tensor, Tensor]:

@@ -56,9 +56,10 @@ def arguments() -> argparse.Namespace:
 
 
 def kernels_in_use() -> str:
-    if not extension.is_loaded():
+    if extension.cpu.module is None:
         return "no compiled kernels (plain PyTorch, in chunks)"
-    return f"compiled CPU kernels, {extension.build_info().get('cpu_capability', 'unknown instruction set')}"
+    capability = extension.cpu.build_info().get("cpu_capability", "unknown instruction set")
+    return f"compiled CPU kernels, {capability}"
 
 
 def progress_bar(console: Console) -> Progress:

@@ -16,7 +16,8 @@ import cuda_gate
 import torch
 
 import cl_kernels
-from cl_kernels import __main__, cuda_build, extension, ops
+from cl_kernels import cuda_build, extension, ops
+from cl_kernels.tools import info
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -34,24 +35,24 @@ def faults(architectures: str) -> list[str]:
     package = Path(cl_kernels.__file__).resolve()
     if package.is_relative_to(CHECKOUT / "cl_kernels"):
         return [f"{package} was imported, not an installed package"]
-    info = __main__.as_text(__main__.collect())
-    print(info)
-    if not re.search(r"^  CUDA extension +loaded$", info, re.MULTILINE):
-        return [f"info does not say that the CUDA extension is loaded: {extension.cuda_missing_because}"]
+    told = info.as_text(info.collect())
+    print(told)
+    if not re.search(r"^  CUDA extension +loaded$", told, re.MULTILINE):
+        return [f"info does not say that the CUDA extension is loaded: {extension.cuda.missing_because}"]
     found = []
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     names = [f"{ops.CUDA_NAMESPACE}::{name}" for name in ops.SCHEMAS]
     found += [f"{name} has no CUDA kernel" for name in names if not has(name, "CUDA")]
     wanted = cuda_build.architectures(architectures)
-    told = extension.cuda_build_info()["architectures"].split(",")
-    if told != wanted:
-        found.append(f"built for {told}, not {wanted}")
-    held = machine_code(extension.cuda_module.__file__)
+    compiled = extension.cuda.build_info()["architectures"].split(",")
+    if compiled != wanted:
+        found.append(f"built for {compiled}, not {wanted}")
+    held = machine_code(extension.cuda.module.__file__)
     for code in wanted:  # cuobjdump of Triton 3.6 says sm_90 for sm_90a
         if code.startswith("sm_") and not {code, code.removesuffix("a")} & held:
             found.append(f"no machine code for {code}")
     if not found:
-        print(f"\ntorch {torch.__version__}: {len(names)} of {len(names)} ops have CUDA kernels, for {told}")
+        print(f"\ntorch {torch.__version__}: all {len(names)} ops have CUDA kernels, for {compiled}")
     return found
 
 

@@ -311,7 +311,7 @@ class Recorder:
     def shape(self, kernel: str, x: torch.Tensor, width: int, variant: str = "") -> configs.Shape:
         name, _, kind = key = configs.key(kernel, x, variant)
         rows = configs.TABLE[key]
-        self.row = (name, kind, configs.serving(rows, width))
+        self.row = (name, kind, configs.wide_enough(rows, width))
         self.used.add(self.row)
         return rows[self.row[2]]
 

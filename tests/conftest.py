@@ -43,8 +43,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     Without the extension the former are skipped, or fail with CL_KERNELS_REQUIRE_EXTENSION=1.
     """
     name = request.param
-    if name == "cpu" and not extension.is_loaded():
-        reason = f"no CPU kernels: {extension.missing_because}"
+    if name == "cpu" and extension.cpu.module is None:
+        reason = f"no CPU kernels: {extension.cpu.missing_because}"
         if os.environ.get("CL_KERNELS_REQUIRE_EXTENSION", "") not in ("", "0"):
             pytest.fail(reason)
         pytest.skip(reason)

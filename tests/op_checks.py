@@ -37,7 +37,7 @@ def prepare_cuda(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if reason := build.obstacle():
             pytest.skip(reason)
         build.load()
-        extension.require_cuda()  # finds the emulated ops
+        extension.cuda.require()  # finds the emulated ops
         monkeypatch.setenv("CL_KERNELS_EMULATED_ARCHITECTURE", architecture)
     elif reason := dispatch.obstacle("cuda", DEVICE):
         pytest.skip(reason)

@@ -28,14 +28,14 @@ import op_cases
 from emulator import build
 from torch import Tensor
 
-from cl_kernels import chunked, ops
+from cl_kernels import chunked, dispatch
 
 SIZES = (op_cases.Sizes(37, 53, 19), op_cases.Sizes(1, 1, 1), op_cases.Sizes(50, 33, 300))
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def with_triton(name: str, *args: Any) -> Any:
-    return ops.triton_op(name)(*args)
+    return dispatch.triton_op(name)(*args)
 
 
 def with_cuda(name: str, *args: Any) -> Any:

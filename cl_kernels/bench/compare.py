@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..tools.tables import aligned
+from ..tools.text import aligned
 from . import figures
 from .results import FLOOR, PHASES, Line, Results, load, median, named, ratio
 

@@ -23,7 +23,7 @@ PACKAGES = ("triton", "numpy", "pytorch-metric-learning", "lightly", "inf-cl", "
 def describe(device: str) -> dict[str, Any]:
     """`device` is "cpu" or "cuda"; sizes are bytes."""
     on_gpu = device == "cuda"
-    build = extension.cuda_build_info() if on_gpu else extension.build_info()
+    build = (extension.cuda if on_gpu else extension.cpu).build_info()
     found = {
         "kind": device,
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
@@ -91,7 +91,7 @@ def capability(device: str) -> str:
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return f"sm_{major}{minor}"
-    return extension.build_info().get("cpu_capability") or torch.backends.cpu.get_cpu_capability().lower()
+    return extension.cpu.build_info().get("cpu_capability") or torch.backends.cpu.get_cpu_capability().lower()
 
 
 def multiplies_bfloat16(device: str) -> bool:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..tools.tables import aligned
+from ..tools.text import aligned
 from . import tables
 from .results import FLOOR, OURS, Results
 from .run import Progress

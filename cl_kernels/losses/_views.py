@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
-from ..autograd import ContrastiveStats, Pairs
+from ..autograd import ContrastiveStats
+from ..problem import Contrast
 from ._common import cross_entropy, reduced, settled, wide
 
 EMPTY_COUNT = 1e-6
@@ -17,52 +18,46 @@ def view_major(features: Tensor) -> Tensor:
     return features.transpose(0, 1).flatten(0, 1)
 
 
-def anchor_rows(rows: Tensor, anchors: int) -> tuple[Tensor, Tensor | None]:
-    """Queries and keys when the first `anchors` rows are contrasted with all; None keeps the symmetry of the
-    whole."""
-    return (rows, None) if anchors == rows.shape[0] else (rows[:anchors], rows)
+def anchor_rows(rows: Tensor, anchors: int, scale: float | Tensor) -> Contrast:
+    """The first `anchors` rows against all but themselves; as keys, None keeps the symmetry of the whole."""
+    if anchors == rows.shape[0]:
+        return Contrast(rows, None, scale, exclude=0)
+    return Contrast(rows[:anchors], rows, scale, exclude=0)
 
 
-def same_sample_pairs(
-    labels: Tensor | None, batch: int, rows: Tensor, anchors: int, among: str = "all"
-) -> Pairs:
-    """Row r belongs to sample r % batch; positives are the other rows of its label (None: of its sample)."""
-    n = rows.shape[0]
+def with_samples(problem: Contrast, batch: int, labels: Tensor | None, among: str = "all") -> Contrast:
+    """The same with positives: row r belongs to sample r % batch, and its positives are the other rows of its
+    label (None: of its sample)."""
+    n, anchors = problem.keys.shape[0], problem.q.shape[0]
     if labels is None and n == 2 * batch and among == "all":
-        partner = torch.arange(n, device=rows.device).roll(batch)
-        return Pairs(exclude=0, positive_index=partner[:anchors])
+        partner = torch.arange(n, device=problem.q.device).roll(batch)
+        return problem._replace(positive_index=partner[:anchors])
     if labels is None:
-        labels = torch.arange(batch, device=rows.device)
+        labels = torch.arange(batch, device=problem.q.device)
     columns = validation.label_ids(torch.cat([labels] * (n // batch)) if n > batch else labels)
     own = columns if anchors == n else columns[:anchors]
-    return Pairs(exclude=0, row_labels=own, col_labels=columns, among=among, label_positives=True)
+    return problem._replace(row_labels=own, col_labels=columns, among=among, label_positives=True)
 
 
 def outside_rows(
-    rows: Tensor,
-    anchors: int,
-    batch: int,
-    scale: float | Tensor,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    among: str = "all",
+    problem: Contrast, batch: int, labels: Tensor | None, mask: Tensor | None, among: str = "all"
 ) -> tuple[Tensor, Tensor | None]:
     """The "out" loss of each anchor, unscaled, and the weight of its positives (None: all have some)."""
-    q, k = anchor_rows(rows, anchors)
+    n = problem.keys.shape[0]
     if mask is None:
-        pairs = same_sample_pairs(labels, batch, rows, anchors, among)
+        problem = with_samples(problem, batch, labels, among)
     else:
-        pairs = Pairs(exclude=0, positive_mask=mask.to(dtypes.accumulate_dtype(rows.dtype)))
-    stats = autograd.contrastive(q, k, scale, pairs)
-    others = rows.shape[0] - 1
-    if pairs.positive_index is not None:
-        return cross_entropy(stats.lse, stats.positive_sum, others), None
+        weights = mask.to(dtypes.accumulate_dtype(problem.q.dtype))
+        problem = problem._replace(positive_mask=weights)
+    stats = autograd.contrastive(problem)
+    if problem.positive_index is not None:
+        return cross_entropy(stats.lse, stats.positive_sum, n - 1), None
     by_value = labels is not None and labels.is_floating_point()  # a NaN has no positives in other views
-    if mask is None and among == "all" and rows.shape[0] > batch and not by_value:
+    if mask is None and among == "all" and n > batch and not by_value:
         loss = torch.addcdiv(stats.lse, stats.positive_sum, stats.positive_count, value=-1)
-        return settled(loss, others), None
+        return settled(loss, n - 1), None
     loss = _guarded_rows(stats)
-    return loss if among == "different" else settled(loss, others, mask), stats.positive_count
+    return loss if among == "different" else settled(loss, n - 1, mask), stats.positive_count
 
 
 def _guarded_rows(stats: ContrastiveStats) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
-from ..autograd import Pairs
+from ..problem import Contrast
 from ._common import cross_entropy, reduced, wide
 
 
@@ -53,7 +53,7 @@ def clip_loss(
 
     n = x.shape[0]
     own = torch.arange(n, device=x.device)
-    stats = autograd.contrastive(x, y, scale, Pairs(exclude=None, positive_index=own), both_axes=True)
+    stats = autograd.contrastive(Contrast(x, y, scale, positive_index=own, both_axes=True))
     loss = cross_entropy(torch.lerp(stats.lse, stats.lse_cols, 0.5), stats.positive_sum, n)
     return reduced(loss, reduction, x)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
-from ..autograd import Pairs
+from ..problem import Contrast
 from ._common import inverse, log_add, nothing, reduced, shown, unit_rows, wide
 
 
@@ -56,13 +56,13 @@ def dcl_loss(
     n = z0.shape[0]
     scale = inverse(tau, z0)
     own = torch.arange(n, device=z0.device)
-    cross = autograd.contrastive(z0, z1, scale, Pairs(exclude=0, positive_index=own))
+    cross = autograd.contrastive(Contrast(z0, z1, scale, exclude=0, positive_index=own))
     positive = cross.positive_sum
     if width is not None:
         positive = positive * (2.0 - n * torch.softmax(positive * (wide(tau, z0) / wide(width, z0)), 0))
     if n == 1:
         return reduced(nothing(positive), reduction, z0)
-    within = autograd.contrastive(z0, None, scale, Pairs(exclude=0))
+    within = autograd.contrastive(Contrast(z0, None, scale, exclude=0))
     return reduced(log_add(within.lse, cross.lse) - positive, reduction, z0)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
-from ..autograd import Pairs
+from ..problem import Contrast
 from ._common import cross_entropy, inverse, own_similarity, reduced, shown
 
 
@@ -60,9 +60,9 @@ def info_nce_loss(
     scale = inverse(tau, q)
     if queue is None:
         own = torch.arange(q.shape[0], device=q.device)
-        stats = autograd.contrastive(q, k, scale, Pairs(exclude=None, positive_index=own, first_positive=0))
+        stats = autograd.contrastive(Contrast(q, k, scale, positive_index=own), first_positive=0)
         return reduced(cross_entropy(stats.lse, stats.positive_sum, q.shape[0]), reduction, q)
-    others = autograd.contrastive(q, queue, scale, Pairs(exclude=None)).lse
+    others = autograd.contrastive(Contrast(q, queue, scale)).lse
     return reduced(-F.logsigmoid(own_similarity(q, k, scale) - others), reduction, q)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
-from ..autograd import Pairs
+from ..problem import Contrast
 from ._common import cross_entropy, inverse, reduced, shown, unit_rows
 
 
@@ -52,7 +52,7 @@ def nt_xent_loss(
     n = z0.shape[0]
     z = unit_rows(torch.cat([z0, z1]))
     partner = torch.arange(2 * n, device=z.device).roll(n)
-    stats = autograd.contrastive(z, None, inverse(tau, z), Pairs(exclude=0, positive_index=partner))
+    stats = autograd.contrastive(Contrast(z, None, inverse(tau, z), exclude=0, positive_index=partner))
     return reduced(cross_entropy(stats.lse, stats.positive_sum, 2 * n - 1), reduction, z)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
-from ..autograd import Pairs
+from ..problem import Contrast, SoftTarget
 from ._common import (
     at_least_zero,
     cross_entropy,
@@ -146,7 +146,9 @@ def sce_targets(
     tau = validation.temperature("target_temperature", target_temperature, k)
     validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     keys, positive = _keys(k, k_global, queue, rank)
-    lse, mean = autograd.soft_target_means(k, keys, inverse(tau, k), positive, positive_in_target)
+    lse, mean = autograd.soft_target_means(
+        SoftTarget(k, keys, k, keys, inverse(tau, k), inverse(tau, k), positive, positive_in_target)
+    )
     return SCETargets(lse, mean, positive_in_target)
 
 
@@ -187,11 +189,10 @@ def _to_targets(
 ) -> Tensor:
     """[N]: the losses by known targets."""
     scale = inverse(tau, q)
-    pairs = Pairs(exclude=None, positive_index=positive, first_positive=start)
-    first = autograd.contrastive(q, keys[0], scale, pairs)
+    first = autograd.contrastive(Contrast(q, keys[0], scale, positive_index=positive), first_positive=start)
     lse = first.lse
     for part in keys[1:]:
-        lse = log_add(lse, autograd.contrastive(q, part, scale, Pairs(exclude=None)).lse)
+        lse = log_add(lse, autograd.contrastive(Contrast(q, part, scale)).lse)
     cross = ((q.to(targets.mean.dtype) * targets.mean).sum(1) * scale).to(lse)
     own = first.positive_sum if positive is not None else own_similarity(q, k, scale).to(lse)
     if positive is None:
@@ -217,19 +218,12 @@ def _among_keys(
 ) -> Tensor:
     """[N]: the positive is one of the keys' columns."""
     keys = [x for x in (k if k_global is None else k_global, queue) if x is not None]
-    stats = autograd.soft_target(
-        q,
-        keys,
-        k,
-        keys,
-        inverse(tau, q),
-        inverse(target_tau, q),
-        positive=torch.arange(first, first + q.shape[0], device=q.device),
-        first_positive=first,
-        positive_in_target=positive_in_target,
+    positive = torch.arange(first, first + q.shape[0], device=q.device)
+    problem = SoftTarget(
+        q, keys, k, keys, inverse(tau, q), inverse(target_tau, q), positive, positive_in_target
     )
-    target = _mix(stats.cross, stats.positive_sum, coeff)
-    return cross_entropy(stats.lse, target, sum(x.shape[0] for x in keys))
+    stats = autograd.soft_target(problem, first_positive=first)
+    return cross_entropy(stats.lse, _mix(stats.cross, stats.positive_sum, coeff), problem.columns)
 
 
 def _beside_queue(
@@ -243,7 +237,7 @@ def _beside_queue(
 ) -> Tensor:
     """[N]: the positive is a column of its own beside the queue's."""
     scale = inverse(tau, q)
-    stats = autograd.soft_target(q, [queue], k, [queue], scale, inverse(target_tau, q))
+    stats = autograd.soft_target(SoftTarget(q, [queue], k, [queue], scale, inverse(target_tau, q)))
     positive, cross = own_similarity(q, k, scale).to(stats.lse.dtype), stats.cross
     if positive_in_target == "zero":
         cross = torch.lerp(positive, cross, torch.sigmoid(stats.target_lse))
@@ -252,8 +246,9 @@ def _beside_queue(
 
 def _mix(cross: Tensor, positive: Tensor, coeff: float | Tensor) -> Tensor:
     """(1 - coeff) * cross + coeff * positive."""
-    weighed = isinstance(coeff, Tensor) or torch.compiler.is_compiling()
-    return torch.lerp(cross, positive, validation.constant(coeff, cross) if weighed else coeff)
+    if isinstance(coeff, Tensor) or torch.compiler.is_compiling():
+        coeff = dtypes.scalar_tensor(coeff, cross.dtype, cross.device)
+    return torch.lerp(cross, positive, coeff)
 
 
 class SCELoss(nn.Module):

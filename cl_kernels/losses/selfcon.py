@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import dtypes, validation
 from ._common import inverse, shown
-from ._views import outside_rows, reduce_anchors, view_major
+from ._views import anchor_rows, outside_rows, reduce_anchors, view_major
 from .supcon import CONTRAST_MODES, NO_POSITIVE
 
 ANCHORS = ("all", "exits", "first")
@@ -72,7 +72,8 @@ def selfcon_loss(
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
     views = {"all": x.shape[1], "exits": x.shape[1] - 1, "first": 1}[anchors]
-    loss, count = outside_rows(view_major(x), views * x.shape[0], batch, inverse(tau, x), labels, mask)
+    problem = anchor_rows(view_major(x), views * x.shape[0], inverse(tau, x))
+    loss, count = outside_rows(problem, batch, labels, mask)
     return reduce_anchors(loss, count, tau, base, no_positive, reduction, x)
 
 

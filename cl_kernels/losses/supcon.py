@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import autograd, dispatch, dtypes, reference, validation
+from ..problem import Contrast
 from ._common import at_least_zero, inverse, shown
-from ._views import anchor_rows, outside_rows, reduce_anchors, same_sample_pairs, view_major
+from ._views import anchor_rows, outside_rows, reduce_anchors, view_major, with_samples
 
 CONTRAST_MODES = ("all", "one")
 SUMMATIONS = ("out", "in")
@@ -131,25 +131,23 @@ def supcon_loss(
         )
     elif summation == "out":
         among = "different" if denominator == "only_negatives" else "all"
-        loss, count = outside_rows(rows, anchors, batch, scale, labels, mask, among)
+        loss, count = outside_rows(anchor_rows(rows, anchors, scale), batch, labels, mask, among)
     else:
-        loss, count = _inside_rows(rows, anchors, batch, scale, labels, denominator)
+        loss, count = _inside_rows(anchor_rows(rows, anchors, scale), batch, labels, denominator)
     return reduce_anchors(loss, count, tau, base, no_positive, reduction, x)
 
 
 def _inside_rows(
-    rows: Tensor, anchors: int, batch: int, scale: float | Tensor, labels: Tensor | None, denominator: str
+    problem: Contrast, batch: int, labels: Tensor | None, denominator: str
 ) -> tuple[Tensor, Tensor]:
     """The "in" loss of each anchor by class labels, unscaled, and the number of its positives.
 
     With p and n the logarithms of the sums over positives and over negatives, -log(e^p / (e^p + e^n)) is
     -log_sigmoid(p - n): nothing cancels in a converged model, as the whole denominator and p would.
     """
-    q, k = anchor_rows(rows, anchors)
-    same = same_sample_pairs(labels, batch, rows, anchors, "same")
-    different = same_sample_pairs(labels, batch, rows, anchors, "different")
-    positives = autograd.contrastive(q, k, scale, same)
-    negatives = autograd.contrastive(q, k, scale, replace(different, label_positives=False)).lse
+    problem = with_samples(problem, batch, labels, among="same")
+    positives = autograd.contrastive(problem)
+    negatives = autograd.contrastive(problem._replace(among="different", label_positives=False)).lse
     count = positives.positive_count
     alone = (positives.lse == -torch.inf) & ~negatives.isnan()
     margin = (positives.lse - negatives).masked_fill(alone, 0.0)

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from .. import dispatch
 from ..dispatch import Backend
-from . import parity, tables
+from . import parity
 from .check_cases import CASES, INPUTS, LOSSES, Case, Data, short
 from .parity import Problem
+from .text import aligned
 
 DESCRIPTION = (
     "Compares every loss and every option, on every backend that serves here, with the reference in float64: "
@@ -213,6 +214,7 @@ def _device(text: str) -> torch.device:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
     parser.add_argument(
         "--losses", nargs="+", type=short, choices=LOSSES, default=list(LOSSES), metavar="LOSS",
         help=f"which to check, by default all: {', '.join(LOSSES)}",
@@ -338,7 +340,7 @@ def _print_table(rows: Sequence[Row]) -> None:
     if not rows:
         return
     if not _rich(sys.stdout):
-        print("\n".join(tables.aligned(HEADER, [row.cells() for row in rows])))
+        print("\n".join(aligned(HEADER, [row.cells() for row in rows])))
         return
     from rich.console import Console
     from rich.table import Table

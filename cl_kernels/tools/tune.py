@@ -3,7 +3,7 @@
 A workload runs a public loss forward and backward once, to see which rows of configs.TABLE it uses. Each
 is then replaced by its neighbours, one row at a time, and the whole step is timed; what does not compile,
 does not fit, or gives another answer is passed over. The best shapes are printed as rows of the table. With
---serving, the step is timed by CUDA C++ and by Triton in turn instead, for rows of configs.SERVING.
+--serving, the step is timed by CUDA C++ and by Triton in turn instead, for rows of dispatch.SERVING.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .. import configs
+from .. import configs, dispatch
 from ..bench import timing
 from ..bench.results import median
 from ..bench.variants import by_backend
 from ..bench.workloads import LOSSES, Implementation, Workload, differentiate
-from ..configs import Serving, Shape
+from ..configs import Shape
+from ..dispatch import Case, Serving
 from ..primitives import similarity
 
 Key = configs.Key
@@ -98,7 +99,7 @@ def rows_used(step: Callable[[], object]) -> list[tuple[Key, int]]:
 
     def shape(kernel: str, x: Tensor, width: int, variant: str = "") -> Shape:
         key = configs.key(kernel, x, variant)
-        used[key, configs.serving(configs.TABLE[key], width)] = None
+        used[key, configs.wide_enough(configs.TABLE[key], width)] = None
         return original(kernel, x, width, variant)
 
     configs.shape = shape
@@ -153,18 +154,20 @@ def best(step: Step, key: Key, width: int) -> tuple[Shape, str] | None:
 def decisions(step: Callable[[], object]) -> list[Serving]:
     """The rows of SERVING that decide for a step under "auto", narrowed to what they decided for."""
     used: dict[Serving, None] = {}
-    original = configs.row_serving
+    original = dispatch.row_for
 
-    def row_serving(op: str, variant: str, kind: str, architecture: str, width: int) -> Serving:
-        row = original(op, variant, kind, architecture, width)
-        used[Serving(op, variant, kind, architecture, width, row.backend, row.basis)] = None
+    def row_for(case: Case) -> Serving:
+        row = original(case)
+        used[Serving(*case, row.backend, row.basis)] = None
         return row
 
-    configs.row_serving = row_serving
+    dispatch.row_for = row_for
+    dispatch.forget_decisions()
     try:
         step()
     finally:
-        configs.row_serving = original
+        dispatch.row_for = original
+        dispatch.forget_decisions()
     return list(used)
 
 

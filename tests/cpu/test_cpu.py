@@ -14,19 +14,19 @@ import cl_kernels as clk
 from cl_kernels import extension
 
 needs_extension = pytest.mark.skipif(
-    not extension.is_loaded() and not os.environ.get("CL_KERNELS_REQUIRE_EXTENSION"),
+    extension.cpu.module is None and not os.environ.get("CL_KERNELS_REQUIRE_EXTENSION"),
     reason="the extension is not built",
 )
-CAPABILITIES = extension.module.cpu_capabilities() if extension.module else []
+CAPABILITIES = extension.cpu.module.cpu_capabilities() if extension.cpu.module else []
 
 
 @pytest.fixture(params=CAPABILITIES)
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this machine in turn."""
-    before = extension.module.cpu_capability()
-    extension.module.set_cpu_capability(request.param)
+    before = extension.cpu.module.cpu_capability()
+    extension.cpu.module.set_cpu_capability(request.param)
     yield request.param
-    extension.module.set_cpu_capability(before)
+    extension.cpu.module.set_cpu_capability(before)
 
 
 def unit(n: int, d: int, dtype: torch.dtype) -> Tensor:
@@ -78,7 +78,7 @@ def test_every_instruction_set(capability: str, dtype: torch.dtype) -> None:
 @needs_extension
 def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match=r"must be one of baseline.*'avx1024'"):
-        extension.module.set_cpu_capability("avx1024")
+        extension.cpu.module.set_cpu_capability("avx1024")
 
 
 @needs_extension

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import cl_kernels as clk
 from cl_kernels import autograd, chunked, dispatch, extension, ops, reference
-from cl_kernels.autograd import Pairs
+from cl_kernels.problem import Contrast, SoftTarget
 
 BACKENDS = ["reference", "auto"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -74,45 +73,37 @@ def assert_matches_reference(
         assert_same(grads, expected_grads, rtol=1e-8, atol=1e-9)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Differentiable inputs (q, k, scale, key_bias), which pairs count, and whether both axes are wanted."""
+def inputs_of(problem: Contrast) -> tuple[Tensor | None, ...]:
+    """What is differentiable in it."""
+    return problem.q, problem.k, problem.scale, problem.key_bias
 
-    inputs: tuple[Tensor | None, ...]
-    pairs: Pairs
-    both_axes: bool
 
-    def ours(self, q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None) -> Sequence[Tensor]:
-        return autograd.contrastive(q, k, scale, self.pairs, key_bias=key_bias, both_axes=self.both_axes)
+def over_inputs(
+    function: Callable[[Contrast], Sequence[Tensor]], problem: Contrast
+) -> Callable[..., Sequence[Tensor]]:
+    """`function` of the problem over its differentiable inputs."""
+    return lambda q, k, scale, bias: function(problem._replace(q=q, k=k, scale=scale, key_bias=bias))
 
-    def formula(
-        self, q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None
-    ) -> Sequence[Tensor]:
-        p = self.pairs
-        return reference.contrastive_stats(
-            q, k, scale, p.exclude, p.row_labels, p.col_labels, p.among, p.label_positives, p.positive_index,
-            p.positive_mask, key_bias, self.both_axes,
-        )  # fmt: skip
 
-    def op_arguments(self, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
-        q, k, scale, key_bias = self.inputs
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
-        p, mask = self.pairs, self.pairs.positive_mask
-        return (
-            q.to(dtype), None if k is None else k.to(dtype), scale.to(acc), p.exclude, p.row_labels,
-            p.col_labels,
-            p.among, p.label_positives, p.positive_index, None if mask is None else mask.to(acc),
-            None if key_bias is None else key_bias.to(acc), self.both_axes,
-        )  # fmt: skip
+def in_dtype(problem: Contrast, dtype: torch.dtype) -> Contrast:
+    """As the ops take it."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
 
-    @property
-    def may_save_gradient(self) -> bool:
-        own_keys, summed = self.inputs[1] is None, self.pairs.positive_mask is not None
-        return not (own_keys or self.both_axes or summed or self.pairs.label_positives)
+    def to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None if x is None else x.to(dtype)
+
+    return problem._replace(
+        q=to(problem.q, dtype), k=to(problem.k, dtype), scale=to(problem.scale, acc),
+        positive_mask=to(problem.positive_mask, acc), key_bias=to(problem.key_bias, acc),
+    )  # fmt: skip
+
+
+def may_save_gradient(problem: Contrast) -> bool:
+    return problem.k is not None and not problem.both_axes and problem.positives in ("none", "index")
 
 
 @st.composite
-def problems(draw: Callable) -> Problem:
+def problems(draw: Callable) -> Contrast:
     n, d, seed = draw(st.integers(1, 9)), draw(st.integers(1, 5)), draw(st.integers(0, 10**6))
     m = n if draw(st.booleans()) else draw(st.integers(1, 9))
     own_keys = m == n and draw(st.booleans())
@@ -133,35 +124,32 @@ def problems(draw: Callable) -> Problem:
         index = torch.randint(-1, m, (n,), generator=torch.Generator().manual_seed(seed + 4))
     if positives == "mask":
         mask = (rand(seed + 5, draw(st.integers(1, n)), draw(st.integers(1, m))) - 0.3).relu()
-    return Problem(
-        (
-            rand(seed + 6, n, d), None if own_keys else rand(seed + 7, m, d),
-            torch.tensor(draw(st.sampled_from([0.3, 1.0, 20.0])), dtype=torch.float64), bias,
-        ),
-        Pairs(
-            draw(st.sampled_from([None, 0, 0, 1, -2, 40])), row_labels if labels else None,
-            col_labels if labels else None,
-            draw(st.sampled_from(["all", "same", "different"])) if labels else "all",
-            positives == "labels", index, mask,
-        ),
-        draw(st.booleans()),
+    return Contrast(
+        rand(seed + 6, n, d), None if own_keys else rand(seed + 7, m, d),
+        torch.tensor(draw(st.sampled_from([0.3, 1.0, 20.0])), dtype=torch.float64),
+        draw(st.sampled_from([None, 0, 0, 1, -2, 40])), row_labels if labels else None,
+        col_labels if labels else None,
+        draw(st.sampled_from(["all", "same", "different"])) if labels else "all",
+        positives == "labels", index, mask, bias, draw(st.booleans()),
     )  # fmt: skip
 
 
 @few
 @given(problems())
-def test_contrastive_is_the_formula(problem: Problem) -> None:
-    assert_matches_reference(problem.ours, problem.formula, problem.inputs)
+def test_contrastive_is_the_formula(problem: Contrast) -> None:
+    assert_matches_reference(
+        over_inputs(autograd.contrastive, problem), over_inputs(reference.contrastive_stats, problem),
+        inputs_of(problem),
+    )  # fmt: skip
 
 
 @few
 @given(problems())
-def test_contrastive_with_frozen_keys_is_the_formula(problem: Problem) -> None:
-    q, k, scale, bias = problem.inputs
+def test_contrastive_with_frozen_keys_is_the_formula(problem: Contrast) -> None:
     assert_matches_reference(
-        lambda q, scale: problem.ours(q, k, scale, bias),
-        lambda q, scale: problem.formula(q, k, scale, bias),
-        (q, scale),
+        lambda q, scale: autograd.contrastive(problem._replace(q=q, scale=scale)),
+        lambda q, scale: reference.contrastive_stats(problem._replace(q=q, scale=scale)),
+        (problem.q, problem.scale),
     )
 
 
@@ -171,20 +159,20 @@ def contrastive_examples() -> list[Any]:
     scale, bias = torch.tensor(2.0, dtype=torch.float64), rand(2, 7)
     bias[3] = -torch.inf
     examples = {
-        "plain": Problem((q, None, scale, None), Pairs(), False),
-        "keys-both-axes": Problem((q, k, scale, bias), Pairs(exclude=None), True),
-        "labels": Problem((q, None, scale, None), Pairs(0, rows, rows, "all", True), False),
-        "same": Problem((q, k, scale, None), Pairs(0, rows, cols, "same", True), True),
-        "different": Problem((q, k, scale, bias), Pairs(None, rows, cols, "different"), False),
-        "index": Problem((q, k, scale, None), Pairs(1, positive_index=torch.tensor([3, -1, 0, 6, 2])), True),
-        "mask": Problem((q, None, scale, None), Pairs(0, positive_mask=rand(3, 2, 3).abs()), False),
+        "plain": Contrast(q, None, scale, 0),
+        "keys-both-axes": Contrast(q, k, scale, key_bias=bias, both_axes=True),
+        "labels": Contrast(q, None, scale, 0, rows, rows, "all", True),
+        "same": Contrast(q, k, scale, 0, rows, cols, "same", True, both_axes=True),
+        "different": Contrast(q, k, scale, None, rows, cols, "different", key_bias=bias),
+        "index": Contrast(q, k, scale, 1, positive_index=torch.tensor([3, -1, 0, 6, 2]), both_axes=True),
+        "mask": Contrast(q, None, scale, 0, positive_mask=rand(3, 2, 3).abs()),
     }
     return [pytest.param(problem, id=name) for name, problem in examples.items()]
 
 
-def soft_target_example(positive_in_target: str = "exclude", own: bool = True) -> tuple[Any, ...]:
-    """Arguments of soft_target_forward without save_gradient: a batch and a transposed queue."""
-    return (
+def soft_target_example(positive_in_target: str = "exclude", own: bool = True) -> SoftTarget:
+    """A batch and a transposed queue."""
+    return SoftTarget(
         rand(0, 4, 3), [rand(1, 5, 3), rand(2, 3, 3).T], rand(3, 4, 2), [rand(4, 5, 2), rand(5, 2, 3).T],
         torch.tensor(3.0, dtype=torch.float64), torch.tensor(5.0, dtype=torch.float64),
         torch.tensor([2, 0, 7, -1]) if own else None, positive_in_target,
@@ -192,7 +180,7 @@ def soft_target_example(positive_in_target: str = "exclude", own: bool = True) -
 
 
 @st.composite
-def soft_targets(draw: Callable) -> tuple[Any, ...]:
+def soft_targets(draw: Callable) -> SoftTarget:
     n, d, e, seed = (draw(st.integers(1, 6)) for _ in range(3)), None, None, draw(st.integers(0, 10**6))
     n, d, e = n
     lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
@@ -207,7 +195,7 @@ def soft_targets(draw: Callable) -> tuple[Any, ...]:
     positive = None
     if draw(st.booleans()):
         positive = torch.randint(-1, sum(lengths), (n,), generator=torch.Generator().manual_seed(seed))
-    return (
+    return SoftTarget(
         rand(seed, n, d), keys(seed + 1, d), rand(seed + 4, n, e), keys(seed + 5, e),
         torch.tensor(draw(st.sampled_from([0.5, 10.0])), dtype=torch.float64),
         torch.tensor(draw(st.sampled_from([0.5, 14.0])), dtype=torch.float64),
@@ -216,25 +204,22 @@ def soft_targets(draw: Callable) -> tuple[Any, ...]:
 
 
 def soft_target_of(
-    function: Callable[..., Sequence[Tensor]], problem: tuple[Any, ...], frozen: bool
+    function: Callable[[SoftTarget], Sequence[Tensor]], problem: SoftTarget, frozen: bool
 ) -> tuple[Callable[..., Sequence[Tensor]], list[Tensor]]:
-    """`function` over its differentiable inputs, flat; only q and scale where the rest is frozen."""
-    q, k, t, u, scale, target_scale, positive, how = problem
+    """`function` over a problem's differentiable inputs, flat; q and scale alone where the rest is frozen."""
     if frozen:
-        return lambda q, s: function(
-            q, k, t, u, s, target_scale, positive=positive, positive_in_target=how
-        ), [q, scale]
+        return lambda q, s: function(problem._replace(q=q, scale=s)), [problem.q, problem.scale]
 
     def flat(q: Tensor, t: Tensor, s: Tensor, target_s: Tensor, *segments: Tensor) -> Sequence[Tensor]:
-        keys, target_keys = segments[: len(k)], segments[len(k) :]
-        return function(q, keys, t, target_keys, s, target_s, positive=positive, positive_in_target=how)
+        return function(problem.with_tensors((q, t, s, target_s, problem.positive, *segments)))
 
-    return flat, [q, t, scale, target_scale, *k, *u]
+    q, t, s, target_s, _, *segments = problem.tensors()
+    return flat, [q, t, s, target_s, *segments]
 
 
 @few
 @given(soft_targets(), st.booleans())
-def test_soft_target_is_the_formula(problem: tuple[Any, ...], frozen: bool) -> None:
+def test_soft_target_is_the_formula(problem: SoftTarget, frozen: bool) -> None:
     ours, inputs = soft_target_of(autograd.soft_target, problem, frozen)
     formula, _ = soft_target_of(reference.soft_target_stats, problem, frozen)
     assert_matches_reference(ours, formula, inputs)
@@ -302,11 +287,12 @@ def finite_outputs(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("problem", contrastive_examples())
-def test_contrastive_derivatives(problem: Problem) -> None:
-    q, k, scale, bias = problem.inputs
+def test_contrastive_derivatives(problem: Contrast) -> None:
+    q, k, scale, bias = inputs_of(problem)
+    ours = over_inputs(autograd.contrastive, problem)
     if bias is not None:
         bias = bias.masked_fill(bias == -torch.inf, -1.0)  # finite differences of -inf are NaN
-    check_derivatives(lambda *inputs: finite_outputs(problem.ours(*inputs)), (q, k, scale, bias))
+    check_derivatives(lambda *inputs: finite_outputs(ours(*inputs)), (q, k, scale, bias))
 
 
 @pytest.mark.parametrize("how", ["exclude", "zero", "none"])
@@ -342,7 +328,6 @@ def test_masked_log_softmax_derivatives() -> None:
 
 def test_second_derivative_keeps_related_inputs_apart() -> None:
     """Keys computed from the queries: the recomputation must not differentiate through that."""
-    pairs = Pairs(exclude=0)
 
     def penalty(lse: Callable[[Tensor, Tensor], Tensor], q: Tensor) -> Tensor:
         k = q.flip(0) * 2
@@ -351,8 +336,8 @@ def test_second_derivative_keeps_related_inputs_apart() -> None:
 
     (q,) = grad_inputs(rand(0, 5, 3))
     torch.testing.assert_close(
-        penalty(lambda q, k: autograd.contrastive(q, k, 1.5, pairs).lse, q),
-        penalty(lambda q, k: reference.contrastive_stats(q, k, 1.5, 0)[0], q),
+        penalty(lambda q, k: autograd.contrastive(Contrast(q, k, 1.5, 0)).lse, q),
+        penalty(lambda q, k: reference.contrastive_stats(Contrast(q, k, 1.5, 0))[0], q),
     )
 
 
@@ -364,11 +349,11 @@ def test_second_derivative_keeps_related_inputs_apart() -> None:
 def test_half_inputs_sum_in_float32(dtype: torch.dtype, backend: str) -> None:
     q, k = rand(0, 9, 4, dtype=dtype), rand(1, 6, 4, dtype=dtype)
     expected, expected_grads = values_and_gradients(
-        lambda q, k: reference.contrastive_stats(q, k, 2.0, 0)[:1], (q.double(), k.double())
+        lambda q, k: reference.contrastive_stats(Contrast(q, k, 2.0, 0))[:1], (q.double(), k.double())
     )
     with clk.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
         outputs, grads = values_and_gradients(
-            lambda q, k: [autograd.contrastive(q, k, 2.0, Pairs()).lse], (q, k)
+            lambda q, k: [autograd.contrastive(Contrast(q, k, 2.0, 0)).lse], (q, k)
         )
     assert outputs[0].dtype == torch.float64  # a statistic
     assert [g.dtype for g in grads] == [dtype, dtype]
@@ -381,9 +366,11 @@ def test_half_inputs_sum_in_float32(dtype: torch.dtype, backend: str) -> None:
 def test_scale_gets_its_gradient_in_its_own_dtype(dtype: torch.dtype) -> None:
     q = rand(0, 6, 3, dtype=torch.float32)
     scale = torch.tensor(1.5, dtype=dtype, requires_grad=True)
-    autograd.contrastive(q, None, scale, Pairs()).lse.sum().backward()
+    autograd.contrastive(Contrast(q, None, scale, 0)).lse.sum().backward()
     step = 1e-2
-    low, high = (autograd.contrastive(q.double(), None, 1.5 + s, Pairs()).lse.sum() for s in (-step, step))
+    low, high = (
+        autograd.contrastive(Contrast(q.double(), None, 1.5 + s, 0)).lse.sum() for s in (-step, step)
+    )
     assert scale.grad.dtype == dtype
     assert scale.grad.item() == pytest.approx(((high - low) / (2 * step)).item(), rel=1e-2)
 
@@ -398,11 +385,11 @@ def test_frozen_keys_save_the_gradient_only_where_a_backward_can_come(
         "call",
         lambda name, backend, *args: (saved.append((name, args[-1])), call(name, backend, *args))[1],
     )
-    q, k, t, u, scale, target_scale, positive, how = soft_target_example()
-    q.requires_grad_()
+    problem = soft_target_example()
+    q, k, t = problem.q.requires_grad_(), problem.k, problem.target_q
 
     def run(q: Tensor, k: list[Tensor], t: Tensor) -> bool:
-        autograd.soft_target(q, k, t, u, scale, target_scale, positive=positive, positive_in_target=how)
+        autograd.soft_target(problem._replace(q=q, k=k, target_q=t))
         return saved[-1][1]
 
     assert run(q, k, t)
@@ -423,20 +410,20 @@ def check_op(name: str, *arguments: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("problem", contrastive_examples())
-def test_opcheck_contrastive(problem: Problem, dtype: torch.dtype) -> None:
-    arguments = problem.op_arguments(dtype)
+def test_opcheck_contrastive(problem: Contrast, dtype: torch.dtype) -> None:
+    arguments = in_dtype(problem, dtype)
     lse, lse_cols, positive_sum, _, residual = check_op("contrastive_forward", *arguments, False)
     grads = (
         torch.ones_like(lse),
         torch.ones_like(lse_cols) if problem.both_axes else None,
-        torch.ones_like(positive_sum) if problem.pairs.has_positives else None,
+        torch.ones_like(positive_sum) if problem.positives != "none" else None,
     )
-    own_keys, biased = problem.inputs[1] is None, problem.inputs[3] is not None
+    own_keys, biased = problem.k is None, problem.key_bias is not None
     for needs in [(True, not own_keys, biased), (False, False, False)]:
         check_op("contrastive_backward", *grads, *arguments, lse, lse_cols, residual, needs)
     only_q = (True, False, False)
     check_op("contrastive_backward", None, *grads[1:], *arguments, lse, lse_cols, residual, only_q)
-    if problem.may_save_gradient:
+    if may_save_gradient(problem):
         residual = check_op("contrastive_forward", *arguments, True)[-1]
         check_op("contrastive_backward", *grads, *arguments, lse, lse_cols, residual, only_q)
 
@@ -517,16 +504,13 @@ def compiled_and_eager(
         if b == "auto" or p.id in ("same", "mask")
     ],
 )
-def test_compile_contrastive(problem: Problem, clk_backend: str) -> None:
-    inputs = [x for x in problem.inputs if x is not None]
-    present = [x is not None for x in problem.inputs]
+def test_compile_contrastive(problem: Contrast, clk_backend: str) -> None:
+    inputs = [x for x in inputs_of(problem) if x is not None]
+    ours = over_inputs(autograd.contrastive, problem)
 
     def loss(*leaves: Tensor) -> Tensor:
         given = iter(leaves)
-        stats = autograd.contrastive(
-            next(given), next(given) if present[1] else None, next(given), problem.pairs,
-            key_bias=next(given) if present[3] else None, both_axes=problem.both_axes,
-        )  # fmt: skip
+        stats = ours(*(None if x is None else next(given) for x in inputs_of(problem)))
         total = stats.lse.masked_fill(stats.lse == -torch.inf, 0).sin().sum() + 2 * stats.positive_sum.sum()
         return total + stats.lse_cols.masked_fill(stats.lse_cols == -torch.inf, 0).cos().sum()
 
@@ -559,10 +543,10 @@ def test_compile_the_other_primitives(clk_backend: str) -> None:
 def test_compile_takes_one_tensor_in_several_places() -> None:
     scale = torch.tensor(2.0, dtype=torch.float64)
     compiled_and_eager(
-        lambda q, s: sum(x.sum() for x in autograd.soft_target(q, [q, q], q, [q, q], s, s)),
+        lambda q, s: sum(x.sum() for x in autograd.soft_target(SoftTarget(q, [q, q], q, [q, q], s, s))),
         (rand(0, 4, 3), scale),
     )
-    compiled_and_eager(lambda q: autograd.contrastive(q, q, 2.0, Pairs()).lse.sum(), (rand(0, 4, 3),))
+    compiled_and_eager(lambda q: autograd.contrastive(Contrast(q, q, 2.0, 0)).lse.sum(), (rand(0, 4, 3),))
     compiled_and_eager(lambda q: autograd.similarity(q, q, 2.0, True).sin().sum(), (rand(0, 4, 3),))
     compiled_and_eager(lambda q: autograd.dimcl(q, q, 2.0)[0].sin().sum(), (rand(0, 4, 3),))
 
@@ -570,7 +554,7 @@ def test_compile_takes_one_tensor_in_several_places() -> None:
 def test_compile_for_any_batch_size() -> None:
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda q, labels: autograd.contrastive(q, None, 2.0, Pairs(0, labels, labels, "same")).lse,
+        lambda q, labels: autograd.contrastive(Contrast(q, None, 2.0, 0, labels, labels, "same")).lse,
         fullgraph=True,
         backend="aot_eager",
         dynamic=True,
@@ -580,17 +564,16 @@ def test_compile_for_any_batch_size() -> None:
         with torch.compiler.set_stance("default" if n == 4 else "fail_on_recompile"):
             lse = compiled(q, labels)
         (grad,) = torch.autograd.grad(lse.sum(), q)
-        expected = reference.contrastive_stats(q, None, 2.0, 0, labels, labels, "same")[0]
+        expected = reference.contrastive_stats(Contrast(q, None, 2.0, 0, labels, labels, "same"))[0]
         torch.testing.assert_close(lse, expected)
         torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), q)[0])
 
 
 def test_compile_with_inductor() -> None:
     labels = torch.tensor([0, 1, 0, 1, 2, 2])
-    pairs = Pairs(0, labels, labels, "all", True)
 
     def loss(q: Tensor) -> Tensor:
-        stats = autograd.contrastive(q * 2, None, 1.5, pairs)
+        stats = autograd.contrastive(Contrast(q * 2, None, 1.5, 0, labels, labels, "all", True))
         return (stats.lse - stats.positive_sum / stats.positive_count).mean()
 
     compiled_and_eager(loss, (rand(0, 6, 3),), backend="inductor")
@@ -614,10 +597,10 @@ def test_compile_traces_again_for_another_backend_but_not_for_another_float() ->
 
     q = rand(0, 6, 3)
     compiled = torch.compile(
-        lambda q, s: autograd.contrastive(q, None, s, Pairs()).lse, fullgraph=True, backend=counting
+        lambda q, s: autograd.contrastive(Contrast(q, None, s, 0)).lse, fullgraph=True, backend=counting
     )
     for scale in (0.5, 1.25, 2.5, 3.75, 4.5):
-        torch.testing.assert_close(compiled(q, scale), autograd.contrastive(q, None, scale, Pairs()).lse)
+        torch.testing.assert_close(compiled(q, scale), autograd.contrastive(Contrast(q, None, scale, 0)).lse)
     assert len(graphs) <= 2
     assert any("contrastive_forward" in target for target in graphs[-1])
     with clk.use_backend("reference"):
@@ -630,7 +613,7 @@ def test_compile_traces_again_for_another_backend_but_not_for_another_float() ->
 def test_double_backward_of_compiled_code_is_refused() -> None:
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda q: autograd.contrastive(q, None, 1.0, Pairs()).lse, fullgraph=True, backend="aot_eager"
+        lambda q: autograd.contrastive(Contrast(q, None, 1.0, 0)).lse, fullgraph=True, backend="aot_eager"
     )
     (q,) = grad_inputs(rand(0, 5, 3))
     (grad,) = torch.autograd.grad(compiled(q).sum(), q, create_graph=True)
@@ -692,7 +675,7 @@ def test_soft_target_without_any_target() -> None:
 
 @few
 @given(soft_targets(), st.sampled_from([0.0, 0.4, 1.0]))
-def test_soft_target_cross_entropy_is_the_reference(problem: tuple[Any, ...], coeff: float) -> None:
+def test_soft_target_cross_entropy_is_the_reference(problem: SoftTarget, coeff: float) -> None:
     q, k, t, u, scale, target_scale, positive, how = problem
     options = {"positive": positive, "positive_in_target": how, "reduction": "none"}
     weight = torch.tensor(coeff, dtype=torch.float64) if positive is not None else 0.0
@@ -775,7 +758,7 @@ def test_backends_that_cannot_serve_say_why() -> None:
 def test_cpu_backend_by_name() -> None:
     q = rand(0, 4, 3)
     with clk.use_backend("cpu"):
-        if not extension.is_loaded():
+        if extension.cpu.module is None:
             with pytest.raises(clk.BackendError, match="compiled extension"):
                 clk.contrastive_lse(q)
         else:
@@ -836,8 +819,8 @@ def test_a_wrong_backend_in_the_environment_is_refused() -> None:
 
 
 @pytest.mark.parametrize("problem", contrastive_examples())
-def test_results_do_not_depend_on_the_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (*problem.op_arguments(), problem.may_save_gradient)
+def test_results_do_not_depend_on_the_chunks(problem: Contrast, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (*problem, may_save_gradient(problem))
     small = chunked.contrastive_forward(*arguments)
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1 << 22)
     assert_same(chunked.contrastive_forward(*arguments), small)
@@ -845,12 +828,11 @@ def test_results_do_not_depend_on_the_chunks(problem: Problem, monkeypatch: pyte
 
 def test_problem_with_nothing_included() -> None:
     """A batch of one: empty denominators give -inf, and no gradient is NaN."""
-    problem = Problem(
-        (rand(0, 1, 3), None, torch.tensor(5.0), None), Pairs(positive_index=torch.tensor([-1])), True
-    )
+    index = torch.tensor([-1])
+    problem = Contrast(rand(0, 1, 3), None, torch.tensor(5.0), 0, positive_index=index, both_axes=True)
+    ours = over_inputs(autograd.contrastive, problem)
     for backend in BACKENDS:
         with clk.use_backend(backend):
-            outputs, grads = values_and_gradients(problem.ours, problem.inputs)
+            outputs, grads = values_and_gradients(ours, inputs_of(problem))
         assert outputs[0].item() == outputs[1].item() == -torch.inf
         assert all((g == 0).all() for g in grads)
-    assert replace(problem.pairs, exclude=None).has_positives

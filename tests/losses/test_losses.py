@@ -12,8 +12,8 @@ from comparisons import Problem, assert_close, assert_parity, two_views, unit
 
 import cl_kernels as clk
 from cl_kernels import autograd
-from cl_kernels.autograd import Pairs
 from cl_kernels.losses._common import at_least_zero
+from cl_kernels.problem import Contrast
 
 TEMPERATURES = (0.5, 0.1, 0.07, 0.01, 0.005)
 SHAPES = [(1, 1), (1, 3), (2, 1), (2, 127), (3, 3), (17, 127), (67, 1), (131, 33)]
@@ -489,11 +489,11 @@ def test_nan_in_an_excluded_column_does_not_count(module: Any, backend: str) -> 
         return  # kernels may multiply by a weight of 0
     mask = (labels[:, None] == labels).float()
     for options in ({"label_positives": True}, {"positive_mask": mask}, {"positive_index": torch.arange(4)}):
-        pairs = {"exclude": None, "row_labels": labels, "col_labels": labels, "among": "same", **options}
+        problem = Contrast(q, k, 2.0, None, labels, labels, "same", **options)
         if module is clk:
-            positive_sum = autograd.contrastive(q, k, 2.0, Pairs(**pairs)).positive_sum
+            positive_sum = autograd.contrastive(problem).positive_sum
         else:
-            positive_sum = module.contrastive_stats(q, k, 2.0, **pairs)[2]
+            positive_sum = module.contrastive_stats(problem)[2]
         assert torch.equal(positive_sum.isnan(), met)
 
 
@@ -697,7 +697,7 @@ def test_gradients_only_where_asked() -> None:
 
 
 def test_named_backends_refuse_rare_options() -> None:
-    if not clk.dispatch.extension.is_loaded():
+    if clk.dispatch.extension.cpu.module is None:
         pytest.skip("no CPU kernels")
     with clk.use_backend("cpu"), pytest.raises(clk.BackendError, match="positives_cap"):
         clk.supcon_loss(unit(4, 2, 3), torch.tensor([0, 0, 1, 1]), positives_cap=2)

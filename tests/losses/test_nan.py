@@ -14,6 +14,7 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_kernels import autograd, extension
+from cl_kernels.problem import SoftTarget
 
 N, D, M = 6, 19, 11  # no width is a multiple of a vector
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -21,7 +22,7 @@ BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
 # Beside the usual NaN those with the low bits set too, which torch's own conversions make.
 PATTERNS = ("usual", "low bits", "low bits, negative")
 PLACES = {"first": 0, "tail": -1}
-CAPABILITIES = extension.module.cpu_capabilities() if extension.module else []
+CAPABILITIES = extension.cpu.module.cpu_capabilities() if extension.cpu.module else []
 
 
 def poison(x: Tensor, place: str, pattern: str) -> Tensor:
@@ -137,14 +138,14 @@ def test_same_rows_as_plain_torch(problem: Problem, name: str, backend: str) -> 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set(capability: str) -> None:
-    before = extension.module.cpu_capability()
-    extension.module.set_cpu_capability(capability)
+    before = extension.cpu.module.cpu_capability()
+    extension.cpu.module.set_cpu_capability(capability)
     try:
         for case in CASES:
             problem, name = case.values
             assert_same_rows(problem, name, ["low bits"])
     finally:
-        extension.module.set_cpu_capability(before)
+        extension.cpu.module.set_cpu_capability(before)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "target_q", "target_k"])
@@ -158,8 +159,10 @@ def test_statistics_of_soft_targets(name: str, save_gradient: bool, dtype: torch
         given = {**inputs, name: poison(inputs[name], place, "low bits")}
         wide = [x.double() for x in given.values()]
         q, k, t, u = given.values()
-        found = autograd.soft_target(q.requires_grad_(save_gradient), [k], t, [u], 10.0, 20.0)
-        expected = clk.reference.soft_target_stats(wide[0], [wide[1]], wide[2], [wide[3]], 10.0, 20.0)
+        scales = (10.0, 20.0)
+        found = autograd.soft_target(SoftTarget(q.requires_grad_(save_gradient), [k], t, [u], *scales))
+        q, k, t, u = wide
+        expected = clk.reference.soft_target_stats(SoftTarget(q, [k], t, [u], *scales))
         for ours, truth in zip(found[:3], expected[:3], strict=True):
             assert torch.equal(ours.isnan(), truth.isnan()), place
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_kernels import autograd, extension
-from cl_kernels.autograd import Pairs
+from cl_kernels.problem import Contrast
 from cl_kernels.tools.parity import unit
 
-CAPABILITIES = extension.module.cpu_capabilities() if extension.module else []
+CAPABILITIES = extension.cpu.module.cpu_capabilities() if extension.cpu.module else []
 D = 96
 
 
@@ -82,8 +82,8 @@ def test_sums_of_every_instruction_set(
     capability: str, dtype: torch.dtype, n: int, m: int | None, exclude: int | None, scale: float
 ) -> None:
     """By labels and by a mask that repeats, against float64: tails, an offset, fixed and running shifts."""
-    before = extension.module.cpu_capability()
-    extension.module.set_cpu_capability(capability)
+    before = extension.cpu.module.cpu_capability()
+    extension.cpu.module.set_cpu_capability(capability)
     try:
         q = unit(n, 19).to(dtype)
         k = None if m is None else unit(m, 19).to(dtype)
@@ -91,24 +91,22 @@ def test_sums_of_every_instruction_set(
         row_labels = torch.arange(n) % 7
         col_labels = row_labels if m is None else torch.arange(columns) % 5
         mask = torch.rand(31, 45) * (torch.rand(31, 45) > 0.5)
-        for pairs in (
-            Pairs(exclude=exclude, row_labels=row_labels, col_labels=col_labels, label_positives=True),
-            Pairs(exclude=exclude, positive_mask=mask),
+        pairs = Contrast(q, k, scale, exclude)
+        for problem in (
+            pairs._replace(row_labels=row_labels, col_labels=col_labels, label_positives=True),
+            pairs._replace(positive_mask=mask),
         ):
-            stats = autograd.contrastive(q, k, scale, pairs)
-            wide = None if k is None else k.double()
-            lse, _, sums, counts = clk.reference.contrastive_stats(
-                q.double(), wide, scale, pairs.exclude, pairs.row_labels, pairs.col_labels,
-                label_positives=pairs.label_positives, positive_mask=pairs.positive_mask,
-            )  # fmt: skip
+            stats = autograd.contrastive(problem)
+            wide = problem._replace(q=q.double(), k=None if k is None else k.double())
+            lse, _, sums, counts = clk.reference.contrastive_stats(wide)
             eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
             assert (stats.positive_sum - sums).abs().max() <= 8 * eps * scale * counts.max()
             assert torch.allclose(
-                stats.positive_count, counts, rtol=1e-6 if pairs.positive_mask is not None else 0
+                stats.positive_count, counts, rtol=1e-6 if problem.positive_mask is not None else 0
             )
             assert (stats.lse - lse).abs().max() <= 8 * eps * scale
     finally:
-        extension.module.set_cpu_capability(before)
+        extension.cpu.module.set_cpu_capability(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -119,16 +117,14 @@ def test_a_single_column_is_its_own_lse(scale: float, dtype: torch.dtype, backen
     two, label = torch.cat([q, k]), torch.zeros(2, dtype=torch.int64)
     index = torch.tensor([1, 0])
     for problem in (
-        (two, None, Pairs(exclude=0, positive_index=index)),
-        (two, None, Pairs(exclude=0, row_labels=label, col_labels=label, label_positives=True)),
-        (two, None, Pairs(exclude=0, positive_mask=torch.ones(1, 1))),
-        (q, k, Pairs(exclude=None, positive_index=index[1:])),
-        (q, two, Pairs(exclude=0, positive_index=index[:1])),
-        (two, k, Pairs(exclude=None, positive_index=torch.tensor([0, 0]))),
+        Contrast(two, None, scale, 0, positive_index=index),
+        Contrast(two, None, scale, 0, row_labels=label, col_labels=label, label_positives=True),
+        Contrast(two, None, scale, 0, positive_mask=torch.ones(1, 1)),
+        Contrast(q, k, scale, positive_index=index[1:]),
+        Contrast(q, two, scale, 0, positive_index=index[:1]),
+        Contrast(two, k, scale, positive_index=torch.tensor([0, 0])),
     ):
-        left, right, pairs = problem
-        stats = autograd.contrastive(left, right, scale, pairs)
+        stats = autograd.contrastive(problem)
         assert torch.equal(stats.lse, stats.positive_sum)
-    only = Pairs(exclude=None, positive_index=index[1:])
-    stats = autograd.contrastive(q, k, scale, only, both_axes=True)
+    stats = autograd.contrastive(Contrast(q, k, scale, positive_index=index[1:], both_axes=True))
     assert torch.equal(stats.lse, stats.positive_sum) and torch.equal(stats.lse_cols, stats.positive_sum)

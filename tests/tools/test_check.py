@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 needs_cpu_kernels = pytest.mark.skipif(
-    not extension.is_loaded(), reason=f"no CPU kernels: {extension.missing_because}"
+    extension.cpu.module is None, reason=f"no CPU kernels: {extension.cpu.missing_because}"
 )
 
 

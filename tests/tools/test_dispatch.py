@@ -15,66 +15,74 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_kernels import autograd, chunked, configs, dispatch, extension, ops
-from cl_kernels.autograd import Pairs
+from cl_kernels.dispatch import ANY, SERVING, VARIANTS, Case, Serving
+from cl_kernels.problem import Contrast, SoftTarget
 
 GPU = torch.device("cuda", 0)
-FAMILIES = [(op, variant) for op, variants in configs.VARIANTS.items() for variant in variants]
+FAMILIES = [(op, variant) for op, variants in VARIANTS.items() for variant in variants]
+
+
+@pytest.fixture(autouse=True)
+def fresh_decisions() -> Iterator[None]:
+    dispatch.forget_decisions()
+    yield
+    dispatch.forget_decisions()
 
 
 # The table
 
 
 def test_the_table_has_an_answer_for_everything() -> None:
-    assert {name.rpartition("_")[0] for name in ops.SCHEMAS} == set(configs.VARIANTS)
+    assert {name.rpartition("_")[0] for name in ops.SCHEMAS} == set(VARIANTS)
     kinds, widths = ("half", "float32"), (1, 128, 256, 512, 4096)
     for (op, variant), kind, architecture, width in itertools.product(
         FAMILIES, kinds, configs.ARCHITECTURES, widths
     ):
-        row = configs.row_serving(op, variant, kind, architecture, width)
+        row = dispatch.row_for(Case(op, variant, kind, architecture, width))
         assert row.backend == "triton" or (row.backend, row.basis) == ("cuda", "measured")
-        assert row in configs.rows_for(op, architecture)
-    assert configs.row_serving("new_op", "plain", "half", "sm_90", 128).backend == "triton"
-    assert configs.row_serving("contrastive", "new", "half", "sm_200", 128).backend == "triton"
+        assert row in dispatch.rows_for(op, architecture)
+    assert dispatch.row_for(Case("new_op", "plain", "half", "sm_90", 128)).backend == "triton"
+    assert dispatch.row_for(Case("contrastive", "new", "half", "sm_200", 128)).backend == "triton"
 
 
-MEASURED = configs.Serving("contrastive", "self", "half", "sm_90", None, "cuda", "measured")
+MEASURED = Serving("contrastive", "self", "half", "sm_90", None, "cuda", "measured")
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if CUDA C++ had been measured to be faster for one case."""
-    monkeypatch.setattr(configs, "SERVING", (MEASURED, *configs.SERVING))
+    monkeypatch.setattr(dispatch, "SERVING", (MEASURED, *SERVING))
 
 
 @pytest.mark.parametrize("basis", ["model", "default"])
 def test_cuda_that_is_not_measured_serves_nobody(basis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "SERVING", (MEASURED._replace(basis=basis), *configs.SERVING))
-    assert configs.row_serving("contrastive", "self", "half", "sm_90", 128).backend == "triton"
-    assert {row.backend for row in configs.rows_for("contrastive", "sm_90")} == {"triton"}
+    monkeypatch.setattr(dispatch, "SERVING", (MEASURED._replace(basis=basis), *SERVING))
+    assert dispatch.row_for(Case("contrastive", "self", "half", "sm_90", 128)).backend == "triton"
+    assert {row.backend for row in dispatch.rows_for("contrastive", "sm_90")} == {"triton"}
 
 
 def test_a_measured_row_serves(measured: None) -> None:
-    assert configs.row_serving("contrastive", "self", "half", "sm_90", 128) == MEASURED
+    assert dispatch.row_for(Case("contrastive", "self", "half", "sm_90", 128)) == MEASURED
     for elsewhere in (("dimcl", "self", "half", "sm_90"), ("contrastive", "self", "half", "sm_80")):
-        assert configs.row_serving(*elsewhere, 128).backend == "triton"
+        assert dispatch.row_for(Case(*elsewhere, 128)).backend == "triton"
 
 
 def test_every_row_of_the_table_decides_something() -> None:
-    kinds, widths = ("half", "float32"), (1, *(row.widest or 1 for row in configs.SERVING))
+    kinds, widths = ("half", "float32"), (1, *(row.widest or 1 for row in SERVING))
     deciding = {
-        configs.row_serving(op, variant, kind, architecture, width)
+        dispatch.row_for(Case(op, variant, kind, architecture, width))
         for (op, variant), kind, architecture, width in itertools.product(
             FAMILIES, kinds, configs.ARCHITECTURES, widths
         )
     }
-    assert deciding == set(configs.SERVING)
+    assert deciding == set(SERVING)
 
 
 def test_a_row_stops_at_its_width() -> None:
-    row = configs.Serving("dimcl", configs.ANY, "half", "sm_80", 256, "cuda", "measured")
-    assert row.fits("dimcl", "plain", "half", "sm_80", 256)
-    assert not row.fits("dimcl", "plain", "half", "sm_80", 257)
-    assert not row.fits("dimcl", "plain", "float32", "sm_80", 256)
+    row = Serving("dimcl", ANY, "half", "sm_80", 256, "cuda", "measured")
+    assert row.fits(Case("dimcl", "plain", "half", "sm_80", 256))
+    assert not row.fits(Case("dimcl", "plain", "half", "sm_80", 257))
+    assert not row.fits(Case("dimcl", "plain", "float32", "sm_80", 256))
 
 
 # What distinguishes calls
@@ -103,19 +111,19 @@ def leaf(*shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("expected", "function", "inputs"),
     [
-        ("self", lambda q: autograd.contrastive(q, None, 2.0, Pairs()).lse, [(6, 4)]),
-        ("keys", lambda q, k: autograd.contrastive(q, k, 2.0, Pairs()).lse, [(6, 4), (7, 4)]),
-        ("frozen keys", lambda q: autograd.contrastive(q, q.detach(), 2.0, Pairs()).lse, [(6, 4)]),
+        ("self", lambda q: autograd.contrastive(Contrast(q, None, 2.0, exclude=0)).lse, [(6, 4)]),
+        ("keys", lambda q, k: autograd.contrastive(Contrast(q, k, 2.0, exclude=0)).lse, [(6, 4), (7, 4)]),
+        ("frozen keys", lambda q: autograd.contrastive(Contrast(q, q.detach(), 2.0)).lse, [(6, 4)]),
         (
             "both axes",
-            lambda q, k: autograd.contrastive(q, k, 2.0, Pairs(), both_axes=True)[:2],
+            lambda q, k: autograd.contrastive(Contrast(q, k, 2.0, both_axes=True))[:2],
             [(6, 4), (7, 4)],
         ),
-        ("transposed", lambda q: autograd.contrastive(q.T, None, 2.0, Pairs()).lse, [(4, 6)]),
+        ("transposed", lambda q: autograd.contrastive(Contrast(q.T, None, 2.0)).lse, [(4, 6)]),
         ("transposed", lambda q, k: autograd.similarity(q, k.T, 2.0, True), [(6, 4), (4, 7)]),
         ("plain", lambda q, k: autograd.similarity(q, k, 2.0, True), [(6, 4), (7, 4)]),
         ("plain", lambda z: autograd.dimcl(z, z * 2, 2.0)[0], [(6, 4)]),
-        ("plain", lambda q: autograd.soft_target(q, [q], q, [q], 1.0, 2.0).cross, [(6, 4)]),
+        ("plain", lambda q: autograd.soft_target(SoftTarget(q, [q], q, [q], 1.0, 2.0)).cross, [(6, 4)]),
         ("plain", lambda x: autograd.masked_log_softmax(x, None).sin(), [(6, 4)]),
         ("plain", lambda q: autograd.similarity(q, None, 2.0, True), [(6, 1)]),
     ],
@@ -125,12 +133,12 @@ def test_a_backward_is_the_variant_of_its_forward(
 ) -> None:
     seen = calls(function, *(leaf(*shape) for shape in inputs))
     assert [name.rpartition("_")[2] for name, _ in seen] == ["forward", "backward"]
-    assert [dispatch.variant(name, args) for name, args in seen] == [expected, expected]
+    assert [dispatch._case(name, args)[0].variant for name, args in seen] == [expected, expected]
 
 
 @pytest.fixture
 def arguments() -> tuple[Any, ...]:
-    """Of a contrastive forward, q with itself."""
+    """Those of a contrastive forward, q with itself."""
     pairs = (0, None, None, "all", False, None, None, None, False)
     return (unit(6, 4).bfloat16(), None, torch.tensor(2.0), *pairs, False)
 
@@ -162,7 +170,7 @@ def test_float64_is_the_references(
     arguments: tuple[Any, ...], measured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 4, "sm_90"))
-    monkeypatch.setattr(extension, "emulated_ops", frozenset(ops.SCHEMAS))
+    monkeypatch.setattr(extension.cuda, "emulated_ops", frozenset(ops.SCHEMAS))
     assert dispatch.serving("contrastive_forward", arguments) == "cuda"
     q, *rest = arguments
     assert dispatch.serving("contrastive_forward", (q.double(), *rest)) == "reference"
@@ -218,8 +226,7 @@ def test_an_unsuited_gpu_by_name_and_under_auto(
 ) -> None:
     as_gpu(monkeypatch, 7, 5)
     q = SimpleNamespace(device=GPU, dtype=torch.float16, shape=(6, 4))
-    monkeypatch.setattr(ops, "features", lambda name, args: q)
-    assert dispatch.serving("contrastive_forward", arguments) == "reference"
+    assert dispatch.serving("contrastive_forward", (q, *arguments[1:])) == "reference"
     with clk.use_backend("triton"), pytest.raises(clk.BackendError, match="not sm_75"):
         dispatch.select("contrastive_forward", q)
 
@@ -253,10 +260,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
 def step(q: Tensor, serve: Callable[..., Any]) -> Tensor:
     """The gradient of q by the ops, as autograd calls them."""
     pairs = (0, None, None, "all", False, None, None, None, False)
-    lse, lse_cols, *_, residual = serve("contrastive_forward", (q, None, torch.tensor(2.0), *pairs, False))
+    lse, lse_cols, *_, residual = serve("contrastive_forward", q, None, torch.tensor(2.0), *pairs, False)
     grads = (torch.ones_like(lse), None, None)
     saved = (lse, lse_cols, residual, (True, False, False))
-    return serve("contrastive_backward", (*grads, q, None, torch.tensor(2.0), *pairs, *saved))[0]
+    return serve("contrastive_backward", *grads, q, None, torch.tensor(2.0), *pairs, *saved)[0]
 
 
 RESOURCES = [
@@ -272,7 +279,7 @@ def test_what_does_not_launch_is_passed_over_once(
     failing: str, error: Exception, launches: dict[str, Exception]
 ) -> None:
     q = unit(6, 4)
-    expected = step(q, lambda name, args: getattr(chunked, name)(*args))
+    expected = step(q, lambda name, *args: getattr(chunked, name)(*args))
     launches[failing] = error
     with pytest.warns(RuntimeWarning, match=f"triton cannot launch {failing}.*reference serves") as seen:
         assert torch.equal(step(q, dispatch.serve), expected)
@@ -319,10 +326,10 @@ def test_what_does_not_launch_by_name(error: Exception, launches: dict[str, Exce
 def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CUDA extension were loaded, compiled for Ampere, beside a GPU of that kind."""
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(extension, "cuda_module", object())
-    monkeypatch.setattr(extension, "cuda_ops", frozenset(ops.SCHEMAS))
-    monkeypatch.setattr(extension, "_unsuited", {})
-    monkeypatch.setattr(extension, "cuda_build_info", lambda: {"architectures": "sm_80,sm_90a"})
+    monkeypatch.setattr(extension.cuda, "module", object())
+    monkeypatch.setattr(extension.cuda, "ops", frozenset(ops.SCHEMAS))
+    monkeypatch.setattr(extension.cuda, "_unsuited", {})
+    monkeypatch.setattr(extension.cuda, "build_info", lambda: {"architectures": "sm_80,sm_90a"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
 
 
@@ -334,18 +341,18 @@ def test_why_cuda_does_not_serve(loaded: None, monkeypatch: pytest.MonkeyPatch) 
     def reason(device: Any = GPU, dtype: torch.dtype = torch.float32) -> str:
         return str(dispatch.obstacle("cuda", device, "contrastive_forward", dtype))
 
-    monkeypatch.setattr(extension, "emulated_ops", frozenset())
+    monkeypatch.setattr(extension.cuda, "emulated_ops", frozenset())
     assert reason("cpu") == "takes GPU tensors, not cpu tensors"
     assert reason(dtype=torch.float64) == "takes float16, bfloat16 and float32, not torch.float64"
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "hip", "7.0")
         assert reason() == "takes NVIDIA GPUs, not AMD GPUs"
     with monkeypatch.context() as patch:
-        patch.setattr(extension, "cuda_module", None)
-        patch.setattr(extension, "cuda_missing_because", "it was not built")
+        patch.setattr(extension.cuda, "module", None)
+        patch.setattr(extension.cuda, "missing_because", "it was not built")
         assert reason() == "it was not built"
     with monkeypatch.context() as patch:
-        patch.setattr(extension, "cuda_ops", frozenset({"dimcl_forward"}))
+        patch.setattr(extension.cuda, "ops", frozenset({"dimcl_forward"}))
         assert "no kernel for contrastive_forward" in reason()
 
 
@@ -372,12 +379,12 @@ def test_info_says_what_the_table_has(loaded: None, monkeypatch: pytest.MonkeyPa
     assert row.backend == "triton"
     assert "cuda: serves by name only" in row.reason
     with monkeypatch.context() as patch:
-        patch.setattr(configs, "SERVING", (MEASURED, *configs.SERVING))
+        patch.setattr(dispatch, "SERVING", (MEASURED, *SERVING))
         row = dispatch._row("contrastive_forward", "cuda")
         assert row.backend == "cuda, triton"
         assert "cuda for half self (measured); triton for the rest (default)" in row.reason
-    monkeypatch.setattr(extension, "cuda_module", None)
-    monkeypatch.setattr(extension, "cuda_missing_because", "it was not built")
+    monkeypatch.setattr(extension.cuda, "module", None)
+    monkeypatch.setattr(extension.cuda, "missing_because", "it was not built")
     row = dispatch._row("contrastive_forward", "cuda")
     assert row.backend == "triton"
     assert "cuda: it was not built" in row.reason
@@ -386,7 +393,7 @@ def test_info_says_what_the_table_has(loaded: None, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def emulated() -> Iterator[list[str]]:
     """A library of the CUDA ops for CPU tensors, as the emulator registers; the names of the ops that ran."""
-    if extension.emulated_ops:
+    if extension.cuda.emulated_ops:
         pytest.skip("the emulator is loaded")
     ran: list[str] = []
 
@@ -398,7 +405,7 @@ def emulated() -> Iterator[list[str]]:
         library.impl(name, recording(name), "CPU")
     yield ran
     library._destroy()
-    extension.require_cuda()
+    extension.cuda.require()
 
 
 def test_cuda_by_name_takes_cpu_tensors_of_the_emulator_only(emulated: list[str]) -> None:
@@ -436,19 +443,19 @@ def test_all_libraries_have_the_schemas_and_fake_kernels() -> None:
 
 
 def test_other_backends_compile_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "_required", False)
+    monkeypatch.setattr(extension.cuda, "_required", False)
     monkeypatch.setattr(extension, "_compile", lambda: pytest.fail("it compiles"))
     for backend in ("auto", "reference", "cpu", "triton"):
         with clk.use_backend(backend):
             pass
-    assert not extension._required
+    assert not extension.cuda._required
 
 
 def test_a_source_checkout_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    monkeypatch.setattr(extension, "_required", False)
-    monkeypatch.setattr(extension, "cuda_module", None)
-    monkeypatch.setattr(extension, "cuda_missing_because", "it was not built")
+    monkeypatch.setattr(extension.cuda, "_required", False)
+    monkeypatch.setattr(extension.cuda, "module", None)
+    monkeypatch.setattr(extension.cuda, "missing_because", "it was not built")
     monkeypatch.setattr(extension, "_is_source_checkout", lambda: True)
     monkeypatch.setattr(extension, "_switched_off", lambda: False)
     monkeypatch.setattr(extension, "_is_built", lambda name: False)

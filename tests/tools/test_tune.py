@@ -10,6 +10,7 @@ import torch
 from cl_kernels import __main__, configs, dispatch
 from cl_kernels.bench.workloads import differentiate
 from cl_kernels.configs import Shape
+from cl_kernels.dispatch import Case, Serving
 from cl_kernels.tools import tune
 
 ROW = Shape(128, 64, 64, 8, 3)
@@ -60,21 +61,21 @@ def test_rows_used_are_those_that_a_step_looks_up(monkeypatch: pytest.MonkeyPatc
 
 def test_decisions_are_those_that_a_step_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def step() -> None:
-        configs.row_serving("contrastive", "self", "half", "sm_90", 128)
-        configs.row_serving("contrastive", "frozen keys", "half", "sm_80", 64)
+        dispatch.row_for(Case("contrastive", "self", "half", "sm_90", 128))
+        dispatch.row_for(Case("contrastive", "frozen keys", "half", "sm_80", 64))
 
-    before = configs.row_serving
+    before = dispatch.row_for
     assert [row[:6] for row in tune.decisions(step)] == [
         ("contrastive", "self", "half", "sm_90", 128, "triton"),
         ("contrastive", "frozen keys", "half", "sm_80", 64, "triton"),
     ]
-    assert configs.row_serving is before
+    assert dispatch.row_for is before
 
 
 def test_serving_rows_are_literals_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `tune --serving` prints goes into SERVING as it stands, and then CUDA C++ serves under "auto"."""
     work, ours = tune.work_of("nt_xent", 64, 8, "bfloat16")
-    decided = [configs.Serving("contrastive", "self", "half", "sm_90", 8, "triton", "default")]
+    decided = [Serving("contrastive", "self", "half", "sm_90", 8, "triton", "default")]
     monkeypatch.setattr(tune, "decisions", lambda step: decided)
     monkeypatch.setattr(tune, "by_backend", lambda backend, ours: ours)
     monkeypatch.setattr(type(work), "inputs", lambda work, device, seed=0: [])
@@ -88,8 +89,8 @@ def test_serving_rows_are_literals_that_decide(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tune.timing, "interleaved", interleaved)
     text = "\n".join(tune.serving_rows(work, ours))
     assert "cuda 0.1000 ms, triton 0.2000 ms" in text
-    rows = eval(f"({text}\n)", {"Serving": configs.Serving})
-    assert rows == (configs.Serving("contrastive", "self", "half", "sm_90", 8, "cuda", "measured"),)
+    rows = eval(f"({text}\n)", {"Serving": Serving})
+    assert rows == (Serving("contrastive", "self", "half", "sm_90", 8, "cuda", "measured"),)
 
     def cannot(backend: str, ours: object) -> object:
         if backend == "cuda":
@@ -100,7 +101,8 @@ def test_serving_rows_are_literals_that_decide(monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(tune, "by_backend", cannot)
         assert tune.serving_rows(work, ours) == ["# cuda: it was not built"]
 
-    monkeypatch.setattr(configs, "SERVING", (*rows, *configs.SERVING))
+    monkeypatch.setattr(dispatch, "SERVING", (*rows, *dispatch.SERVING))
+    dispatch.forget_decisions()
     monkeypatch.setattr(configs, "device_of", lambda x: configs.Device("sm_90", 132, "sm_90"))
     monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
     pairs = (0, None, None, "all", False, None, None, None, False)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_kernels import configs, dispatch, ops, reference
+from cl_kernels.problem import Contrast, SoftTarget
 from cl_kernels.triton import gradient, gradient_chunks, launch, lse
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 
 def by_triton(name: str, *arguments: Any) -> Any:
-    return ops.triton_op(name)(*arguments)
+    return dispatch.triton_op(name)(*arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -263,7 +264,9 @@ def test_a_nan_that_takes_part_is_nan(dtype: torch.dtype, variant: str) -> None:
         lse_rows, lse_cols, positive_sum, *_ = by_triton(
             "contrastive_forward", *arguments, options.get("frozen", False)
         )
-        truth, truth_cols, truth_sum, _ = reference.contrastive_stats(q.double(), *_wide(k), *arguments[2:])
+        truth, truth_cols, truth_sum, _ = reference.contrastive_stats(
+            Contrast(q.double(), *_wide(k), *arguments[2:])
+        )
         assert torch.equal(lse_rows.isnan(), truth.isnan()) and truth.isnan().any()
         assert torch.equal(lse_cols.isnan(), truth_cols.isnan())
         assert torch.equal(lse_rows.isfinite(), truth.isfinite())
@@ -291,7 +294,8 @@ def test_a_nan_of_student_or_teacher_is_nan(dtype: torch.dtype, where: str) -> N
         scales = (torch.tensor(3.0), torch.tensor(2.0))
         rest = (positive, "exclude" if in_target == "none" else in_target)
         stats = by_triton("soft_target_forward", q, [k], target_q, [u], *scales, *rest, save_gradient)
-        truth = reference.soft_target_stats(*_wide(q), _wide(k), *_wide(target_q), _wide(u), *scales, *rest)
+        wide = SoftTarget(*_wide(q), _wide(k), *_wide(target_q), _wide(u), *scales, *rest)
+        truth = reference.soft_target_stats(wide)
         for mine, theirs in zip(stats[:2], truth[:2], strict=True):
             assert torch.equal(mine.isnan(), theirs.isnan())
         # The positive's weight of 0 times a NaN is NaN in the formula, and nothing here: the lse has it.
