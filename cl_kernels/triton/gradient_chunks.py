@@ -59,8 +59,7 @@ def chunk_gradients(
     owners: Owners, *, into_rows: bool, into_columns: bool, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(G y [1, n, D], G^T x [1, m, D], column sums of the softmax part [m]), float32, [0] what is not wanted;
-    the owners
-    are the rows of S. float16's products are in the unit of the bound."""
+    the owners are the rows of S. float16's products are in the unit of the bound."""
     x, y = owners.features
     (n, d), m = x.shape, y.shape[0]
     shape = configs.shape("gradient_tiles", x, d, owners.problem.positives)

@@ -336,8 +336,8 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         launch.matrix(q), launch.matrix(k), launch.scalar(problem.scale), problem.key_bias,
         problem.row_labels, problem.col_labels, mask, norms, rows, cols,
         n, m, d, problem.offset, *mask_sizes, groups_q, groups_k, blocks_q, blocks_k,
-        MIRRORED=mirrored, COLUMNS=columns, AMONG=problem.among,
-        POSITIVES=positives, PRECISION=launch.precision(q), EVEN_D=d % tile.block_d == 0,
+        MIRRORED=mirrored, COLUMNS=columns, AMONG=problem.among, POSITIVES=positives,
+        PRECISION=launch.precision(q), EVEN_D=d % tile.block_d == 0,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, WHOLE=d <= tile.block_d,
         **launch.options(tile),
     )  # fmt: skip
