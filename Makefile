@@ -64,7 +64,7 @@ format: $(VENV)/.dev  ## rewrite the sources to the style that lint checks
 	$(BIN)/ruff format .
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
-bench: $(BUILT) $(VENV)/.dev $(VENV)/.bench  ## microbenchmarks of every loss, variant and phase (pytest-benchmark)
+bench: $(BUILT) $(VENV)/.dev  ## microbenchmarks of every loss, variant and phase (pytest-benchmark)
 	$(BIN)/python -m pytest bench -q --benchmark-columns=min,median,rounds --benchmark-sort=fullname $(BENCH_FLAGS)
 
 bench-report: $(BUILT) $(VENV)/.bench  ## ours beside other implementations: bench_output/report.html
@@ -76,14 +76,15 @@ regression: $(BUILT) $(VENV)/.bench  ## what became slower since the stored resu
 figures: $(BUILT) $(VENV)/.bench  ## the documents' figures from the stored results
 	$(BIN)/python bench/docs.py
 
-acceptance: $(BUILT)  ## speed and memory measures against their targets
+acceptance: $(BUILT) $(VENV)/.bench  ## speed and memory measures against their targets
 	$(BIN)/python bench/acceptance.py $(BENCH_FLAGS)
 
 compile-gate: $(BUILT)  ## GPU kernels without a GPU: compile what is not recorded; GATE_FLAGS=--all, --update
 	$(BIN)/python gates/triton_gate.py $(GATE_FLAGS)
 	$(BIN)/python gates/cuda_gate.py $(filter --all --update,$(GATE_FLAGS))
 
-# On a machine with a GPU and no network: $(PYTHON) as it is, with torch, triton and pytest, and no .venv.
+# On a machine with a GPU and no network: $(PYTHON) as it is, with torch, triton, pytest and the libraries of the
+# extra bench, and no .venv.
 gpu-check:  ## tests, memory checkers and timings on this machine's GPU
 	$(PYTHON) bench/gpu_check.py $(GPU_FLAGS)
 
@@ -102,7 +103,7 @@ $(VENV)/.installed: $(VENV)/.demo pyproject.toml
 	CL_KERNELS_SKIP_BUILD=1 CL_KERNELS_FORCE_BUILD= $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.demo requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.bench requirements/dev.txt
 	$(PIP) --requirement requirements/dev.txt
 	@touch $@
 

@@ -213,7 +213,7 @@ def build_command(base: type, reasons: dict[str, str | None]) -> type:
 
 @contextlib.contextmanager
 def printed_to(log: Path) -> Iterator[None]:
-    """What this process and the compilers that it starts print meanwhile goes to a file."""
+    """Send what this process and the compilers that it starts print meanwhile to a file."""
     kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     sys.stdout.flush(), sys.stderr.flush()
     with log.open("wb") as file:
@@ -229,7 +229,7 @@ def printed_to(log: Path) -> Iterator[None]:
 
 
 def first_error(log: Path, error: Exception) -> str:
-    """What went wrong, in a line: the compiler's first error, or that of the build."""
+    """The compiler's first error, in a line, or that of the build."""
     lines = [*log.read_text(errors="replace").splitlines(), str(error).strip() or repr(error)]
     found = (line for line in lines if re.search(r"\berror\b.*: |undefined reference", line))
     return next(found, lines[-1].splitlines()[0]).strip().replace(f"{ROOT}/", "")[:300]

@@ -11,15 +11,15 @@ worth.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from cl_kernels.bench import fresh, machine, peers, run
+from cl_kernels.bench import fresh, machine, peers, results, run, timing
 from cl_kernels.bench.results import FLOOR, OURS, Line, ratio
 from cl_kernels.bench.workloads import Workload
 
@@ -94,12 +94,26 @@ def supcon(report: Report) -> None:
         report.ratio(work, f"{name} / ours", lines.get(name), lines[OURS], ">=", target)
 
 
+def in_turn(plan: run.Plan, works: Sequence[Workload], variant: str) -> list[Line]:
+    """The lines of one variant on several workloads, which take turns as variants do."""
+    lines = [next(x for x in run.checked(plan, work) if x.variant == variant) for work in works]
+    cache = machine.cache(plan.device)
+    steps = {
+        str(i): run.steps_of(plan, work, variant, timing.copies(work, plan.device, cache))
+        for i, work in enumerate(works)
+        if lines[i].status == "ok"
+    }
+    for i, samples in timing.interleaved(steps, plan.device, plan.rounds).items():
+        lines[int(i)] = run.timed(plan, works[int(i)], lines[int(i)], samples)
+    return lines
+
+
 def half(report: Report) -> None:
     """Both dtypes take turns."""
     fast = machine.multiplies_bfloat16("cpu")
     for rows in (4096, 8192):
         work = supcon_work(rows, "bfloat16")
-        single, rounded = run.in_turn(report.plan, [supcon_work(rows), work], OURS)
+        single, rounded = in_turn(report.plan, [supcon_work(rows), work], OURS)
         note = rounded.status if rounded.status != "ok" else ""
         report.add(Measure(work.name, OURS, 1e3 * rounded.seconds, "ms", note=note))
         report.ratio(work, "ours f32 / ours bf16", single, rounded, ">=", 1.4 if fast else 1.0)
@@ -162,7 +176,7 @@ def main() -> int:
     print(f"\n{len(judged) - len(failed)} of {len(judged)} measures met, load now {machine.load()}")
     if args.json:
         lines = [asdict(measure) | {"verdict": measure.verdict} for measure in report.measures]
-        args.json.write_text(json.dumps({"machine": here, "rounds": args.rounds, "lines": lines}, indent=1))
+        results.write({"machine": here, "rounds": args.rounds, "lines": lines}, args.json)
     return 1 if failed else 0
 
 

@@ -23,7 +23,7 @@ import kernels
 import model
 
 from cl_kernels.bench import figures, tables
-from cl_kernels.bench.results import FLOOR, Line, Results, load, named, ours, ratio
+from cl_kernels.bench.results import Results, load
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -40,48 +40,41 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: i
 
 
 def speed(file: str) -> str:
-    """One row a headline; a dash for a peer that does not have the loss."""
-    found = load(stored(file))
-    peers = [name for name in tables.variants(found) if name != FLOOR and name.split(" ")[0] != "cl_kernels"]
-    peers = [name for name in peers if any(x.variant == name and x.timed for x in found.lines)]
-    header = ["work", "dtype", "`cl_kernels`", *peers, "floor", "peak memory", "eager's", "gradient error"]
+    """One row a headline: our time, the others' over it round by round, and a dash for a peer that does not
+    have the loss."""
+    results = load(stored(file))
+    found = tables.lines(results)
+    timed = set(found[found.seconds.notna() & ~found.ours].variant)
+    others = [name for name in tables.variants(results) if name in timed]
+    found["cell"] = found.ratio.map(figures.ratio) + found.note.str.contains("another value").map(
+        {True: "¹", False: ""}
+    )
+    found.loc[found.why != "", "cell"] = found.why.str.partition(":")[0]
     rows = []
-    for lines in found.headlines():
-        mine = ours(lines)
-        if mine is None:
-            continue
-        rows.append(
+    for _, work in found[found.headline].groupby("key", sort=False):
+        cells = work.set_index("variant").cell
+        eager = work[work.variant == "eager"].memory
+        rows += [
             [
                 mine.work,
                 mine.dtype,
                 figures.time(mine.seconds),
-                *(times_slower(named(lines, name), mine) for name in (*peers, FLOOR)),
+                *(cells.get(name, figures.MISSING) for name in others),
                 figures.size(mine.memory),
-                figures.size(getattr(named(lines, "eager"), "memory", None)),
+                figures.size(next(iter(eager), None)),
                 figures.error(mine.gradient_error),
             ]
-        )
+            for mine in work[work.mine].itertuples()
+        ]
+    header = ["work", "dtype", "`cl_kernels`", *others, "peak memory", "eager's", "gradient error"]
     return markdown_table(header, rows, left=2)
 
 
-def times_slower(line: Line | None, mine: Line) -> str:
-    """A variant's time over ours, round by round."""
-    if line is None:
-        return figures.MISSING
-    if not line.timed:
-        return line.status.split(":")[0]
-    mark = "¹" if "another value" in line.note else ""
-    return figures.ratio(ratio(line.both, mine.both)) + mark
-
-
 def accuracy(file: str) -> str:
-    found = load(stored(file))
-    at = [f"τ = {figures.short(figures.number(t))}" for t in tables.temperatures(found)]
-    rows = [
-        [row.dtype, row.inputs, row.variant, *(cell.text for cell in row.cells)]
-        for row in tables.accuracy(found)
-    ]
-    return markdown_table(["dtype", "inputs", "variant", *at], rows, left=3)
+    found = tables.errors(tables.accuracy(load(stored(file))))
+    header = ["dtype", "inputs", "variant", *(f"τ = {figures.plain(t)}" for t in found.columns)]
+    rows = found.map(lambda cell: cell.partition("\n")[0]).reset_index().to_numpy()
+    return markdown_table(header, rows, left=3)
 
 
 def machine(file: str) -> str:

@@ -156,8 +156,11 @@ def save(outcomes: list[Outcome], out: Path, rehearse: bool) -> Path:
     path = folder / f"{device}-{today}.json"
     steps = [outcome.__dict__ for outcome in outcomes]
     command = " ".join(["python", *sys.argv])
-    result = {"machine": here, "date": today, "command": command, "steps": steps, **measured}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    sys.path.insert(0, str(ROOT))  # the package is not installed
+    from cl_kernels.bench import results
+
+    found = {"date": today, "command": command, **measured, "environment": here, "steps": steps}
+    results.write(found, path)
     if path.parent != out:
         shutil.copy(path, out)
     return path

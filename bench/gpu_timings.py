@@ -28,7 +28,7 @@ if "--rehearse" in sys.argv:
 import torch
 from emulator import build
 
-from cl_kernels.bench import machine, markdown, results, run, timing, variants
+from cl_kernels.bench import machine, report, results, run, timing, variants
 from cl_kernels.bench.peers import COMPILED, PEERS
 from cl_kernels.bench.results import Line, Results
 from cl_kernels.bench.workloads import Workload, differentiate
@@ -123,7 +123,7 @@ def main() -> int:
             print(*found.lines[-3:], sep="\n", flush=True)
         found.seconds = time.monotonic() - started
         results.save(found, args.out / "timings.json")
-        (args.out / "timings.md").write_text(markdown.render(found), encoding="utf-8")
+        (args.out / "timings.md").write_text(report.markdown(found), encoding="utf-8")
     lost = [line for line in found.lines if line.is_ours and not line.timed]
     return 1 if lost else 0
 

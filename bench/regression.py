@@ -79,11 +79,11 @@ def main() -> int:
     for _ in range(2):
         after = measured(here, slower)
         changes = compare.compare(before[1], after, args.threshold)
-        print(compare.text(before[1], after, changes, results.FLOOR))
+        compare.show(before[1], after, changes, args.threshold)
         if len(changes) < len(slower):
             print("regression: the stored results lack a workload", file=sys.stderr)
             return 1
-        keys = {change.line.key for change in changes if change.is_regression}
+        keys = set(changes.key[changes.regression])
         slower = {work for work in slower if run.line_of(work, results.OURS).key in keys}
         if not slower:
             return 0

@@ -12,6 +12,7 @@ from .losses import (
     SCELoss,
     SCETargets,
     SelfConLoss,
+    StableRepLoss,
     SupConLoss,
     clip_loss,
     dcl_loss,
@@ -22,6 +23,7 @@ from .losses import (
     sce_loss,
     sce_targets,
     selfcon_loss,
+    stablerep_loss,
     supcon_loss,
 )
 from .primitives import (
@@ -44,6 +46,7 @@ __all__ = [
     "SCELoss",
     "SCETargets",
     "SelfConLoss",
+    "StableRepLoss",
     "SupConLoss",
     "clip_loss",
     "contrastive_lse",
@@ -60,6 +63,7 @@ __all__ = [
     "selfcon_loss",
     "similarity",
     "soft_target_cross_entropy",
+    "stablerep_loss",
     "supcon_loss",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""How the CUDA kernels in csrc/cuda are compiled: for which architectures, with which flags, and what can
+"""Compilation of the CUDA kernels in csrc/cuda: for which architectures, with which flags, and what can
 stand in the way.
 
 Shared by setup.py, which loads this file by its path, and by `extension.py`, which compiles a source checkout
@@ -17,8 +17,8 @@ _NAMES = {"ampere": "8.0;8.6", "ada": "8.9", "hopper": "9.0", "blackwell": "10.0
 
 
 def architectures(listed: str = "", visible: Sequence[tuple[int, int]] = ()) -> list[str]:
-    """What to compile for, sm_XX (machine code) and compute_XX (PTX): what TORCH_CUDA_ARCH_LIST lists, else
-    the visible GPUs' capabilities, else both generations of kernels and PTX for later GPUs.
+    """Targets of the compiler, sm_XX (machine code) and compute_XX (PTX): those that TORCH_CUDA_ARCH_LIST
+    lists, else the visible GPUs' capabilities, else both generations of kernels and PTX for later GPUs.
 
     Hopper's own instructions exist only in sm_90a, so 9.0 means that, and its +PTX the portable kernels'.
     Entries below 8.0 are left out. Raises `ValueError` for one that cannot be read, or where none is left.
@@ -70,7 +70,7 @@ def gencode(compiled: Sequence[str]) -> list[str]:
 
 
 def flags(compiled: Sequence[str]) -> dict[str, list[str]]:
-    """By compiler, beside what torch adds: its include paths, the C++ standard, -fPIC."""
+    """Flags by compiler, beside what torch adds: its include paths, the C++ standard, -fPIC."""
     cxx = ["-O3", "-g0", "-DNDEBUG", "-fvisibility=hidden", "-Wno-psabi"]
     cxx.append(f"-DCL_KERNELS_CUDA_ARCHITECTURES={','.join(compiled)}")
     nvcc = ["-O3", "-DNDEBUG", "--compiler-options=-fvisibility=hidden", *gencode(compiled)]

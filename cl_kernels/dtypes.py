@@ -1,4 +1,4 @@
-"""Which dtype what is computed in: features as they come, sums in float32 at least, statistics in float64."""
+"""Dtypes of what is computed: features as they come, sums in float32 at least, statistics in float64."""
 
 from __future__ import annotations
 

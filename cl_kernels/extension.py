@@ -92,7 +92,7 @@ class Extension:
         return frozenset(name for name in ops.SCHEMAS if has(f"{self.namespace}::{name}", key))
 
     def build_info(self) -> dict[str, str]:
-        """What it was built with, and the CPU's the instruction set in use; empty where there is none."""
+        """Compiler and torch of the build, and the instruction set in use; empty without a module."""
         if self.module is None:
             return {}
         in_use = getattr(self.module, "cpu_capability", None)

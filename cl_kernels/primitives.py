@@ -44,6 +44,12 @@ def similarity(
     scale       :math:`\sum_{ij} G_{ij} S_{ij} / s`
     ==========  ===================================================================
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> clk.similarity(torch.eye(2), scale=3.0)
+        tensor([[3., 0.],
+                [0., 3.]])
+
     Source: the similarity matrix of Chen et al., "A Simple Framework for Contrastive Learning of Visual
     Representations", 2020, section 2.1.
     """
@@ -77,6 +83,11 @@ def masked_log_softmax(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         TypeError, ValueError: for a wrong type, dtype, shape or device, named in the message.
 
     With g the gradient of o, 0 where excluded, x gets :math:`g_{ij} - e^{o_{ij}} \sum_l g_{il}`.
+
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> clk.masked_log_softmax(torch.zeros(4), torch.tensor([True, True, False, False])).exp()
+        tensor([0.5000, 0.5000, 0.0000, 0.0000])
 
     Source: the softmax over A(i) of Khosla et al., "Supervised Contrastive Learning", 2020, equation 2.
     """
@@ -155,6 +166,16 @@ def soft_target_cross_entropy(
 
     With keys and target frozen, the backward takes no pass over the pairs.
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> q, t, k, queue = (torch.nn.functional.normalize(torch.randn(n, 16)) for n in (8, 8, 8, 64))
+        >>> keys = [k, queue]  # read as one, without a copy
+        >>> weights = {"positive": torch.arange(8), "coeff": 0.5}
+        >>> loss = clk.soft_target_cross_entropy(
+        ...     q.requires_grad_(), keys, t, keys, scale=10, target_scale=20, **weights
+        ... )
+        >>> loss.backward()
+
     Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
     2023.
     """
@@ -221,6 +242,14 @@ def contrastive_lse(
     scale       :math:`\sum_{ij} G_{ij}\, q_i \cdot k_j`
     key_bias    :math:`\sum_i G_{ij}`
     ==========  ================================
+
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> q = torch.nn.functional.normalize(torch.randn(8, 16))
+        >>> labels = torch.arange(8) % 4
+        >>> positives = clk.contrastive_lse(q, scale=10, row_labels=labels, among="same")
+        >>> bool((positives < clk.contrastive_lse(q, scale=10)).all())
+        True
 
     Source: the denominator of van den Oord et al., "Representation Learning with Contrastive Predictive
     Coding", 2018, equation 4.

@@ -475,6 +475,25 @@ def _supcon(
 
 
 @full_precision
+def stablerep_loss(
+    features: Tensor, labels: Tensor, *, temperature: Scalar = 0.1, reduction: str = "mean"
+) -> Tensor:
+    """-Σ_{j≠i} p_ij log softmax_{k≠i}(z_i·z_k/τ)_j [N], p_i uniform over the others of label i, unit rows."""
+    check.features("features", features)
+    labels = check.labels("labels", labels, features.shape[0])
+    check.same_device(features=features, labels=labels)
+    temperature = check.temperature("temperature", temperature, features)
+    check.option("reduction", reduction, check.REDUCTIONS)
+    z = _normalize(_accumulate(features))
+    n = z.shape[0]
+    others = ~_columns(n, n, 0, z.device)
+    logits = _inverse(temperature, z) * (z @ z.T)
+    positive = others & (labels[:, None] == labels)
+    terms = (_logsumexp(logits, others)[:, None] - logits).masked_fill(~positive, 0.0)
+    return check.reduction(terms.sum(dim=1) / positive.sum(dim=1).clamp(min=1), reduction)
+
+
+@full_precision
 def multilevel_loss(
     levels: Sequence[Tensor],
     labels: Tensor | None = None,

@@ -15,8 +15,10 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import torch
 from eager_supcon import EagerSupConLoss
+from plots import draw, predict
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,7 +28,7 @@ from training import Digits, Encoder, Run, accuracy, disagreement, load_digits, 
 
 import cl_kernels
 from cl_kernels import extension
-from cl_kernels.bench.fresh import MEMORY, Measurement, Task, available_memory, measure, predict
+from cl_kernels.bench.fresh import MEMORY, Measurement, Task, measure
 from cl_kernels.bench.workloads import Workload
 
 GIB, MIB = 2**30, 2**20
@@ -220,7 +222,7 @@ def main() -> int:
     args = arguments()
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     start = time.perf_counter()
-    limit = min(int(args.limit_gib * GIB), int(0.8 * available_memory()))
+    limit = min(int(args.limit_gib * GIB), int(0.8 * psutil.virtual_memory().available))
     threads = torch.get_num_threads()
     console.print(
         Panel(
@@ -262,8 +264,6 @@ def main() -> int:
         f"SupCon on handwritten digits, {threads} CPU threads, torch {torch.__version__}; {kernels_in_use()}"
         f"; times: the fastest of {turns_taken(ladder)} turns"
     )
-    from plots import draw
-
     draw(plot, curves, results, limit, subtitle)
     record = {
         "torch": torch.__version__,

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cl_kernels.bench.fresh import MEMORY, Measurement, predict
+from cl_kernels.bench.fresh import MEMORY, Measurement
 
 GIB, MIB = 2**30, 2**20
 VIEWS = 2
 COLOURS = {"eager": "#c4472f", "cl_kernels": "#1f5fa8"}
+
+
+def predict(last: Measurement, rows: int) -> tuple[float, float]:
+    """Milliseconds and bytes at `rows`, if both grow with the square."""
+    growth = (rows / last.task.work.rows) ** 2
+    return last.ms * growth, last.peak * growth
 
 
 def draw(

@@ -124,7 +124,7 @@ def train(
 
 
 def disagreement(one: Run, other: Run) -> tuple[float, float]:
-    """Of the first step's gradients, in norm, and the largest one of the loss curves; both relative.
+    """Differences of the first step's gradients, in norm, and of the loss curves at most; both relative.
 
     Infinite where a loss is not finite. Rounding grows from step to step, so the curves differ by more.
     """

@@ -5,12 +5,8 @@ For each kernel: registers, static shared memory, spills and stack (a few bytes 
 machine code has tensor-core products (HGMMA of Hopper, HMMA), exponentials (MUFU.EX2) and accesses to local
 memory (LDL, STL). Warnings of the assembler, such as serialised wgmma or an ignored setmaxnreg, are faults.
 
-    python gates/cuda_gate.py              compiles files whose text, or a header's, is not that recorded
-    python gates/cuda_gate.py --all        compiles everything, and compares
-    python gates/cuda_gate.py --update     writes what was found into the file
-    python gates/cuda_gate.py --match lse --arch 90a
-
-Without nvcc, or with another than the file's, texts are compared; figures only where nvcc is the same.
+Compiled are the files whose text, or a header's, is not that recorded. Without nvcc, or with another than the
+file's, texts are compared; figures only where nvcc is the same. `make compile-gate` runs it.
 """
 
 from __future__ import annotations
@@ -192,7 +188,7 @@ def texts(path: Path, found: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def source_digest(path: Path) -> str:
-    """Of what a file is compiled from: texts in any order of inclusion, and flags."""
+    """A digest of what a file is compiled from: texts in any order of inclusion, and flags."""
     found = texts(path)
     return recorded.digest([*FLAGS, *(part for name in sorted(found) for part in (name, found[name]))])
 
@@ -298,12 +294,20 @@ def _write(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile the CUDA C++ kernels and check their machine code.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--match", default="", help="only files whose name holds this")
-    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), metavar="ARCH")
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        default=list(ARCHITECTURES),
+        metavar="ARCH",
+        help=f"of {', '.join(ARCHITECTURES)}; default: all",
+    )
     parser.add_argument("--all", action="store_true", help="compile what is recorded too, and compare")
     parser.add_argument("--update", action="store_true", help=f"write the figures into {RECORDED.name}")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="default: the CPU's cores")
     args = parser.parse_args()
     files = [path for path in sorted(SOURCES.glob("*.cu")) if args.match in path.name]
     gate = Gate(args.jobs)

@@ -1,8 +1,5 @@
 """Holds an installed CUDA build to what it was built for; needs no GPU. `make cuda-build` runs it, outside
-the checkout, in the environment that the package was installed into.
-
-    python gates/installed_cuda.py --architectures "8.0;9.0"
-"""
+the checkout, in the environment that the package was installed into."""
 
 from __future__ import annotations
 
@@ -57,8 +54,10 @@ def faults(architectures: str) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check an installed CUDA build.")
-    parser.add_argument("--architectures", required=True, help="as TORCH_CUDA_ARCH_LIST had them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--architectures", required=True, help="as TORCH_CUDA_ARCH_LIST had them: '8.0;9.0'")
     found = faults(parser.parse_args().architectures)
     print("\n".join(f"fault: {fault}" for fault in found), end="\n" if found else "")
     return 1 if found else 0

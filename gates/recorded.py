@@ -1,4 +1,4 @@
-"""What the gates keep of every compiled kernel, as text that a reviewer reads: gates/*.tsv.
+"""Figures that the gates keep of every compiled kernel, as text that a reviewer reads: gates/*.tsv.
 
 A file has a line for the compiler, one for each kernel's source and one for each compiled kernel, sorted:
 
@@ -81,7 +81,7 @@ class Record:
         return [self.named(what, made) for what, made in sorted(self.figures.items())]
 
     def differences(self, now: Record) -> list[str]:
-        """What `now` has otherwise, one line each; empty where both are the same."""
+        """Lines that say what `now` has otherwise; empty where both are the same."""
         found = [f"{name}: its source is not that recorded" for name in _changed(self.sources, now.sources)]
         for what in sorted(self.figures.keys() | now.figures.keys()):
             name = " | ".join(what)

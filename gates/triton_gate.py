@@ -1,16 +1,11 @@
 """Compiles every kernel in every row of configs.TABLE ahead of time, without a GPU, and holds it to limits
-and to the figures recorded in gates/triton.tsv.
-
-    python gates/triton_gate.py [sm_80 sm_90 sm_100 gfx942] [--match TEXT]              (`make compile-gate`)
-        --all       compile what is recorded too, and compare
-        --update    write what was found into the file
-        --full      options at every width, in both kinds of dtype; held to limits alone
+and to the figures recorded in gates/triton.tsv. `make compile-gate` runs it.
 
 The ops run on small CPU tensors as if on a device of each architecture, with Triton's launch replaced by a
 recorder: it takes signature, constants and specialisation from Triton's own binder, so what is compiled is
 what a GPU would compile for such tensors. The main case of each op in tests/op_cases.py is recorded in every
 row of the table; the others, in half precision at one width, sizes that are odd or 1, float16 and lower
-precisions of float32, on sm_90 or with --full everywhere.
+precisions of float32, on sm_90.
 
 Compiled is what the file does not have: a launch that is new, or whose kernel's text, or a function's or
 constant's that the text reaches, is not the one recorded. With another Triton than the file's everything is
@@ -84,6 +79,7 @@ CHIPS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 512),
 }
 OPTIONS_AT = 128  # the width at which options are varied
+OPTIONS_ON = "sm_90"  # the architecture, which stands for all
 ROWS, KEYS = 256, 512
 ATOMICS = "atomics"
 ODD_ROWS, ODD_WIDTH = "odd rows", "odd width"
@@ -379,42 +375,35 @@ class Problem:
     precision: str = "highest"  # of float32
 
 
-def varied_at(architecture: str, full: bool) -> bool:
-    """Where options are varied: one architecture stands for all."""
-    return full or architecture == "sm_90"
-
-
-def problems(architecture: str, full: bool) -> Iterator[Problem]:
+def problems(architecture: str) -> Iterator[Problem]:
     known = {
         width for (_, where, _), rows in configs.TABLE.items() if where == architecture for width in rows
     }
+    varied = architecture == OPTIONS_ON
     for width in sorted(known | {OPTIONS_AT}):
         sizes = op_cases.Sizes(ROWS, KEYS, width) if width <= 512 else op_cases.Sizes(64, 128, width)
-        varied = full or (width == OPTIONS_AT and varied_at(architecture, full))
-        yield Problem(sizes, HALF, 2 if varied else 0)
-        yield Problem(sizes, SINGLE, 2 if full else 0)
+        yield Problem(sizes, HALF, 2 if varied and width == OPTIONS_AT else 0)
+        yield Problem(sizes, SINGLE, 0)
         yield Problem(sizes, HALF, 0, ATOMICS)
         yield Problem(sizes, SINGLE, 0, ATOMICS)
-    yield Problem(ONES["ones"], HALF, 2 if varied_at(architecture, full) else 0, "ones")
-    if not varied_at(architecture, full):
+    yield Problem(ONES["ones"], HALF, 2 if varied else 0, "ones")
+    if not varied:
         return
     for name, sizes in ONES.items():
         yield Problem(sizes, HALF, 1, name)
     yield Problem(ONES["ones"], SINGLE, 1, "ones")
     even = op_cases.Sizes(ROWS, KEYS, OPTIONS_AT)
-    rank = 1 if full else 0
-    for dtype in (HALF, SINGLE) if full else (HALF,):
-        yield Problem(op_cases.Sizes(ROWS - 3, KEYS - 5, OPTIONS_AT), dtype, rank, ODD_ROWS)
-        yield Problem(op_cases.Sizes(ROWS - 3, KEYS - 5, OPTIONS_AT - 1), dtype, rank, ODD_WIDTH)
-    yield Problem(even, torch.float16, rank, "float16")
-    yield Problem(even, SINGLE, rank, "tf32", "high")
-    yield Problem(even, SINGLE, rank, "bfloat16 products", "medium")
+    yield Problem(op_cases.Sizes(ROWS - 3, KEYS - 5, OPTIONS_AT), HALF, 0, ODD_ROWS)
+    yield Problem(op_cases.Sizes(ROWS - 3, KEYS - 5, OPTIONS_AT - 1), HALF, 0, ODD_WIDTH)
+    yield Problem(even, torch.float16, 0, "float16")
+    yield Problem(even, SINGLE, 0, "tf32", "high")
+    yield Problem(even, SINGLE, 0, "bfloat16 products", "medium")
 
 
-def record(architecture: str, implementation: ModuleType, match: str = "", full: bool = False) -> Recorder:
+def record(architecture: str, implementation: ModuleType, match: str = "") -> Recorder:
     """All launches of all ops on an architecture, in every row of the table."""
     with recording(architecture) as recorder:
-        for problem in problems(architecture, full):
+        for problem in problems(architecture):
             atomics = {"CL_KERNELS_ATOMICS": "1" if problem.special == ATOMICS else "0"}
             with matmul_precision(problem.precision), mock.patch.dict(os.environ, atomics):
                 for case in op_cases.cases(problem.sizes, problem.dtype):
@@ -622,19 +611,19 @@ def merged(record: recorded.Record, part: recorded.Record, now: recorded.Record)
 
 
 def check(
-    architectures: list[str], implementation: ModuleType, match: str = "", jobs: int = 2, full: bool = False,
-    path: Path | None = None, everything: bool = False, update: bool = False,
+    architectures: list[str], implementation: ModuleType, match: str = "", jobs: int = 2,
+    path: Path = RECORDED, everything: bool = False, update: bool = False,
 ) -> int:  # fmt: skip
-    """Records, compiles and prints; returns the number of faults. Without a path nothing is compared."""
+    """Records, compiles, compares and prints; returns the number of faults."""
     gate = Gate()
-    recorders = {name: record(name, implementation, match, full) for name in architectures}
+    recorders = {name: record(name, implementation, match) for name in architectures}
     launches = [found for recorder in recorders.values() for found in recorder.launches.values()]
-    before = new_record() if path is None else new_record().load(path)
-    comparable = path is not None and before.compiler == new_record().compiler
+    before = new_record().load(path)
+    comparable = before.compiler == new_record().compiler
     known = before if comparable and not everything else new_record()
     now = gate.measured(launches, known, jobs)
     part = within(before, architectures, now if match else None)
-    if update and path is not None:
+    if update:
         whole = not match and set(architectures) == set(CHIPS)
         if not (comparable or whole):
             gate.fail(path.name, f"is of {before.compiler}; only the whole of it can be made by another")
@@ -644,7 +633,7 @@ def check(
     elif comparable:
         for difference in part.differences(now):
             gate.fail(difference, "not as recorded (--update writes what was found)")
-    elif path is not None:
+    else:
         print(
             f"{path.name} is of {before.compiler}, this is {new_record().compiler}: figures are not compared"
         )
@@ -668,13 +657,14 @@ def check(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile every kernel ahead of time, and hold it to limits.")
-    parser.add_argument("architectures", nargs="*", metavar="architecture", help=", ".join(CHIPS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("architectures", nargs="*", metavar="architecture", help=f"of {', '.join(CHIPS)}")
     parser.add_argument("--match", default="", help="only ops with this in their name")
     parser.add_argument("--all", action="store_true", help="compile what is recorded too, and compare")
     parser.add_argument("--update", action="store_true", help=f"write the figures into {RECORDED.name}")
-    parser.add_argument("--full", action="store_true", help="options at every width, in both kinds of dtype")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (default 2)")
     args = parser.parse_args()
     unknown = set(args.architectures) - set(CHIPS)
     if unknown:
@@ -687,10 +677,8 @@ def main() -> int:
         importlib.import_module("cl_kernels.triton.entry_points"),
         args.match,
         args.jobs,
-        args.full,
-        None if args.full else RECORDED,
-        args.all,
-        args.update,
+        everything=args.all,
+        update=args.update,
     )
     processor = sum(os.times()[:4])
     print(f"in {time.monotonic() - started:.0f} s, {processor:.0f} s of processor time")

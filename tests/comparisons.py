@@ -47,7 +47,7 @@ __all__ = [
 
 
 def ours(problem: Problem) -> dict[str, Tensor]:
-    """On CL_KERNELS_TEST_DEVICE where kernels for GPUs serve."""
+    """Our loss and gradients, on CL_KERNELS_TEST_DEVICE where kernels for GPUs serve."""
     on_gpu = dispatch.requested() in ("triton", "cuda")
     device = os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu") if on_gpu else "cpu"
     return run(getattr(clk, problem.function), problem, device=device)
@@ -61,7 +61,7 @@ def assert_parity(problem: Problem) -> None:
 
 
 def assert_close(problem: Problem, rtol: float = 1e-9) -> None:
-    """In float64: loss and gradients as the reference has them, relative to the largest element."""
+    """Loss and gradients in float64 are as the reference has them, relative to the largest element."""
     mine = run(getattr(clk, problem.function), problem, torch.float64)
     assert all(x.dtype == torch.float64 for x in mine.values())
     for result in compared_in_float64(problem, exact(problem), mine, rtol):
@@ -116,6 +116,7 @@ def problems(kind: str, n: int, d: int) -> list[Problem]:
         Problem("supcon_loss", {"features": features, "mask": weights}),
         Problem("selfcon_loss", {"features": features, "labels": labels}, {"anchors": "exits"}),
         Problem("multilevel_loss", {"levels": [features, wider], "labels": labels}, {"weights": [1.0, 0.5]}),
+        Problem("stablerep_loss", {"features": features[:, 0], "labels": labels}),
         Problem("nt_xent_loss", {"z0": first, "z1": second}),
         Problem("info_nce_loss", {"q": first, "k": second}),
         Problem("info_nce_loss", {"q": first, "k": second, "queue": queue}),

@@ -17,7 +17,7 @@ if os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu") == "cpu":
     interpreter.repair()
 
 import cl_kernels as clk
-from cl_kernels import extension
+from cl_kernels import chunked, extension
 
 pytest_plugins = ["pytester"]
 
@@ -67,6 +67,15 @@ def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def small_chunks() -> Iterator[None]:
+    """Several chunks even for tiny inputs, the last one shorter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "CHUNK_ELEMENTS", 12)
+        patch.setattr(chunked, "MIN_CHUNK_ROWS", 2)
+        yield
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def size(case: Case) -> int:
 
 
 def kind(case: Case) -> str:
-    """What a case covers, as a key."""
+    """A key that says what a case covers."""
 
     def options(meta: dict[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in meta.items() if key not in (*NOT_OPTIONS, *TEMPERATURES)}

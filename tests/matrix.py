@@ -1,4 +1,4 @@
-"""Which of the parametrised tests run on a push, and which wait for `make test-full` (pytest -m full).
+"""The parametrised tests that run on a push, and those that wait for `make test-full` (pytest -m full).
 
 A test's cases are what its parameters make, but for the dtype. On a push
 
@@ -47,7 +47,7 @@ SHARED = ("tests/op_c*.py", "tests/soft_target_checks.py", "tests/comparisons.py
 
 
 def digests(root: Path = ROOT) -> dict[str, str]:
-    """Of each kind of kernels with its tests."""
+    """A digest of each kind of kernels with its tests."""
     found = {}
     for name, (tests, sources) in KERNELS.items():
         paths = {path for pattern in (*tests, *sources, *SHARED) for path in root.glob(pattern)}
@@ -191,7 +191,7 @@ class Plugin:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """What a worker of xdist collected is what all did."""
+        """A worker of xdist has collected what all did."""
         self.lines = getattr(node, "workeroutput", {}).get("matrix", self.lines)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

@@ -1,6 +1,6 @@
 """One call of every op in each of its variants, for checks that go over all kernels.
 
-The same cases are compiled ahead of time (compile_gate.py, on fake tensors), run under memory checkers
+The same cases are compiled ahead of time (gates/triton_gate.py), run under memory checkers
 (sanitizer_cases.py), and differ only in sizes, dtype and device.
 """
 
@@ -75,8 +75,8 @@ class _Maker:
     def contrastive(self) -> list[Case]:
         n, m = self.sizes.n, self.sizes.m
         rows = {"exclude": 0}
-        index, keys_index = {"positives": "index"}, {"keys": True, "positives": "index"}
-        labels = {"positives": "labels"}
+        index, keys_index = {"positives": "index"}, {"keys": "learnt", "positives": "index"}
+        frozen_keys, labels = {"keys": "frozen"}, {"positives": "labels"}
         variants: dict[str, dict[str, Any]] = {
             "self": {**rows, **index},
             "keys": keys_index,
@@ -88,20 +88,20 @@ class _Maker:
             "self, no positives": rows,
             "self, device scale": {**rows, **index, "device_scale": True},
             "self, transposed": {**rows, **index, "transposed": True},
-            "keys, frozen": {**keys_index, "frozen": True},
-            "keys, frozen, transposed": {**keys_index, "frozen": True, "transposed": True},
+            "keys, frozen": {**frozen_keys, **index},
+            "keys, frozen, transposed": {**frozen_keys, **index, "transposed": True},
             "keys, frozen, offset, among different": {
-                **keys_index, "frozen": True, "exclude": 1, "among": "different", "device_scale": True,
+                **frozen_keys, **index, "exclude": 1, "among": "different", "device_scale": True,
             },
-            "keys, frozen, bias": {"keys": True, "bias": True, "frozen": True},
+            "keys, frozen, bias": {**frozen_keys, "bias": True},
             "keys, of queries only": {**keys_index, "needs": (True, False, False)},
             "keys, of keys only": {**keys_index, "needs": (False, True, False)},
-            "keys, bias": {"keys": True, "bias": True},
+            "keys, bias": {"keys": "learnt", "bias": True},
             "keys, transposed": {**keys_index, "transposed": True},
-            "keys, offset, labels": {"keys": True, "exclude": -2, **labels},
-            "keys, mask": {"keys": True, "positives": "mask"},
+            "keys, offset, labels": {"keys": "learnt", "exclude": -2, **labels},
+            "keys, mask": {"keys": "learnt", "positives": "mask"},
             "both axes, offset, among different, bias": {
-                "keys": True, "exclude": 1, "among": "different", "bias": True, "both_axes": True,
+                "keys": "learnt", "exclude": 1, "among": "different", "bias": True, "both_axes": True,
                 "device_scale": True,
             },
         }  # fmt: skip
@@ -111,14 +111,13 @@ class _Maker:
 
         def run(
             call: Call,
-            keys: bool = False,
+            keys: str = "",
             exclude: int | None = None,
             positives: str = "",
             among: str = "all",
             bias: bool = False,
             both_axes: bool = False,
             needs: Sequence[bool] | None = None,
-            frozen: bool = False,
             transposed: bool = False,
             device_scale: bool = False,
         ) -> list[Tensor]:
@@ -138,8 +137,9 @@ class _Maker:
                 self.indices(n, columns) if positives == "index" else None, positive_mask,
                 torch.randn(columns, device=self.device) if bias else None, both_axes,
             )  # fmt: skip
+            frozen = keys == "frozen"
             lse, lse_cols, *sums, residual = call("contrastive_forward", *problem, frozen)
-            needs = (True, False, False) if frozen else needs or (True, keys, bias)
+            needs = (True, False, False) if frozen else needs or (True, bool(keys), bias)
             grads = call(
                 "contrastive_backward", self.of_mean(n), self.per_row(columns) if both_axes else None,
                 self.per_row(n) if positives else None, *problem, lse, lse_cols, residual, needs,

@@ -1,4 +1,4 @@
-"""What tests of the GPU kernels share: the cases of op_cases.py at odd sizes, and the truth in float64."""
+"""Helpers for tests of the GPU kernels: the cases of op_cases.py at odd sizes, and the truth in float64."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prepare_cuda(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_reference(name: str, *arguments: Any) -> Any:
-    """In float64; saved statistics are taken as they come."""
+    """An op by the reference in float64; saved statistics are taken as they come."""
 
     def wide(x: Any) -> Any:
         if isinstance(x, list):

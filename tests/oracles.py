@@ -432,9 +432,9 @@ def _pml(case: Case, api: ModuleType) -> Outcome:
 
 
 def _stablerep(case: Case, api: ModuleType) -> Outcome:
-    """StableRep: SupCon's "out" over one view of normalised rows."""
     inputs = _embedding(case)
-    return Outcome(_one_view(case, api, inputs), inputs)
+    options = {"labels": case.constant("labels"), "temperature": case.meta["temp"]}
+    return Outcome(api.stablerep_loss(*inputs.values(), **options), inputs)
 
 
 def _embedding(case: Case) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ def main() -> int:
 
 
 def compare(case: op_cases.Case, call: op_cases.Call, seed: int, tolerance: float) -> str | None:
-    """What is wrong with a case, or None; its error where it does not run."""
+    """The fault of a case, or None; its error where it does not run."""
     torch.manual_seed(seed)
     truth = case.run(with_reference)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What tests of the soft-target kernels share: problems of odd sizes, and how near to the truth they come."""
+"""Problems of odd sizes for tests of the soft-target kernels, and how near to the truth these come."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CASES = [
 
 
 def wide(x: Any) -> Any:
-    """In float64."""
+    """Tensors in float64, in lists too."""
     if isinstance(x, list | tuple):
         return [wide(part) for part in x]
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x

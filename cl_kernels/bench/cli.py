@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..dispatch import BACKENDS, obstacle
-from . import compare, html, markdown, results, run, terminal, variants, workloads
+from . import compare, report, results, run, terminal, variants, workloads
 from .peers import COMPILED, PEERS
 from .workloads import LOSSES, STANDARD
 
@@ -18,40 +18,29 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--losses", nargs="+", choices=(*LOSSES, "all"), metavar="LOSS", default=list(STANDARD),
-        help=f"of {', '.join(LOSSES)}, or all (default: {', '.join(STANDARD)})",
-    )  # fmt: skip
-    parser.add_argument("--rows", nargs="+", type=int, help="sizes of the curves; the last is the headline")
-    parser.add_argument("--width", type=int, help="features (DimCL: the batch)")
-    parser.add_argument("--queue", type=int, help="keys in the queue of SCE and InfoNCE")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: float32; bfloat16 on a GPU")
-    parser.add_argument("--temperature", type=float, default=0.1)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    parser.add_argument(
-        "--backends", nargs="+", choices=BACKENDS,
-        help="of cl_kernels; default: auto on the CPU, triton and cuda on a GPU",
-    )  # fmt: skip
-    parser.add_argument(
-        "--peers", nargs="*", choices=PEERS, metavar="PEER", default=list(PEERS),
-        help=f"default: all that are installed, of {', '.join(PEERS)}; none: --peers alone",
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=21, help="samples of a variant, at most (default 21)")
-    parser.add_argument(
-        "--seconds", type=float, default=120.0,
-        help="for the times of all workloads, beyond three rounds of each (default 120)",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of torch; default: as many as it takes by itself")
-    parser.add_argument("--no-memory", action="store_true", help="no peak memory, which costs a process each")
-    parser.add_argument("--no-study", action="store_true", help="no errors over temperatures and dtypes")
-    parser.add_argument(
-        "--compile-all", action="store_true",
-        help=f"{COMPILED} at every size, not only at the headlines: minutes more",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, default=Path("bench_output"), metavar="DIR",
-        help="folder for results.json, report.md and report.html (default bench_output)",
-    )  # fmt: skip
+    add = parser.add_argument
+    losses = f"of {', '.join(LOSSES)}, or all (default: {', '.join(STANDARD)})"
+    add("--losses", nargs="+", choices=(*LOSSES, "all"), metavar="LOSS", default=list(STANDARD), help=losses)
+    add("--rows", nargs="+", type=int, help="sizes of the curves; the last is the headline")
+    add("--width", type=int, help="features (DimCL: the batch)")
+    add("--queue", type=int, help="keys in the queue of SCE and InfoNCE")
+    add("--dtypes", nargs="+", choices=DTYPES, help="default: float32; bfloat16 on a GPU")
+    add("--temperature", type=float, default=0.1)
+    add("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    backends = "of cl_kernels; default: auto on the CPU, triton and cuda on a GPU"
+    add("--backends", nargs="+", choices=BACKENDS, help=backends)
+    peers = f"default: all that are installed, of {', '.join(PEERS)}; none: --peers alone"
+    add("--peers", nargs="*", choices=PEERS, metavar="PEER", default=list(PEERS), help=peers)
+    add("--rounds", type=int, default=21, help="samples of a variant, at most (default 21)")
+    seconds = "for the times of all workloads, beyond three rounds of each (default 120)"
+    add("--seconds", type=float, default=120.0, help=seconds)
+    add("--threads", type=int, help="of torch; default: as many as it takes by itself")
+    add("--no-memory", action="store_true", help="no peak memory, which costs a process each")
+    add("--no-study", action="store_true", help="no errors over temperatures and dtypes")
+    compiled = f"{COMPILED} at every size, not only at the headlines: minutes more"
+    add("--compile-all", action="store_true", help=compiled)
+    folder = "folder for results.json, report.md and report.html (default bench_output)"
+    add("--output", type=Path, default=Path("bench_output"), metavar="DIR", help=folder)
     commands = parser.add_subparsers(dest="bench_command", title="with stored results")
     report = commands.add_parser("report", help="results.json to report.md and report.html again")
     report.add_argument("file", type=Path, metavar="RESULTS.json")
@@ -101,25 +90,17 @@ def _plan(options: argparse.Namespace) -> run.Plan:
         if reason:
             raise ValueError(f"--backends {backend}: {reason}")
     losses = list(LOSSES) if "all" in options.losses else options.losses
-    default = ("bfloat16",) if device == "cuda" else ("float32",)
+    dtypes = options.dtypes or (("bfloat16",) if device == "cuda" else ("float32",))
+    sizes = options.rows, options.width, options.queue
+    works = workloads.planned(device, losses, dtypes, *sizes, options.temperature)
     return run.Plan(
-        workloads.planned(
-            device, losses, options.dtypes or default, options.rows, options.width, options.queue,
-            options.temperature,
-        ),
-        device, backends, options.peers, options.rounds, options.seconds, not options.no_memory,
+        works, device, backends, options.peers, options.rounds, options.seconds, not options.no_memory,
         not options.no_study, options.compile_all,
     )  # fmt: skip
 
 
 def write_reports(found: results.Results, folder: Path) -> None:
-    """report.md, and report.html where what it is drawn with is installed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, module in (("report.md", markdown), ("report.html", html)):
-        try:
-            text = module.render(found)
-        except ImportError as error:
-            print(f"bench: no {name}: {error}; `bench report` makes it from results.json", file=sys.stderr)
-            continue
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, written in (("report.md", report.markdown), ("report.html", report.html)):
+        (folder / name).write_text(written(found), encoding="utf-8")
         print(folder / name)

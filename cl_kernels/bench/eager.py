@@ -45,7 +45,7 @@ def nt_xent(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
 
 
 def nt_xent_of(temperature: float, z: Tensor) -> Tensor:
-    """Of unit rows, the second half the other views of the first."""
+    """The loss of unit rows, the second half the other views of the first."""
     own = torch.arange(len(z), device=z.device)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, own.roll(len(z) // 2))
@@ -98,15 +98,5 @@ def dcl(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
     return (torch.logsumexp(negatives, 1) - positive).mean()
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "supcon": supcon,
-    "selfcon": supcon,
-    "multilevel": multilevel,
-    "nt_xent": nt_xent,
-    "dimcl": dimcl,
-    "sce": sce,
-    "sce_multicrop": sce_multicrop,
-    "info_nce": info_nce,
-    "clip": clip,
-    "dcl": dcl,
-}
+_NAMED = (supcon, multilevel, nt_xent, dimcl, sce, sce_multicrop, info_nce, clip, dcl)
+LOSSES: dict[str, Callable[..., Tensor]] = {loss.__name__: loss for loss in _NAMED} | {"selfcon": supcon}

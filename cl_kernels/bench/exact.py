@@ -1,4 +1,4 @@
-"""What each loss and its gradients are in float64: the truth to which variants are held before being timed.
+"""Each loss and its gradients in float64: the truth to which variants are held before being timed.
 
 Rows are walked in chunks, so that they fit in memory; no code is shared with the package. Arguments are those
 of `eager`.
@@ -18,7 +18,7 @@ Result = tuple[Tensor, list[Tensor]]
 """A loss and its gradients."""
 
 ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Of a chunk of the matrix of similarities."""
+"""Elements of a chunk of the matrix of similarities, by kind of machine."""
 
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:
@@ -74,8 +74,8 @@ def multilevel(temperature: float, *levels_and_labels: Tensor) -> Result:
 
 
 def _nt_xent_of(temperature: float, leaves: list[Tensor], z: Tensor, with_self: bool = False) -> Result:
-    """Of unit rows, the second half the other views of the first. With a row's similarity to itself it is
-    what a cross-entropy over classes computes."""
+    """The loss of unit rows, the second half the other views of the first. With a row's similarity to itself
+    it is what a cross-entropy over classes computes."""
     partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
 
     def losses(chunk: slice, z: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def supcon_with_self(temperature: float, features: Tensor, labels: Tensor) -> Re
 def _beside_queue(
     loss: Callable[..., Tensor], temperature: float, q: Tensor, k: Tensor, queue: Tensor
 ) -> Result:
-    """Of an eager loss of rows that do not see one another."""
+    """The truth of an eager loss whose rows do not see one another."""
     (leaf,), k, queue = _leaves(q), k.double(), queue.double()
 
     def losses(chunk: slice, q: Tensor) -> Tensor:
@@ -154,15 +154,5 @@ def dcl(temperature: float, z0: Tensor, z1: Tensor) -> Result:
     return _mean_over_rows(len(z0), 2 * len(z0), leaves, leaves, losses)
 
 
-LOSSES: dict[str, Callable[..., Result]] = {
-    "supcon": supcon,
-    "selfcon": supcon,
-    "multilevel": multilevel,
-    "nt_xent": nt_xent,
-    "dimcl": dimcl,
-    "sce": sce,
-    "sce_multicrop": sce_multicrop,
-    "info_nce": info_nce,
-    "clip": clip,
-    "dcl": dcl,
-}
+_NAMED = (supcon, multilevel, nt_xent, dimcl, sce, sce_multicrop, info_nce, clip, dcl)
+LOSSES: dict[str, Callable[..., Result]] = {loss.__name__: loss for loss in _NAMED} | {"selfcon": supcon}

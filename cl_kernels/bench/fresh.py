@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-import os
+import resource
 import statistics
 import sys
 import time
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import torch
 
 from . import variants
@@ -60,10 +61,9 @@ class Measurement:
 
 def measure(task: Task) -> Measurement:
     """Run `task` in a process of its own, which a server that has only imported torch forks where it can."""
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(["torch", "cl_kernels.bench.variants"])
+    method = next(x for x in ("forkserver", "spawn") if x in multiprocessing.get_all_start_methods())
+    context: Any = multiprocessing.get_context(method)
+    context.set_forkserver_preload(["torch", variants.__name__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, task))
     process.start()
@@ -93,15 +93,14 @@ def _work(sender: Connection, task: Task) -> None:
         warm()
         torch.mm(torch.ones(1024, 1024), torch.ones(1024, 1024))
         _give_back()
-        if task.limit is not None:
-            _limit_data(task.limit)
+        if task.limit is not None and sys.platform == "linux":
+            process = psutil.Process()
+            process.rlimit(psutil.RLIMIT_DATA, (process.memory_info().data + task.limit,) * 2)
         before = _reset_peak()
         times = [_seconds(step)]
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):
-            sender.send({"status": MEMORY})
-        else:
-            sender.send({"status": message(error)})
+        lost = isinstance(error, MemoryError) or "memory" in str(error)
+        sender.send({"status": MEMORY if lost else message(error)})
         return
     peak = _peak() - before
     deadline = time.perf_counter() + task.seconds - times[0]
@@ -126,24 +125,9 @@ def _seconds(step: Any) -> float:
 def _give_back() -> None:
     """Free memory to the operating system, so that its reuse counts."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-        if trim:
-            trim(0)
-
-
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    with open("/proc/self/status") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
-def _limit_data(extra: int) -> None:
-    import resource
-
-    if sys.platform == "linux":
-        limit = _status("VmData") + extra
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
+    if trim:
+        trim(0)
 
 
 def _reset_peak() -> int:
@@ -151,29 +135,13 @@ def _reset_peak() -> int:
     try:
         with open("/proc/self/clear_refs", "w") as control:
             control.write("5")
-        return _status("VmRSS")
+        return psutil.Process().memory_info().rss
     except OSError:
         return _peak()
 
 
 def _peak() -> int:
-    if sys.platform == "linux":
-        return _status("VmHWM")
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def predict(last: Measurement, rows: int) -> tuple[float, float]:
-    """Milliseconds and bytes at `rows`, if both grow with the square."""
-    growth = (rows / last.task.work.rows) ** 2
-    return last.ms * growth, last.peak * growth
-
-
-def available_memory() -> int:
-    """Memory that a process can still take without swapping."""
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

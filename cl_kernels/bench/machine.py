@@ -1,7 +1,9 @@
-"""What a measurement ran on, and what the machine was doing meanwhile."""
+"""The machine that a measurement ran on, and its load meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import platform
 import shlex
@@ -11,11 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
+import psutil
 import torch
 
-import cl_kernels
-
-from .. import extension
+from .. import __version__, extension
 
 PACKAGES = ("triton", "numpy", "pytorch-metric-learning", "lightly", "inf-cl", "memeff")
 
@@ -27,7 +29,7 @@ def describe(device: str) -> dict[str, Any]:
     found = {
         "kind": device,
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": capability(device),
         "governor": governor(),
@@ -37,54 +39,46 @@ def describe(device: str) -> dict[str, Any]:
         "os": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cl_kernels": cl_kernels.__version__,
+        "cl_kernels": __version__,
         "commit": commit(),
         "extension": ", ".join(f"{k} {v}" for k, v in build.items()) or "none",
     }
     if on_gpu:
         found |= {"cpu": cpu_name(), "cuda": torch.version.cuda}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def commit() -> str:
-    """Of the checkout that the package is imported from; empty for an installed one."""
-    root = Path(cl_kernels.__file__).resolve().parents[1]
+    """The commit of the checkout that the package is imported from; empty for an installed one."""
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
-    git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        head, changed = (
+            subprocess.run(["git", "-C", str(root), *x], capture_output=True, text=True).stdout.strip()
+            for x in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
     except OSError:
         return ""
-    return head.stdout.strip() + (", with changes" if changed.stdout.strip() else "")
+    return head + (", with changes" if changed else "")
 
 
 def command() -> str:
-    """As it was typed, without the folders of this machine."""
+    """The command as it was typed, without the folders of this machine."""
     arguments = [Path(x).name if os.path.isabs(x) else x for x in sys.argv[1:]]
     program = Path(sys.argv[0])
     module = "-m cl_kernels" if program.name == "__main__.py" else program.name
     return shlex.join(["python", *module.split(), *arguments])
 
 
+@functools.cache
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields: dict[str, str] = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    family = ", ".join(f"{k} {fields[k]}" for k in ("cpu family", "model") if k in fields)
-    return f"{name} ({family})" if family else name
+    facts = cpuinfo.get_cpu_info()
+    name = facts.get("brand_raw") or platform.processor() or platform.machine()
+    return f"{name} (cpu family {facts['family']}, model {facts['model']})" if "model" in facts else name
 
 
 def capability(device: str) -> str:
@@ -103,7 +97,7 @@ def multiplies_bfloat16(device: str) -> bool:
 
 
 def governor() -> str:
-    """Of the first core's clock; "unknown" where the machine does not say, as virtual ones do not."""
+    """The policy of the first core's clock; "unknown" where the machine does not say, as virtual ones."""
     try:
         return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
     except OSError:
@@ -112,30 +106,26 @@ def governor() -> str:
 
 def load() -> float:
     """Processes that wanted a core, on average over the last minute."""
-    return round(os.getloadavg()[0], 2)
+    return round(psutil.getloadavg()[0], 2)
 
 
 def memory() -> int:
-    """What a process may use: the machine's, or what its control group allows if that is less."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that a process may use: the machine's, or fewer where its control group says so."""
+    whole: int = psutil.virtual_memory().total
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
             return min(whole, int(Path(path).read_text()))
-        except (OSError, ValueError):  # no such file; "max"
-            continue
     return whole
 
 
 def cache(device: str) -> int:
-    """The last level's."""
+    """The last level's size; py-cpuinfo takes the second level's for it on some machines."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-        sizes.append(int(text.rstrip("KMG")) * units.get(text[-1], 1))
-    return max(sizes)
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = (path.read_text().strip() for path in files)
+    return max((int(size.rstrip("KMG")) * units.get(size[-1], 1) for size in sizes), default=0)
 
 
 def same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:

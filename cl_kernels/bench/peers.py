@@ -1,4 +1,4 @@
-"""What the losses are measured against: other implementations of the same work, where they are installed."""
+"""The peers of our losses: other implementations of the same work, where they are installed."""
 
 from __future__ import annotations
 
@@ -59,10 +59,26 @@ def _compiled(loss: str) -> Implementation:
 
 
 def _compile(loss: str) -> Implementation:
-    def run(*arguments: object) -> Tensor:
-        return _compiled(loss)(*arguments)
+    return lambda *arguments: _compiled(loss)(*arguments)
 
-    return run
+
+# What the others take: one matrix of rows, the second half the other views of the first
+
+
+def _on(rows: Callable[..., Tensor], loss: Callable[[float, Tensor], Tensor]) -> Implementation:
+    return lambda temperature, *inputs: loss(temperature, rows(*inputs))
+
+
+def _views(features: Tensor, labels: Tensor) -> Tensor:
+    return features.transpose(0, 1).flatten(0, 1)
+
+
+def _both(z0: Tensor, z1: Tensor) -> Tensor:
+    return torch.cat((z0, z1))
+
+
+def _units(z0: Tensor, z1: Tensor) -> Tensor:
+    return F.normalize(_both(z0, z1), dim=1)
 
 
 # torch's own chunked cross-entropy
@@ -73,21 +89,9 @@ def _chunked_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.linear_cross_entropy(x, weight, target, options=options)
 
 
-def _lce_of(temperature: float, z: Tensor) -> Tensor:
+def _lce(temperature: float, z: Tensor) -> Tensor:
     partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
     return _chunked_cross_entropy(z / temperature, z, partner)
-
-
-def _lce_supcon(temperature: float, features: Tensor, labels: Tensor) -> Tensor:
-    return _lce_of(temperature, features.transpose(0, 1).flatten(0, 1))
-
-
-def _lce_nt_xent(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
-    return _lce_of(temperature, F.normalize(torch.cat((z0, z1)), dim=1))
-
-
-def _lce_dimcl(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
-    return _lce_of(temperature, eager.columns(z0, z1))
 
 
 def _lce_clip(temperature: float, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -103,7 +107,7 @@ _WITHOUT_MASK = "no self mask: another value"
 # pytorch-metric-learning
 
 
-def _pml_supcon_of(temperature: float, rows: Tensor, labels: Tensor, normalize: bool = False) -> Tensor:
+def _pml(temperature: float, rows: Tensor, labels: Tensor, normalize: bool = False) -> Tensor:
     from pytorch_metric_learning import distances, losses
 
     dot = distances.DotProductSimilarity(normalize_embeddings=normalize)
@@ -111,40 +115,24 @@ def _pml_supcon_of(temperature: float, rows: Tensor, labels: Tensor, normalize: 
 
 
 def _pml_supcon(temperature: float, features: Tensor, labels: Tensor) -> Tensor:
-    views = features.shape[1]
-    rows = features.transpose(0, 1).flatten(0, 1)
-    return temperature / eager.BASE_TEMPERATURE * _pml_supcon_of(temperature, rows, labels.repeat(views))
+    found = _pml(temperature, _views(features, labels), labels.repeat(features.shape[1]))
+    return temperature / eager.BASE_TEMPERATURE * found
 
 
 def _pml_pairs(temperature: float, rows: Tensor, normalize: bool = False) -> Tensor:
     """Its own NTXentLoss holds every negative beside every positive, N x N^2 numbers; SupConLoss of pairs is
     the same loss without that."""
     pairs = torch.arange(len(rows) // 2, device=rows.device).repeat(2)
-    return _pml_supcon_of(temperature, rows, pairs, normalize)
-
-
-def _pml_nt_xent(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
-    return _pml_pairs(temperature, torch.cat((z0, z1)), normalize=True)
-
-
-def _pml_dimcl(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
-    return _pml_pairs(temperature, eager.columns(z0, z1))
+    return _pml(temperature, rows, pairs, normalize)
 
 
 # lightly
 
 
-def _lightly_nt_xent(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
+def _lightly(temperature: float, rows: Tensor) -> Tensor:
     from lightly.loss import NTXentLoss
 
-    return NTXentLoss(temperature=temperature)(z0, z1)
-
-
-def _lightly_dimcl(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
-    from lightly.loss import NTXentLoss
-
-    first, second = eager.columns(z0, z1).chunk(2)
-    return NTXentLoss(temperature=temperature)(first, second)
+    return NTXentLoss(temperature=temperature)(*rows.chunk(2))
 
 
 # Fused kernels for NVIDIA GPUs
@@ -173,7 +161,8 @@ PEERS: dict[str, Peer] = {
         Peer(COMPILED, {loss: _compile(loss) for loss in eager.LOSSES}, static=True),
         Peer(
             LINEAR_CROSS_ENTROPY,
-            {"supcon": _lce_supcon, "nt_xent": _lce_nt_xent, "dimcl": _lce_dimcl, "clip": _lce_clip},
+            {"supcon": _on(_views, _lce), "nt_xent": _on(_units, _lce), "dimcl": _on(eager.columns, _lce),
+             "clip": _lce_clip},
             notes=dict.fromkeys(("supcon", "nt_xent", "dimcl"), _WITHOUT_MASK),
             truths={
                 "supcon": exact.supcon_with_self,
@@ -183,26 +172,18 @@ PEERS: dict[str, Peer] = {
         ),
         Peer(
             "pytorch-metric-learning",
-            {
-                "supcon": _pml_supcon,
-                "selfcon": _pml_supcon,
-                "nt_xent": _pml_nt_xent,
-                "dimcl": _pml_dimcl,
-            },
+            {"supcon": _pml_supcon, "selfcon": _pml_supcon,
+             "nt_xent": _on(_both, functools.partial(_pml_pairs, normalize=True)),
+             "dimcl": _on(eager.columns, _pml_pairs)},
             package="pytorch_metric_learning.losses",
         ),
         Peer(
             "lightly",
-            {"nt_xent": _lightly_nt_xent, "dimcl": _lightly_dimcl},
+            {"nt_xent": _on(_both, _lightly), "dimcl": _on(eager.columns, _lightly)},
             package="lightly.loss",
         ),
         Peer("inf-cl", {"clip": _inf_cl}, package="inf_cl", gpu_only=True),
-        Peer(
-            "memeff",
-            {"clip": _memeff},
-            package="memeff",
-            gpu_only=True,
-            notes={"clip": "no gradient of the scale"},
-        ),
+        Peer("memeff", {"clip": _memeff}, package="memeff", gpu_only=True,
+             notes={"clip": "no gradient of the scale"}),
     )
-}
+}  # fmt: skip

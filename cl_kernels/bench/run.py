@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ LARGEST_TRUTH = {"cpu": 1 << 28, "cuda": 1 << 35}
 """Pairs up to which a workload is held to float64; beyond, that would take longer than all the rest."""
 
 GRAPH_ROWS = 4096
-"""Up to which a step is also replayed from a CUDA graph: larger ones are not bound by launches."""
+"""Rows up to which a step is also replayed from a CUDA graph: larger ones are not bound by launches."""
 
 STUDY_ROWS, STUDY_WIDTH = 512, 128
 STUDY_TEMPERATURES = (0.5, 0.1, 0.07, 0.01)
@@ -48,7 +49,7 @@ class Plan:
 
 
 Progress = Callable[[str, int, int], None]
-"""What is being done, steps done and steps in all."""
+"""Takes what is being done, steps done and steps in all."""
 
 
 def now() -> str:
@@ -61,12 +62,8 @@ def run(
     """`keep` gets the results after each workload, so that a run that is stopped loses nothing."""
     started = time.monotonic()
     dtypes = tuple(dict.fromkeys(work.dtype for work in plan.workloads))
-    found = Results(
-        machine=machine.describe(plan.device),
-        command=machine.command(),
-        date=now(),
-    )
-    found.machine["load_before"] = machine.load()
+    here = machine.describe(plan.device) | {"load_before": machine.load()}
+    found = Results(here, machine.command(), now())
     study = _study(plan) if plan.study else []
     total = len(plan.workloads) + len(study) + 1
     shares = sum(3 if work.headline else 1 for work in plan.workloads)  # headlines get three times the time
@@ -102,28 +99,14 @@ def measure(plan: Plan, work: Workload, seconds: float) -> list[Line]:
 def _measured(plan: Plan, work: Workload, seconds: float) -> list[Line]:
     lines = {line.variant: line for line in checked(plan, work)}
     copies = timing.copies(work, plan.device, machine.cache(plan.device))
-    steps = {name: _steps(plan, work, name, copies) for name, line in lines.items() if line.status == "ok"}
+    steps = {name: steps_of(plan, work, name, copies) for name, line in lines.items() if line.status == "ok"}
     often = [name for name, line in lines.items() if line.is_ours or name == FLOOR]
     found = timing.interleaved(steps, plan.device, plan.rounds, seconds=seconds, often=often)
     for name, samples in found.items():
-        lines[name] = _timed(plan, work, lines[name], samples)
+        lines[name] = timed(plan, work, lines[name], samples)
     del steps, copies
     _free(plan.device)
     return list(lines.values())
-
-
-def in_turn(plan: Plan, works: Sequence[Workload], variant: str) -> list[Line]:
-    """The lines of one variant on several workloads, which take turns as variants do."""
-    lines = [next(x for x in checked(plan, work) if x.variant == variant) for work in works]
-    cache = machine.cache(plan.device)
-    steps = {
-        str(i): _steps(plan, work, variant, timing.copies(work, plan.device, cache))
-        for i, work in enumerate(works)
-        if lines[i].status == "ok"
-    }
-    for i, samples in timing.interleaved(steps, plan.device, plan.rounds).items():
-        lines[int(i)] = _timed(plan, works[int(i)], lines[int(i)], samples)
-    return lines
 
 
 def checked(plan: Plan, work: Workload) -> list[Line]:
@@ -138,42 +121,27 @@ def checked(plan: Plan, work: Workload) -> list[Line]:
     return lines
 
 
-def _steps(plan: Plan, work: Workload, name: str, copies: Sequence[Inputs]) -> timing.Step:
+def steps_of(plan: Plan, work: Workload, name: str, copies: Sequence[Inputs]) -> timing.Step:
     if name == FLOOR:
-        return timing.Products(work, plan.device)
-    return timing.Steps(variants.implementation(name, work.loss), work.temperature, copies)
+        return timing.products(work, plan.device)
+    return timing.steps(variants.implementation(name, work.loss), work.temperature, copies)
 
 
-def _timed(plan: Plan, work: Workload, line: Line, samples: timing.Samples) -> Line:
+def timed(plan: Plan, work: Workload, line: Line, samples: Sequence[timing.Sample]) -> Line:
+    line = replace(line, both=tuple(map(sum, samples)))
     if line.variant == FLOOR:
-        return replace(line, both=tuple(samples.both))
-    graph: list[float] = []
+        return line
+    forward, backward = zip(*samples, strict=True)
+    line = replace(line, forward=forward, backward=backward)
     if plan.device == "cuda" and work.rows <= GRAPH_ROWS and line.is_ours:
         implementation = variants.implementation(line.variant, work.loss)
         graph = timing.graph_samples(implementation, work, plan.device, plan.rounds)
-    return replace(
-        line,
-        forward=tuple(samples.forward),
-        backward=tuple(samples.backward),
-        both=tuple(samples.both),
-        graph=tuple(graph),
-    )
+        line = replace(line, graph=tuple(graph))
+    return line
 
 
 def line_of(work: Workload, variant: str, **fields: Any) -> Line:
-    return Line(
-        loss=work.loss,
-        title=work.spec.title,
-        rows=work.rows,
-        columns=work.columns,
-        width=work.width,
-        dtype=work.dtype,
-        temperature=work.temperature,
-        variant=variant,
-        headline=work.headline,
-        flops=work.flops,
-        **fields,
-    )
+    return Line(**vars(work), title=work.spec.title, flops=work.flops, variant=variant, **fields)
 
 
 def variants_of(plan: Plan, work: Workload) -> Iterator[tuple[str, str]]:
@@ -195,7 +163,7 @@ def _checked(
     if missing:
         return replace(line, status=missing)
     if plan.memory and plan.device == "cpu":
-        limit = int(0.9 * fresh.available_memory())
+        limit = int(0.9 * psutil.virtual_memory().available)
         found = fresh.measure(fresh.Task(work, line.variant, limit, torch.get_num_threads()))
         if found.status != "ok":
             return replace(line, status=found.status)
@@ -249,8 +217,8 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def errors_of(result: Answer, truth: exact.Result) -> tuple[float, float]:
-    """Of the loss, and the largest of the gradients; a gradient that an implementation does not have is left
-    out."""
+    """The relative errors of the loss and, the largest, of the gradients; one that an implementation does not
+    have is left out."""
     gradients = [relative_error(x, y) for x, y in zip(result[1], truth[1], strict=True) if x is not None]
     largest = math.nan if any(map(math.isnan, gradients)) else max(gradients)
     return relative_error(result[0], truth[0]), largest
@@ -267,11 +235,9 @@ def allowed(dtype: str, temperature: float) -> tuple[float, float]:
 
 
 def _judged(line: Line, result: Answer, truth: exact.Result) -> Line:
-    of_loss, of_gradients = errors_of(result, truth)
-    line = replace(line, loss_error=of_loss, gradient_error=of_gradients)
-    for what, error, limit in zip(
-        ("loss", "gradient"), (of_loss, of_gradients), allowed(line.dtype, line.temperature), strict=True
-    ):
+    found, limits = errors_of(result, truth), allowed(line.dtype, line.temperature)
+    line = replace(line, loss_error=found[0], gradient_error=found[1])
+    for what, error, limit in zip(("loss", "gradient"), found, limits, strict=True):
         if not error <= limit:
             return replace(line, status=f"wrong answer: relative error of the {what} is {error:.1e}")
     return line
@@ -287,7 +253,7 @@ def _study(plan: Plan) -> list[Study]:
 
 
 def errors(plan: Plan, loss: str, dtype: str, temperature: float, kind: str) -> list[Accuracy]:
-    """Of every variant that runs, on small inputs. There are none where the loss has vanished: relative
+    """The errors of every variant that runs, on small inputs; none where the loss has vanished: relative
     errors of nothing mean nothing."""
     columns = LOSSES[loss].shape(STUDY_ROWS, STUDY_ROWS)[1]
     work = Workload(loss, STUDY_ROWS, columns, STUDY_WIDTH, dtype, temperature)
@@ -306,11 +272,7 @@ def errors(plan: Plan, loss: str, dtype: str, temperature: float, kind: str) -> 
             both = errors_of(step(), truths[truth])
         except Exception:  # such as a peer that does not take the dtype
             continue
-        of_loss, of_gradients = (x if math.isfinite(x) else None for x in both)
-        found.append(
-            Accuracy(
-                loss, LOSSES[loss].title, work.rows, work.width, name, dtype, temperature, kind, of_loss,
-                of_gradients,
-            )
-        )  # fmt: skip
+        known = [x if math.isfinite(x) else None for x in both]
+        title, shape = LOSSES[loss].title, (work.rows, work.width)
+        found.append(Accuracy(loss, title, *shape, name, dtype, temperature, kind, *known))
     return found

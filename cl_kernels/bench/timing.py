@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,85 +17,58 @@ from torch import Tensor
 from .workloads import Implementation, Inputs, Workload
 
 COPIES = 16
-"""Of the inputs, at most."""
+"""Copies of the inputs, at most."""
 
 FEWEST = 3
 """Rounds of even the slowest variant."""
 
 
-class Step(Protocol):
+MATRIX = 1 << 30
+"""Bytes of a result of the floor's products, at most."""
+
+Sample = tuple[float, float]
+"""Seconds of a forward and of a backward."""
+
+
+class Step(NamedTuple):
     """One way to do a workload: `backward` takes what `forward` gives."""
 
-    def forward(self) -> Tensor | None: ...
+    forward: Callable[[], Any]
+    backward: Callable[[Any], object] = lambda loss: None
 
-    def backward(self, loss: Tensor | None) -> None: ...
 
-
-class Steps:
+def steps(implementation: Implementation, temperature: float, copies: Sequence[Inputs]) -> Step:
     """The steps of one variant, each on the next copy of the inputs."""
+    leaves = [tuple(x.detach().clone().requires_grad_() for x in copy.leaves) for copy in copies]
+    turns = itertools.cycle([Inputs(x, copy.rest) for x, copy in zip(leaves, copies, strict=True)])
 
-    def __init__(self, implementation: Implementation, temperature: float, copies: Sequence[Inputs]) -> None:
-        self._loss = functools.partial(implementation, temperature)
-        self._copies = [
-            Inputs(tuple(x.detach().clone().requires_grad_() for x in copy.leaves), copy.rest)
-            for copy in copies
-        ]
-        self._turn = 0
-
-    def forward(self) -> Tensor:
-        self._turn = (self._turn + 1) % len(self._copies)
-        inputs = self._copies[self._turn]
+    def forward() -> Tensor:
+        inputs = next(turns)
         for leaf in inputs.leaves:
             leaf.grad = None
-        return self._loss(*inputs.leaves, *inputs.rest)
+        return implementation(temperature, *inputs.leaves, *inputs.rest)
 
-    def backward(self, loss: Tensor | None) -> None:
-        assert loss is not None
-        loss.backward()
+    return Step(forward, Tensor.backward)
 
 
-class Products:
+def products(work: Workload, device: str) -> Step:
     """The floor: plain products N x D · D x M into memory that is there, as many as the fewest operations are
     worth, by chunks of rows where the result would be large."""
+    sizes = ((rows, work.contraction) for rows in (work.rows, work.columns))
+    left, right = (torch.randn(size, device=device).to(work.torch_dtype) for size in sizes)
+    chunks = left.split(min(max(1, MATRIX // (work.columns * left.element_size())), work.rows))
+    out = torch.empty(len(chunks[0]), work.columns, device=device, dtype=work.torch_dtype)
 
-    MATRIX = 1 << 30  # bytes of a result
+    def forward() -> None:
+        for _ in range(work.spec.products):
+            for chunk in chunks:
+                torch.mm(chunk, right.T, out=out[: len(chunk)])
 
-    def __init__(self, work: Workload, device: str) -> None:
-        self._count = work.spec.products
-
-        def random(rows: int) -> Tensor:
-            return torch.randn(rows, work.contraction, device=device).to(work.torch_dtype)
-
-        self._left, self._right = random(work.rows), random(work.columns)
-        rows = max(1, self.MATRIX // (work.columns * self._left.element_size()))
-        self._chunks = self._left.split(min(rows, work.rows))
-        self._out = torch.empty(len(self._chunks[0]), work.columns, device=device, dtype=work.torch_dtype)
-
-    def forward(self) -> None:
-        for _ in range(self._count):
-            for chunk in self._chunks:
-                torch.mm(chunk, self._right.T, out=self._out[: len(chunk)])
-
-    def backward(self, loss: Tensor | None) -> None:
-        pass
-
-
-@dataclass
-class Samples:
-    """Seconds a step, a sample a round."""
-
-    forward: list[float] = field(default_factory=list)
-    backward: list[float] = field(default_factory=list)
-    both: list[float] = field(default_factory=list)
-
-    def add(self, forward: float, backward: float) -> None:
-        self.forward.append(forward)
-        self.backward.append(backward)
-        self.both.append(forward + backward)
+    return Step(forward)
 
 
 def copies(work: Workload, device: str, cache: int) -> list[Inputs]:
-    """As many inputs as twice the last cache holds, but at most 16."""
+    """Inputs, as many as twice the last cache holds, but at most 16."""
     first = work.inputs(device)
     one = sum(x.nbytes for x in (*first.leaves, *first.rest))
     count = max(1, min(COPIES, -(-2 * cache // one)))
@@ -109,7 +82,7 @@ def interleaved(
     at_least: float = 0.01,
     seconds: float = math.inf,
     often: Collection[str] = (),
-) -> dict[str, Samples]:
+) -> dict[str, list[Sample]]:
     """Samples of each variant in turn, one a round; a sample repeats its step for `at_least` seconds.
 
     The variants of `often`, with which the others are compared, run again before each of those, and the
@@ -117,12 +90,12 @@ def interleaved(
     rounds, and in more until it has used its share of `seconds`, or all together have used them up. All have
     run before.
     """
-    samples = {name: Samples() for name in variants}
+    samples: dict[str, list[Sample]] = {name: [] for name in variants}
     spent = dict.fromkeys(variants, 0.0)
     repeats: dict[str, int] = {}
     others = [name for name in variants if name not in often]
 
-    def sample(name: str) -> tuple[float, float]:
+    def sample(name: str) -> Sample:
         take = _sample_gpu if device == "cuda" else _sample_cpu
         if name not in repeats:
             once = take(variants[name], 1)
@@ -137,12 +110,12 @@ def interleaved(
             if sum(spent.values()) >= seconds or not (others or set(variants) <= set(often)):
                 break
         left = [name for name in variants if name in often or name in others]
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in left}
+        found: dict[str, list[Sample]] = {name: [] for name in left}
         for name in _order(left, often, backwards=turn % 2 == 1):
             found[name].append(sample(name))
             spent[name] += sum(found[name][-1]) * repeats[name]
         for name in left:
-            samples[name].add(*sorted(found[name], key=sum)[len(found[name]) // 2])
+            samples[name].append(sorted(found[name], key=sum)[len(found[name]) // 2])
     return samples
 
 
@@ -167,7 +140,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _sample_cpu(steps: Step, repeats: int) -> tuple[float, float]:
+def _sample_cpu(steps: Step, repeats: int) -> Sample:
     forward = backward = 0.0
     with _no_collection():
         for _ in range(repeats):
@@ -185,7 +158,7 @@ HOLD = 1.5
 """How long the GPU is held before a sample, as a multiple of the time that its launches take the host."""
 
 
-def _sample_gpu(steps: Step, repeats: int) -> tuple[float, float]:
+def _sample_gpu(steps: Step, repeats: int) -> Sample:
     """Between events on the GPU, which is held until all is queued, so that no gap of the host's is timed."""
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -255,16 +228,8 @@ def graph_samples(implementation: Implementation, work: Workload, device: str, r
 
 def rate(operation: Callable[[], object], work: float, device: str, samples: int = 5) -> float:
     """`work` a second, by the fastest of some samples: a ceiling."""
-
-    class Once:
-        def forward(self) -> None:
-            operation()
-
-        def backward(self, loss: Tensor | None) -> None:
-            pass
-
-    found = interleaved({"": Once()}, device, samples, at_least=0.02)
-    return work / min(found[""].both)
+    found = interleaved({"": Step(operation)}, device, samples, at_least=0.02)
+    return work / min(map(sum, found[""]))
 
 
 def ceilings(device: str, dtypes: Sequence[str]) -> dict[str, float]:

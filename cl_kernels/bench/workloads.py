@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ VIEWS = 10  # of multi-crop
 LEVELS = (0.25, 0.5, 1.0)  # widths of the levels of the multi-level loss, of the widest
 
 Implementation = Callable[..., Tensor]
-"""Of a temperature, the tensors that get a gradient, and those that do not; gives the mean loss."""
+"""Takes a temperature, the tensors that get a gradient, and those that do not; gives the mean loss."""
 
 
 @dataclass(frozen=True)
@@ -160,53 +161,28 @@ def _clip_inputs(work: Workload, make: Maker) -> Inputs:
 # Ours, with the arguments of an Implementation.
 
 
-def _supcon(tau: float, features: Tensor, labels: Tensor) -> Tensor:
-    return cl_kernels.supcon_loss(features, labels, temperature=tau)
+def _ours(loss: Callable[..., Tensor]) -> Implementation:
+    return lambda tau, *inputs: loss(*inputs, temperature=tau)
 
 
-def _selfcon(tau: float, features: Tensor, labels: Tensor) -> Tensor:
-    return cl_kernels.selfcon_loss(features, labels, temperature=tau)
-
-
-def _multilevel(tau: float, *levels_and_labels: Tensor) -> Tensor:
+def _multilevel(*levels_and_labels: Tensor, temperature: float) -> Tensor:
     *levels, labels = levels_and_labels
-    return cl_kernels.multilevel_loss(levels, labels, temperature=tau)
+    return cl_kernels.multilevel_loss(levels, labels, temperature=temperature)
 
 
-def _nt_xent(tau: float, z0: Tensor, z1: Tensor) -> Tensor:
-    return cl_kernels.nt_xent_loss(z0, z1, temperature=tau)
+def _sce(q: Tensor, k: Tensor, queue: Tensor, **options: Any) -> Tensor:
+    sharp: dict[str, Any] = {} if "targets" in options else {"target_temperature": eager.TARGET_TEMPERATURE}
+    return cl_kernels.sce_loss(q, k, queue=queue, coeff=eager.COEFF, **sharp, **options)
 
 
-def _dimcl(tau: float, z0: Tensor, z1: Tensor) -> Tensor:
-    return cl_kernels.dimcl_loss(z0, z1, temperature=tau)
-
-
-def _sce(tau: float, q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
-    return cl_kernels.sce_loss(
-        q, k, queue=queue, temperature=tau, target_temperature=eager.TARGET_TEMPERATURE, coeff=eager.COEFF
-    )
-
-
-def _sce_multicrop(tau: float, *views_k_queue: Tensor) -> Tensor:
+def _sce_multicrop(*views_k_queue: Tensor, temperature: float) -> Tensor:
     *views, k, queue = views_k_queue
     targets = cl_kernels.sce_targets(k, queue=queue, target_temperature=eager.TARGET_TEMPERATURE)
-    losses = [
-        cl_kernels.sce_loss(q, k, queue=queue, temperature=tau, coeff=eager.COEFF, targets=targets)
-        for q in views
-    ]
-    return torch.stack(losses).mean()
-
-
-def _info_nce(tau: float, q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
-    return cl_kernels.info_nce_loss(q, k, queue, temperature=tau)
+    return torch.stack([_sce(q, k, queue, targets=targets, temperature=temperature) for q in views]).mean()
 
 
 def _clip(tau: float, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return cl_kernels.clip_loss(image, text, scale)
-
-
-def _dcl(tau: float, z0: Tensor, z1: Tensor) -> Tensor:
-    return cl_kernels.dcl_loss(z0, z1, temperature=tau)
 
 
 @dataclass(frozen=True)
@@ -218,36 +194,29 @@ class Loss:
     shape: Callable[[int, int], tuple[int, int]]  # rows and columns of the matrix, of rows and queue size
 
 
-def _square(rows: int, queue: int) -> tuple[int, int]:
-    return rows, rows
-
-
-def _own_key_and_queue(rows: int, queue: int) -> tuple[int, int]:
-    return rows, queue + 1
-
+_square, _queued = (lambda rows, queue: (rows, rows)), (lambda rows, queue: (rows, queue + 1))
+"""Each row against each other; against its own key and those of the queue."""
 
 LOSSES: dict[str, Loss] = {
-    "supcon": Loss("SupCon", _supcon, _supcon_inputs, 2, _square),
-    "nt_xent": Loss("NT-Xent", _nt_xent, _pair_inputs, 2, _square),
-    "sce": Loss("SCE", _sce, _queue_inputs, 4, _own_key_and_queue),
-    "dimcl": Loss("DimCL", _dimcl, _dimcl_inputs, 2, _square),
+    "supcon": Loss("SupCon", _ours(cl_kernels.supcon_loss), _supcon_inputs, 2, _square),
+    "nt_xent": Loss("NT-Xent", _ours(cl_kernels.nt_xent_loss), _pair_inputs, 2, _square),
+    "sce": Loss("SCE", _ours(_sce), _queue_inputs, 4, _queued),
+    "dimcl": Loss("DimCL", _ours(cl_kernels.dimcl_loss), _dimcl_inputs, 2, _square),
     "clip": Loss("CLIP", _clip, _clip_inputs, 4, _square),
-    "sce_multicrop": Loss(
-        "SCE multi-crop", _sce_multicrop, _multicrop_inputs, 2 + 2 * VIEWS, _own_key_and_queue
-    ),
-    "selfcon": Loss("SelfCon", _selfcon, _supcon_inputs, 2, _square),
-    "multilevel": Loss("Multi-level", _multilevel, _multilevel_inputs, 2, _square),
-    "info_nce": Loss("InfoNCE", _info_nce, _queue_inputs, 2, _own_key_and_queue),
-    "dcl": Loss("DCL", _dcl, _one_way_inputs, 3, lambda rows, queue: (rows, 2 * rows)),
+    "sce_multicrop": Loss("SCE multi-crop", _ours(_sce_multicrop), _multicrop_inputs, 2 + 2 * VIEWS, _queued),
+    "selfcon": Loss("SelfCon", _ours(cl_kernels.selfcon_loss), _supcon_inputs, 2, _square),
+    "multilevel": Loss("Multi-level", _ours(_multilevel), _multilevel_inputs, 2, _square),
+    "info_nce": Loss("InfoNCE", _ours(cl_kernels.info_nce_loss), _queue_inputs, 2, _queued),
+    "dcl": Loss("DCL", _ours(cl_kernels.dcl_loss), _one_way_inputs, 3, lambda rows, queue: (rows, 2 * rows)),
 }
-"""By name; the first five make the standard report."""
+"""The losses by name; the first five make the standard report."""
 
 STANDARD = ("supcon", "nt_xent", "sce", "dimcl", "clip")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one loss on one kind of machine: the rows of its curve, the last of which is the headline."""
+    """The sizes of a loss on a kind of machine: `rows` of its curve, the last of which is the headline."""
 
     rows: Sequence[int]
     width: int
@@ -280,7 +249,7 @@ SIZES: dict[str, dict[str, Sizes]] = {
         "dcl": Sizes((2048, 8192), 128),
     },
 }
-"""By kind of machine: those of the papers (docs/benchmarking.md), as far as they take seconds."""
+"""The sizes by kind of machine: those of the papers (docs/benchmarking.md), as far as they take seconds."""
 
 
 def planned(

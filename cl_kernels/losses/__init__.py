@@ -8,6 +8,7 @@ from .multilevel import MultiLevelConLoss, multilevel_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .sce import SCELoss, SCETargets, sce_loss, sce_targets
 from .selfcon import SelfConLoss, selfcon_loss
+from .stablerep import StableRepLoss, stablerep_loss
 from .supcon import SupConLoss, supcon_loss
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "SCELoss",
     "SCETargets",
     "SelfConLoss",
+    "StableRepLoss",
     "SupConLoss",
     "clip_loss",
     "dcl_loss",
@@ -30,5 +32,6 @@ __all__ = [
     "sce_loss",
     "sce_targets",
     "selfcon_loss",
+    "stablerep_loss",
     "supcon_loss",
 ]

@@ -44,6 +44,12 @@ def clip_loss(
     logit_scale     :math:`\sum_{ij} G_{ij}\, x_i \cdot y_j`
     ==============  ====================================================
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> images, texts = (torch.nn.functional.normalize(torch.randn(8, 16)) for _ in range(2))
+        >>> log_scale = torch.tensor(2.6, requires_grad=True)
+        >>> clk.clip_loss(images, texts, log_scale.exp()).backward()
+
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
     figure 3.
     """

@@ -46,6 +46,12 @@ def dcl_loss(
     :math:`G_{ij} = g_i (P_{ij} - w_i [j = i'])`, i' the other view: dx, dy and :math:`d\tau` as for NT-Xent,
     and for DCLW through the weights besides.
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> z0, z1 = (torch.nn.functional.normalize(torch.randn(8, 16)) for _ in range(2))
+        >>> loss = clk.dcl_loss(z0.requires_grad_(), z1, sigma=0.5) + clk.dcl_loss(z1, z0, sigma=0.5)
+        >>> loss.backward()
+
     Source: Yeh et al., "Decoupled Contrastive Learning", 2021.
     """
     z0, z1 = validation.pair("z0", z0, "z1", z1)

@@ -50,6 +50,11 @@ def dimcl_loss(
     temperature   :math:`-\sum_{rc} G_{rc}\, x_r \cdot x_c / \tau^2`
     ============  ======================================================================================
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> z0, z1 = torch.randn(64, 16, requires_grad=True), torch.randn(64, 16)
+        >>> clk.dimcl_loss(z0, z1, temperature=0.1).backward()
+
     Source: Nguyen et al., "DimCL: Dimensional Contrastive Learning for Improving Self-Supervised Learning",
     2023.
     """

@@ -50,6 +50,11 @@ def info_nce_loss(
     temperature   :math:`-\sum_{ij} G_{ij}\, q_i \cdot k_j / \tau^2`
     ============  ==============================================================
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> q, k, queue = (torch.nn.functional.normalize(torch.randn(n, 16)) for n in (8, 8, 64))
+        >>> clk.info_nce_loss(q.requires_grad_(), k, queue, temperature=0.07).backward()
+
     Sources: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018; He et
     al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, equation 1.
     """

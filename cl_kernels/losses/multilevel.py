@@ -43,6 +43,11 @@ def multilevel_loss(
 
     Gradients: of each level, w_l times those of `supcon_loss`; of w_l, the loss of its level.
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> levels = [torch.randn(8, 2, width, requires_grad=True) for width in (16, 32)]
+        >>> clk.multilevel_loss(levels, torch.arange(8) % 4, weights=[1.0, 0.5]).backward()
+
     Source: multi-level contrastive learning for few-shot problems, one projection head a layer.
     """
     levels = validation.levels("levels", levels)

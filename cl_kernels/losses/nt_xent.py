@@ -42,6 +42,11 @@ def nt_xent_loss(
     temperature   :math:`-\sum_{ij} G_{ij}\, z_i \cdot z_j / \tau^2`
     ============  =====================================================================
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> z0, z1 = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        >>> clk.nt_xent_loss(z0, z1, temperature=0.5).backward()
+
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020,
     equation 1.
     """

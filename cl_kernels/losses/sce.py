@@ -89,6 +89,11 @@ def sce_loss(
 
     The keys get a gradient only if they require one; momentum keys do not, and cost nothing then.
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> q, k, queue = (torch.nn.functional.normalize(torch.randn(n, 16)) for n in (8, 8, 64))
+        >>> clk.sce_loss(q.requires_grad_(), k, queue=queue, temperature=0.1, coeff=0.5).backward()
+
     Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
     2023.
     """
@@ -138,6 +143,13 @@ def sce_targets(
 
     Raises:
         TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
+
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> k, queue, *crops = (torch.nn.functional.normalize(torch.randn(n, 16)) for n in (8, 64, 8, 8))
+        >>> targets = clk.sce_targets(k, queue=queue, target_temperature=0.05)
+        >>> views = [crop.requires_grad_() for crop in crops]
+        >>> sum(clk.sce_loss(q, k, queue=queue, targets=targets) for q in views).backward()
 
     Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
     2023; the multi-crop there calls the loss once for each crop.

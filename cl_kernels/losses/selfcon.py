@@ -56,6 +56,12 @@ def selfcon_loss(
 
     Gradients: those of `supcon_loss` with summation "out" and denominator "all".
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> features = torch.nn.functional.normalize(torch.randn(8, 3, 16), dim=2)  # two exits, the backbone
+        >>> labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+        >>> clk.selfcon_loss(features.requires_grad_(), labels, anchors="exits").backward()
+
     Source: Bae et al., "Self-Contrastive Learning: Single-Viewed Supervised Contrastive Framework Using
     Sub-network", 2023.
     """

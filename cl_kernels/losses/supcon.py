@@ -94,6 +94,14 @@ def supcon_loss(
     with "all" and "only_negatives"; the other combinations walk the anchors in chunks of the reference, in
     bounded memory.
 
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> features = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=2)  # 8 samples, 2 views
+        >>> labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+        >>> clk.supcon_loss(features.requires_grad_(), labels, temperature=0.1).backward()
+        >>> clk.supcon_loss(features, reduction="none").shape  # SimCLR, a loss an anchor
+        torch.Size([16])
+
     Source: Khosla et al., "Supervised Contrastive Learning", 2020, equations 2 and 3.
     """
     x = validation.views("features", features)

@@ -161,7 +161,7 @@ def _message(error: BaseException) -> str:
 
 
 def places(backends: Sequence[Backend] | None, device: torch.device | None) -> list[Place]:
-    """Where the cases run: backends asked for by name, or all that serve, on one device or on their own.
+    """Places for the cases: backends asked for by name, or all that serve, on one device or on their own.
 
     Raises `ValueError` for a backend or a device that is not there.
     """
@@ -182,7 +182,7 @@ def places(backends: Sequence[Backend] | None, device: torch.device | None) -> l
 
 
 def _devices(backend: str, device: torch.device | None) -> list[torch.device]:
-    """Those to try, the best first."""
+    """Devices to try, the best first."""
     if device is not None:
         return [device]
     on_gpu = backend in ("auto", "triton", "cuda") and torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""What `python -m cl_kernels check` goes through: every loss and primitive with each of its options."""
+"""The cases of `python -m cl_kernels check`: every loss and primitive with each of its options."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class Data:
 
     @property
     def scalars(self) -> dict[str, float]:
-        """What a scalar argument is, learnt or not, if a case does not say."""
+        """The values of scalar arguments, learnt or not, where a case does not say."""
         return {
             "temperature": self.tau,
             "target_temperature": 0.7 * self.tau,
@@ -227,7 +227,7 @@ class Case:
         return {*self.named_inputs, *self.options, *targets}
 
     def __str__(self) -> str:
-        """What distinguishes the case among those of its function."""
+        """The options and inputs that distinguish the case among those of its function."""
         required = _required(self.function)
         words = []
         for argument, name in self.named_inputs.items():
@@ -327,6 +327,10 @@ CASES = [
     Case("selfcon_loss", EXITS, {"reduction": "sum"}),
     Case("selfcon_loss", EXITS, {"reduction": "none"}),
     Case("selfcon_loss", EXITS + BOTH_TEMPERATURES),
+    Case("stablerep_loss", "features=first labels"),
+    Case("stablerep_loss", "features=first labels=some_alone temperature"),
+    Case("stablerep_loss", "features=first labels", {"reduction": "sum"}),
+    Case("stablerep_loss", "features=first labels", {"reduction": "none"}),
     Case("sce_loss", PAIR),
     Case("sce_loss", PAIR, {"coeff": 0.3}, ("k",)),
     Case("sce_loss", PAIR, {"coeff": 0.0}),

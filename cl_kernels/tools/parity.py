@@ -1,4 +1,4 @@
-"""Is our error at most twice that of plain torch in the same dtype?
+"""Judgement of exactness: is our error at most twice that of plain torch in the same dtype?
 
 A `Problem` is a call of a public function. It runs three times: by the reference in float64 (`exact`, the
 truth), by our function (`run`), and by plain torch (`plain`), that is the reference with every product and
@@ -23,7 +23,7 @@ from .. import reference
 PACKAGE = importlib.import_module("..", __package__)
 """The package itself, by whatever name it was imported."""
 
-NORMALISING = ("nt_xent_loss", "dimcl_loss")
+NORMALISING = ("nt_xent_loss", "dimcl_loss", "stablerep_loss")
 TEMPERATURES = ("temperature", "target_temperature", "sigma")
 SCALES = ("logit_scale", "scale", "target_scale")
 SOFT_TARGETS = ("sce_loss", "soft_target_cross_entropy")
@@ -87,7 +87,7 @@ class Problem:
 
     @property
     def factor(self) -> float:
-        """What a loss multiplies its difference of logarithms by; over levels, their weights together."""
+        """The factor of a loss's difference of logarithms; over levels, their weights together."""
         everything = self.arguments
         factor = 1.0
         if "base_temperature" in everything:
@@ -105,7 +105,7 @@ class Problem:
 
     @property
     def summed(self) -> int:
-        """How many rows a sum adds up: it is as many times the mean. 1 without a sum."""
+        """The number of rows that a sum adds up, which is as many times the mean; 1 without a sum."""
         if self.options.get("reduction") != "sum":
             return 1
         x = next(iter(self.tensors.values()))
@@ -187,7 +187,7 @@ def error(result: Tensor, truth: Tensor) -> float:
 
 
 def floor(name: str, problem: Problem, truth: Tensor, dtype: torch.dtype) -> float:
-    """What rounding the logits to eps |S| does to a result, so that a lucky plain torch does not matter.
+    """The error that rounding the logits to eps |S| makes in a result: a lucky plain torch does not matter.
 
     A loss is a difference of logarithms as large as |S|, a sum has one for each row. A gradient is a
     difference of terms as large as 1 / |x|, over the rows that a mean divides by; those of a scalar or of a
@@ -247,8 +247,7 @@ def compared(
 def compared_in_float64(
     problem: Problem, truth: dict[str, Tensor], ours: dict[str, Tensor], rtol: float = 1e-9
 ) -> list[Compared]:
-    """For results in float64, where the truth has no digits to spare: errors relative to the largest
-    element."""
+    """Errors in float64, where the truth has no digits to spare: relative to the largest element."""
 
     def limit(name: str) -> float:
         return rtol * (1 + problem.logits) * max(_largest(truth[name]), 1.0)

@@ -65,7 +65,7 @@ def candidates(row: Shape) -> list[Shape]:
 
 
 def _sizes_make_sense(shape: Shape, row: Shape) -> bool:
-    """At least 16 each; a size of 0 or below 16 in the row is not the kernel's to vary."""
+    """Sizes are at least 16 each; one of 0 or below 16 in the row is not the kernel's to vary."""
     pairs = zip(shape[:3], row[:3], strict=True)
     return all(size == given or (size >= 16 and given >= 16) for size, given in pairs)
 
@@ -181,10 +181,12 @@ def serving_rows(work: Workload, ours: Implementation) -> list[str]:
         try:
             implementation = by_backend(backend, ours)
             differentiate(implementation, work.temperature, copies[0])()
-            steps[backend] = timing.Steps(implementation, work.temperature, copies)
+            steps[backend] = timing.steps(implementation, work.temperature, copies)
         except Exception as error:  # cannot serve; says why
             lines.append(f"# {backend}: {' '.join(str(error).split())[:100]}")
-    times = {name: median(x.both) for name, x in timing.interleaved(steps, "cuda", rounds=11).items()}
+    times = {
+        name: median([sum(y) for y in x]) for name, x in timing.interleaved(steps, "cuda", rounds=11).items()
+    }
     if len(times) < 2:
         return lines
     fastest = min(times, key=lambda name: times[name])

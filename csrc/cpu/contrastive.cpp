@@ -90,21 +90,18 @@ class Engine {
   using T = typename Mode::Sum;
   using Id = typename Mode::Id;
 
-  Engine(const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs)
-      : pairs_(pairs),
-        scale_(scale.item<double>()),
-        input_type_(q.scalar_type()),
-        among_(parse_among(pairs.among)),
-        q_(q) {
-    if (k) k_.emplace(*k);
-    if (pairs.key_bias) {
-      bias_ = pairs.key_bias->to(sum_type<Mode>()).mul(kLog2e).contiguous();
-    }
-    if (pairs.positive_index) index_ = pairs.positive_index->contiguous();
-    if (pairs.positive_mask) mask_ = pairs.positive_mask->to(sum_type<Mode>()).contiguous();
-    const bool same_labels = !pairs.row_labels || is_same(*pairs.row_labels, *pairs.col_labels);
-    if (pairs.row_labels) ids_.emplace(*pairs.row_labels, *pairs.col_labels, same_labels);
-    symmetric_ = !k && !pairs.both_axes && pairs.exclude.value_or(0) == 0 && same_labels &&
+  explicit Engine(const Contrast& problem)
+      : problem_(problem),
+        scale_(problem.scale.item<double>()),
+        among_(parse_among(problem.among)),
+        q_(problem.q) {
+    if (problem.k) k_.emplace(*problem.k);
+    if (problem.key_bias) bias_ = problem.key_bias->to(sum_type<Mode>()).mul(kLog2e).contiguous();
+    if (problem.positive_index) index_ = problem.positive_index->contiguous();
+    if (problem.positive_mask) mask_ = problem.positive_mask->to(sum_type<Mode>()).contiguous();
+    const bool same_labels = !problem.row_labels || is_same(*problem.row_labels, *problem.col_labels);
+    if (problem.row_labels) ids_.emplace(*problem.row_labels, *problem.col_labels, same_labels);
+    symmetric_ = !problem.k && !problem.both_axes && problem.exclude.value_or(0) == 0 && same_labels &&
                  !bias_.defined() && !mask_.defined();
     row_block_ = symmetric_ ? triangle_block(n()) : rectangle_block(n());
     col_block_ = symmetric_ ? row_block_ : rectangle_block(m());
@@ -112,18 +109,18 @@ class Engine {
 
   std::tuple<at::Tensor, at::Tensor> log_sum_exp() {
     at::Tensor lse = at::empty({n()}, at::kDouble);
-    at::Tensor lse_cols = at::empty({pairs_.both_axes ? m() : 0}, at::kDouble);
+    at::Tensor lse_cols = at::empty({problem_.both_axes ? m() : 0}, at::kDouble);
     q_.make_rows();
     key().make_col_panels();
     start_positives();
-    const bool shared_exp = (symmetric_ || pairs_.both_axes) && !bias_.defined();
+    const bool shared_exp = (symmetric_ || problem_.both_axes) && !bias_.defined();
     // The log-sum-exp of a single column is its logit to the last bit where the shift is that logit.
     const bool single = std::min(n(), m()) <= 2;
     if (!shared_exp || single || !fixed_shift(lse, lse_cols)) {
       start_positives();
       online(lse);
-      if (pairs_.both_axes) transposed().online(lse_cols);
-      if (pairs_.both_axes && bias_.defined()) lse_cols.add_(bias_, kLn2);
+      if (problem_.both_axes) transposed().online(lse_cols);
+      if (problem_.both_axes && bias_.defined()) lse_cols.add_(bias_, kLn2);
     }
     return {lse, lse_cols};
   }
@@ -151,12 +148,11 @@ class Engine {
 
   // From the residual: where only the queries and the scale need a gradient.
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gradient_from_residual(
-      const at::Tensor& residual, const std::optional<at::Tensor>& grad_lse,
-      const std::optional<at::Tensor>& grad_positive, bool need_q) {
+      const at::Tensor& residual, const ContrastIncoming& incoming, bool need_q) {
     const int64_t d = q_.d();
     std::vector<T> lse_grad(n(), T(0)), positive_grad(n(), T(0));
-    if (grad_lse) copy_rows(*grad_lse, lse_grad.data());
-    if (grad_positive) copy_rows(*grad_positive, positive_grad.data());
+    if (incoming.lse) copy_rows(*incoming.lse, lse_grad.data());
+    if (incoming.positive_sum) copy_rows(*incoming.positive_sum, positive_grad.data());
     const at::Tensor keys = index_.defined() ? sum_rows(key()) : at::Tensor();
     at::Tensor grad = at::empty_like(residual);
     T* out = grad.template mutable_data_ptr<T>();
@@ -173,14 +169,13 @@ class Engine {
     return {need_q ? finish(grad) : none(), none(), grad_scale, none()};
   }
 
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gradient(
-      const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_lse_cols,
-      const std::optional<at::Tensor>& grad_positive, const at::Tensor& lse, const at::Tensor& lse_cols,
-      std::array<bool, 3> needs) {
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gradient(const ContrastIncoming& incoming,
+                                                                      const ContrastSaved& saved,
+                                                                      std::array<bool, 3> needs) {
     const at::TensorOptions options = q_.tensor().options().dtype(sum_type<Mode>());
     const at::Tensor none = at::empty({0}, options);
-    if (pairs_.both_axes) cols_.set(grad_lse_cols, lse_cols);
-    set_rows(grad_lse, grad_positive, lse);
+    if (problem_.both_axes) cols_.set(incoming.lse_cols, saved.lse_cols);
+    set_rows(incoming.lse, incoming.positive_sum, saved.lse);
 
     if (symmetric_) {
       at::Tensor grad = at::zeros({n(), q_.padded_d()}, options);
@@ -218,12 +213,12 @@ class Engine {
 
   // The same problem with rows and columns exchanged (without the bias, which is constant along a column).
   Engine transposed() {
-    Pairs pairs = pairs_;
-    if (pairs.exclude) pairs.exclude = -*pairs.exclude;
-    std::swap(pairs.row_labels, pairs.col_labels);
-    pairs.positive_index = pairs.positive_mask = pairs.key_bias = std::nullopt;
-    pairs.label_positives = pairs.both_axes = false;
-    Engine other(key().tensor(), q_.tensor(), at::scalar_tensor(scale_, at::kDouble), pairs);
+    Contrast problem{key().tensor(), q_.tensor(), problem_.scale};
+    if (problem_.exclude) problem.exclude = -*problem_.exclude;
+    problem.row_labels = problem_.col_labels;
+    problem.col_labels = problem_.row_labels;
+    problem.among = problem_.among;
+    Engine other(problem);
     other.q_.make_rows();
     other.key().make_col_panels();
     return other;
@@ -255,9 +250,9 @@ class Engine {
   }
 
   void fill_excluded(const Tile& t, T* s, T value) const {
-    if (!pairs_.exclude) return;
+    if (!problem_.exclude) return;
     for (int i = 0; i < t.rows; ++i) {
-      const int64_t j = t.row + i + *pairs_.exclude - t.col;
+      const int64_t j = t.row + i + *problem_.exclude - t.col;
       if (j >= 0 && j < t.cols) s[i * ld() + j] = value;
     }
   }
@@ -331,7 +326,7 @@ class Engine {
     });
   }
 
-  bool has_positives() const { return pairs_.label_positives || index_.defined() || mask_.defined(); }
+  bool has_positives() const { return problem_.label_positives || index_.defined() || mask_.defined(); }
 
   void start_positives() {
     if (has_positives()) positive_sum_.assign(round_up(n(), kTileAlign), 0);
@@ -346,7 +341,7 @@ class Engine {
       return;
     }
     fill_excluded(t, s, T(0));
-    if (pairs_.label_positives) {
+    if (problem_.label_positives) {
       tile_kernels<Mode>().row.sum_equal(s, ld(), t.rows, t.padded_cols(), ids_->rows.data() + t.row,
                                          ids_->cols.data() + t.col, sum + t.row,
                                          mirror && t.row != t.col ? sum + t.col : nullptr);
@@ -387,7 +382,7 @@ class Engine {
     for (int64_t i = 0; i < n(); ++i) {
       const int64_t group = mask_.defined() ? i % mask_.size(0) : ids_->rows[i];
       count[i] = total[group];
-      const int64_t j = i + pairs_.exclude.value_or(m());
+      const int64_t j = i + problem_.exclude.value_or(m());
       if (j < 0 || j >= m()) continue;
       count[i] -= mask_.defined()
                       ? static_cast<double>(mask_.const_data_ptr<T>()[group * period + j % period])
@@ -457,7 +452,7 @@ class Engine {
         high = std::max(high, value);
       }
     constexpr double kClose = sizeof(T) == 8 ? 400 : 60;
-    const bool both = symmetric_ || pairs_.both_axes;
+    const bool both = symmetric_ || problem_.both_axes;
     if (both && !bias_.defined() && low <= high && high - low <= kClose) {
       softmax_ = Softmax::kBothCommon;
       shift_ = static_cast<T>(high);
@@ -486,7 +481,7 @@ class Engine {
       g.col_shift = cols_.shift.data() + t.col;
     }
     g.row_weight = weight_.data() + t.row;
-    if (pairs_.label_positives) {
+    if (problem_.label_positives) {
       g.row_ids = ids_->rows.data() + t.row;
       g.col_ids = ids_->cols.data() + t.col;
       if (symmetric_) g.col_weight = weight_.data() + t.col;
@@ -556,12 +551,11 @@ class Engine {
 
   // scale * (the first d columns), in the type of the input that it is the gradient of.
   at::Tensor finish(const at::Tensor& grad) const {
-    return finish_gradient(grad, q_.d(), scale_, input_type_);
+    return finish_gradient(grad, q_.d(), scale_, problem_.q.scalar_type());
   }
 
-  Pairs pairs_;
+  Contrast problem_;
   double scale_;
-  at::ScalarType input_type_;
   Among among_;
   Operand<Mode> q_;
   std::optional<Operand<Mode>> k_;
@@ -577,7 +571,8 @@ class Engine {
   T shift_ = 0;
 };
 
-void check(const at::Tensor& q, const std::optional<at::Tensor>& k, const Pairs& pairs) {
+void check(const Contrast& problem) {
+  const auto& [q, k] = std::tie(problem.q, problem.k);
   TORCH_CHECK_VALUE(q.dim() == 2, "q must be [N, D], got ", q.sizes());
   if (k) {
     TORCH_CHECK_VALUE(k->dim() == 2 && k->size(1) == q.size(1), "k must be [M, ", q.size(1), "], got ",
@@ -590,34 +585,34 @@ void check(const at::Tensor& q, const std::optional<at::Tensor>& k, const Pairs&
     TORCH_CHECK_VALUE(!x || (x->dim() == 1 && x->size(0) == size), name, " must be [", size, "], got ",
                       x->sizes());
   };
-  vector("row_labels", pairs.row_labels, n);
-  vector("col_labels", pairs.col_labels, m);
-  vector("positive_index", pairs.positive_index, n);
-  vector("key_bias", pairs.key_bias, m);
+  vector("row_labels", problem.row_labels, n);
+  vector("col_labels", problem.col_labels, m);
+  vector("positive_index", problem.positive_index, n);
+  vector("key_bias", problem.key_bias, m);
   TORCH_CHECK_VALUE(
-      pairs.row_labels.has_value() == pairs.col_labels.has_value() &&
-          (pairs.row_labels || (pairs.among == "all" && !pairs.label_positives)),
+      problem.row_labels.has_value() == problem.col_labels.has_value() &&
+          (problem.row_labels || (problem.among == "all" && !problem.label_positives)),
       "row_labels and col_labels must be given together, and where labels decide which pairs count");
-  TORCH_CHECK_VALUE(!pairs.positive_mask || pairs.positive_mask->dim() == 2, "positive_mask must be [R, C]");
-  TORCH_CHECK_VALUE(pairs.label_positives + pairs.positive_index.has_value() +
-                            pairs.positive_mask.has_value() + pairs.key_bias.has_value() <=
+  TORCH_CHECK_VALUE(!problem.positive_mask || problem.positive_mask->dim() == 2,
+                    "positive_mask must be [R, C]");
+  TORCH_CHECK_VALUE(problem.label_positives + problem.positive_index.has_value() +
+                            problem.positive_mask.has_value() + problem.key_bias.has_value() <=
                         1,
                     "at most one of label_positives, positive_index, positive_mask and key_bias");
-  if (pairs.positive_index) check_index("positive_index", *pairs.positive_index, m);
+  if (problem.positive_index) check_index("positive_index", *problem.positive_index, m);
 }
 
 }  // namespace
 }  // namespace cpu
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_forward(
-    const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs,
-    bool save_gradient) {
-  cpu::check(q, k, pairs);
-  TORCH_CHECK_VALUE(
-      !save_gradient || (k && !pairs.both_axes && !pairs.label_positives && !pairs.positive_mask),
-      "save_gradient is for one axis, keys of their own and positives by index or none");
-  return cpu::with_mode(q.scalar_type(), [&](auto mode) {
-    cpu::Engine<decltype(mode)> engine(q, k, scale, pairs);
+    const Contrast& problem, bool save_gradient) {
+  cpu::check(problem);
+  TORCH_CHECK_VALUE(!save_gradient || (problem.k && !problem.both_axes && !problem.label_positives &&
+                                       !problem.positive_mask),
+                    "save_gradient is for one axis, keys of their own and positives by index or none");
+  return cpu::with_mode(problem.q.scalar_type(), [&](auto mode) {
+    cpu::Engine<decltype(mode)> engine(problem);
     auto sums = engine.log_sum_exp();
     auto positives = engine.positives();
     at::Tensor residual =
@@ -628,16 +623,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrasti
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
-    const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_lse_cols,
-    const std::optional<at::Tensor>& grad_positive_sum, const at::Tensor& q,
-    const std::optional<at::Tensor>& k, const at::Tensor& scale, const Pairs& pairs, const at::Tensor& lse,
-    const at::Tensor& lse_cols, const at::Tensor& residual, std::array<bool, 3> needs) {
-  cpu::check(q, k, pairs);
-  return cpu::with_mode(q.scalar_type(), [&](auto mode) {
-    cpu::Engine<decltype(mode)> engine(q, k, scale, pairs);
-    if (residual.dim() == 2 && !needs[1] && !needs[2])
-      return engine.gradient_from_residual(residual, grad_lse, grad_positive_sum, needs[0]);
-    return engine.gradient(grad_lse, grad_lse_cols, grad_positive_sum, lse, lse_cols, needs);
+    const ContrastIncoming& incoming, const Contrast& problem, const ContrastSaved& saved,
+    std::array<bool, 3> needs) {
+  cpu::check(problem);
+  return cpu::with_mode(problem.q.scalar_type(), [&](auto mode) {
+    cpu::Engine<decltype(mode)> engine(problem);
+    if (saved.residual.dim() == 2 && !needs[1] && !needs[2])
+      return engine.gradient_from_residual(saved.residual, incoming, needs[0]);
+    return engine.gradient(incoming, saved, needs);
   });
 }
 

@@ -23,17 +23,16 @@ at::Tensor standardised(const at::Tensor& z0, const at::Tensor& z1, const at::Te
 }
 
 // Each column of a view is the positive of the same column of the other, and of what the mask adds.
-Pairs column_pairs(int64_t d, const std::optional<at::Tensor>& positive_mask, const at::Tensor& like) {
-  Pairs pairs{};
-  pairs.exclude = 0;
-  pairs.among = "all";
-  const at::Tensor index = at::arange(2 * d, like.options().dtype(at::kLong)).roll(d);
+Contrast column_problem(const at::Tensor& x, const at::Tensor& scale,
+                        const std::optional<at::Tensor>& positive_mask) {
+  Contrast problem{x, std::nullopt, scale, 0};
+  const at::Tensor index = at::arange(x.size(0), x.options().dtype(at::kLong)).roll(x.size(0) / 2);
   if (positive_mask)
-    pairs.positive_mask =
-        positive_mask->scatter(1, index.unsqueeze(1), true).fill_diagonal_(false).to(like.scalar_type());
+    problem.positive_mask =
+        positive_mask->scatter(1, index.unsqueeze(1), true).fill_diagonal_(false).to(x.scalar_type());
   else
-    pairs.positive_index = index;
-  return pairs;
+    problem.positive_index = index;
+  return problem;
 }
 
 void check(const at::Tensor& z0, const at::Tensor& z1, const std::optional<at::Tensor>& positive_mask) {
@@ -66,7 +65,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dimcl_for
   const at::Tensor mean_out = mean.to(type);
   const at::Tensor x = standardised(z0, z1, mean_out, rnorm);
   auto [lse, unused, sum, count, unused_residual] =
-      contrastive_forward(x, std::nullopt, scale, column_pairs(z0.size(1), positive_mask, x), false);
+      contrastive_forward(column_problem(x, scale, positive_mask), false);
   return {lse, sum, count, mean_out, rnorm};
 }
 
@@ -78,9 +77,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
   check(z0, z1, positive_mask);
   const int64_t n = z0.size(0), d = z0.size(1);
   const at::Tensor x = standardised(z0, z1, mean, rnorm);
+  const at::Tensor nothing = at::empty({0}, lse.options());
   auto [grad, unused_k, grad_scale, unused_bias] = contrastive_backward(
-      grad_lse, std::nullopt, grad_positive_sum, x, std::nullopt, scale, column_pairs(d, positive_mask, x),
-      lse, at::empty({0}, lse.options()), at::empty({0}, lse.options()), {true, false, false});
+      {grad_lse, std::nullopt, grad_positive_sum}, column_problem(x, scale, positive_mask),
+      {lse, nothing, nothing}, {true, false, false});
   // Through x = (z - mean) / ||z - mean||; the mean goes last, or a nearly constant column would bring it
   // back.
   grad -= x * (x * grad).sum(1, true);

@@ -15,25 +15,23 @@ namespace cpu {
 namespace {
 
 template <typename Mode>
-class SoftTarget {
+class SoftTargetEngine {
  public:
   using T = typename Mode::Sum;
 
-  SoftTarget(const at::Tensor& q, at::TensorList k, const at::Tensor& target_q, at::TensorList target_k,
-             const at::Tensor& scale, const at::Tensor& target_scale,
-             const std::optional<at::Tensor>& positive, std::string_view positive_in_target)
-      : scale_(scale.item<double>()),
-        target_scale_(target_scale.item<double>()),
-        zero_(positive_in_target == "zero"),
-        input_type_(q.scalar_type()),
-        q_(q),
-        target_q_(target_q),
-        row_block_(rectangle_block(q.size(0))) {
-    if (positive) positive_ = positive->contiguous();
+  explicit SoftTargetEngine(const SoftTarget& problem)
+      : scale_(problem.scale.item<double>()),
+        target_scale_(problem.target_scale.item<double>()),
+        zero_(problem.positive_in_target == "zero"),
+        input_type_(problem.q.scalar_type()),
+        q_(problem.q),
+        target_q_(problem.target_q),
+        row_block_(rectangle_block(problem.q.size(0))) {
+    if (problem.positive) positive_ = problem.positive->contiguous();
     int64_t first = 0;
-    for (size_t i = 0; i < k.size(); ++i) {
-      segments_.emplace_back(k[i], target_k[i], first);
-      first += k[i].size(0);
+    for (size_t i = 0; i < problem.k.size(); ++i) {
+      segments_.emplace_back(problem.k[i], problem.target_k[i], first);
+      first += problem.k[i].size(0);
     }
     col_block_ = rectangle_block(first);
     for (size_t i = 0; i < segments_.size(); ++i)
@@ -107,13 +105,8 @@ class SoftTarget {
   }
 
   std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor>
-  backward(const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_target_lse,
-           const std::optional<at::Tensor>& grad_cross, const std::optional<at::Tensor>& grad_positive_sum,
-           const at::Tensor& lse, const at::Tensor& target_lse, const at::Tensor& cross,
-           const at::Tensor& positive_sum, const at::Tensor& mean_key, const at::Tensor& mean_target_key,
-           std::array<bool, 4> needs) {
-    const Rows rows(n(), grad_lse, grad_target_lse, grad_cross, grad_positive_sum, lse, target_lse, cross,
-                    positive_sum);
+  backward(const SoftTargetIncoming& incoming, const SoftTargetSaved& saved, std::array<bool, 4> needs) {
+    const Rows rows(n(), incoming, saved);
     const auto [need_q, need_k, need_target_q, need_target_k] = needs;
     const at::TensorOptions options = this->options();
     at::Tensor grad_q = at::zeros({n(), q_.padded_d()}, options);  // always, for the gradient of the scale
@@ -123,8 +116,8 @@ class SoftTarget {
       grad_k.push_back(at::zeros({need_k ? segment.k.n() : 0, q_.padded_d()}, options));
       grad_target_k.push_back(at::zeros({need_target_k ? segment.k.n() : 0, target_q_.padded_d()}, options));
     }
-    if (mean_key.dim() == 2 && !need_k && !need_target_q && !need_target_k)
-      gradient_from_means(rows, mean_key, mean_target_key, grad_q);
+    if (saved.mean_key.dim() == 2 && !need_k && !need_target_q && !need_target_k)
+      gradient_from_means(rows, saved.mean_key, saved.mean_target_key, grad_q);
     else
       gradient_from_tiles(rows, needs, grad_q, grad_k, grad_target_q, grad_target_k);
 
@@ -162,22 +155,19 @@ class SoftTarget {
     std::vector<double> lse, target_lse, cross, positive;
     std::vector<T> lse_coef, target_coef, cross_coef, positive_coef;
 
-    Rows(int64_t n, const std::optional<at::Tensor>& grad_lse,
-         const std::optional<at::Tensor>& grad_target_lse, const std::optional<at::Tensor>& grad_cross,
-         const std::optional<at::Tensor>& grad_positive_sum, const at::Tensor& lse_in,
-         const at::Tensor& target_lse_in, const at::Tensor& cross_in, const at::Tensor& positive_in) {
+    Rows(int64_t n, const SoftTargetIncoming& incoming, const SoftTargetSaved& saved) {
       auto copy = [&](const std::optional<at::Tensor>& x, auto& out) {
         out.assign(n, 0);
         if (x) copy_rows(*x, out.data());
       };
-      copy(lse_in, lse);
-      copy(target_lse_in, target_lse);
-      copy(cross_in, cross);
-      copy(positive_in, positive);
-      copy(grad_lse, lse_coef);
-      copy(grad_target_lse, target_coef);
-      copy(grad_cross, cross_coef);
-      copy(grad_positive_sum, positive_coef);
+      copy(saved.lse, lse);
+      copy(saved.target_lse, target_lse);
+      copy(saved.cross, cross);
+      copy(saved.positive_sum, positive);
+      copy(incoming.lse, lse_coef);
+      copy(incoming.target_lse, target_coef);
+      copy(incoming.cross, cross_coef);
+      copy(incoming.positive_sum, positive_coef);
       auto to_base_2 = [](double& value) {
         const bool empty = value == -std::numeric_limits<double>::infinity();
         value = empty ? 0 : value * kLog2e;
@@ -354,8 +344,8 @@ class SoftTarget {
   int64_t row_block_, col_block_;
 };
 
-void check(const at::Tensor& q, at::TensorList k, const at::Tensor& target_q, at::TensorList target_k,
-           const std::optional<at::Tensor>& positive, std::string_view positive_in_target) {
+void check(const SoftTarget& problem) {
+  const auto& [q, k, target_q, target_k, scale, target_scale, positive, positive_in_target] = problem;
   TORCH_CHECK_VALUE(q.dim() == 2, "q must be [N, D], got ", q.sizes());
   TORCH_CHECK_VALUE(target_q.dim() == 2 && target_q.size(0) == q.size(0), "target_q must be [", q.size(0),
                     ", E], got ", target_q.sizes());
@@ -387,34 +377,19 @@ void check(const at::Tensor& q, at::TensorList k, const at::Tensor& target_q, at
 }  // namespace cpu
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> soft_target_forward(
-    const at::Tensor& q, at::TensorList k, const at::Tensor& target_q, at::TensorList target_k,
-    const at::Tensor& scale, const at::Tensor& target_scale, const std::optional<at::Tensor>& positive,
-    std::string_view positive_in_target, bool save_gradient) {
-  cpu::check(q, k, target_q, target_k, positive, positive_in_target);
-  return cpu::with_mode(q.scalar_type(), [&](auto mode) {
-    cpu::SoftTarget<decltype(mode)> work(q, k, target_q, target_k, scale, target_scale, positive,
-                                         positive_in_target);
-    return work.forward(save_gradient);
+    const SoftTarget& problem, bool save_gradient) {
+  cpu::check(problem);
+  return cpu::with_mode(problem.q.scalar_type(), [&](auto mode) {
+    return cpu::SoftTargetEngine<decltype(mode)>(problem).forward(save_gradient);
   });
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor>
-soft_target_backward(const std::optional<at::Tensor>& grad_lse,
-                     const std::optional<at::Tensor>& grad_target_lse,
-                     const std::optional<at::Tensor>& grad_cross,
-                     const std::optional<at::Tensor>& grad_positive_sum, const at::Tensor& q,
-                     at::TensorList k, const at::Tensor& target_q, at::TensorList target_k,
-                     const at::Tensor& scale, const at::Tensor& target_scale,
-                     const std::optional<at::Tensor>& positive, std::string_view positive_in_target,
-                     const at::Tensor& lse, const at::Tensor& target_lse, const at::Tensor& cross,
-                     const at::Tensor& positive_sum, const at::Tensor& mean_key,
-                     const at::Tensor& mean_target_key, std::array<bool, 4> needs) {
-  cpu::check(q, k, target_q, target_k, positive, positive_in_target);
-  return cpu::with_mode(q.scalar_type(), [&](auto mode) {
-    cpu::SoftTarget<decltype(mode)> work(q, k, target_q, target_k, scale, target_scale, positive,
-                                         positive_in_target);
-    return work.backward(grad_lse, grad_target_lse, grad_cross, grad_positive_sum, lse, target_lse, cross,
-                         positive_sum, mean_key, mean_target_key, needs);
+soft_target_backward(const SoftTargetIncoming& incoming, const SoftTarget& problem,
+                     const SoftTargetSaved& saved, std::array<bool, 4> needs) {
+  cpu::check(problem);
+  return cpu::with_mode(problem.q.scalar_type(), [&](auto mode) {
+    return cpu::SoftTargetEngine<decltype(mode)>(problem).backward(incoming, saved, needs);
   });
 }
 

@@ -91,14 +91,14 @@ void micro_tail(int rows, const typename Mode::Operand* a, ptrdiff_t ld, const t
   }
 }
 
-template <typename Mode, bool Transposed>
+template <typename Mode, bool Transposed, bool Add>
 void product(const typename Mode::Operand* a, ptrdiff_t ld, int n_rows, const typename Mode::Operand* panels,
-             ptrdiff_t panel_stride, int64_t depth, int n_panels, bool accumulate, typename Mode::Sum factor,
+             ptrdiff_t panel_stride, int64_t depth, int n_panels, typename Mode::Sum factor,
              typename Mode::Sum* out, ptrdiff_t ld_out) {
   for (int64_t k = 0; k < depth; k += kDepthChunk) {
     const int chunk = static_cast<int>(depth - k < kDepthChunk ? depth - k : kDepthChunk);
-    const bool first = k == 0 && !accumulate;
-    const bool last = k + chunk == depth && !accumulate;
+    const bool first = k == 0 && !Add;
+    const bool last = k + chunk == depth && !Add;
     // kScale multiplies by the factor too, which is 1 until the last chunk.
     const Store how = first ? Store::kScale : last ? Store::kAddScale : Store::kAdd;
     const typename Mode::Sum by = last ? factor : 1;
@@ -118,8 +118,8 @@ void product(const typename Mode::Operand* a, ptrdiff_t ld, int n_rows, const ty
 template <typename Mode>
 void dot(const typename Mode::Operand* rows, ptrdiff_t ld, int n_rows, const typename Mode::Operand* panels,
          int64_t depth, int n_panels, typename Mode::Sum factor, typename Mode::Sum* out, ptrdiff_t ld_out) {
-  product<Mode, false>(rows, ld, n_rows, panels, depth * kPanelWidth<Mode>, depth, n_panels, false, factor,
-                       out, ld_out);
+  product<Mode, false, false>(rows, ld, n_rows, panels, depth * kPanelWidth<Mode>, depth, n_panels, factor,
+                              out, ld_out);
 }
 
 template <typename Mode>
@@ -127,9 +127,9 @@ void accumulate(const typename Mode::Operand* g, ptrdiff_t ld, bool transposed, 
                 const typename Mode::Operand* panels, ptrdiff_t panel_stride, int n_panels,
                 typename Mode::Sum* out, ptrdiff_t ld_out) {
   if (transposed)
-    product<Mode, true>(g, ld, n_rows, panels, panel_stride, depth, n_panels, true, 1, out, ld_out);
+    product<Mode, true, true>(g, ld, n_rows, panels, panel_stride, depth, n_panels, 1, out, ld_out);
   else
-    product<Mode, false>(g, ld, n_rows, panels, panel_stride, depth, n_panels, true, 1, out, ld_out);
+    product<Mode, false, true>(g, ld, n_rows, panels, panel_stride, depth, n_panels, 1, out, ld_out);
 }
 
 // ---- Passes over the rows of a tile

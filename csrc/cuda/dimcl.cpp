@@ -65,16 +65,14 @@ Columns standardise(const at::Tensor& z0, const at::Tensor& z1) {
 // Each column of a view is the positive of the same column of the other, and of what the mask adds.
 Contrast column_problem(const at::Tensor& x, const at::Tensor& scale,
                         const std::optional<at::Tensor>& positive_mask) {
-  Pairs pairs{};
-  pairs.exclude = 0;
-  pairs.among = "all";
+  Contrast problem{x, std::nullopt, scale, 0};
   const at::Tensor own = at::arange(x.size(0), x.options().dtype(at::kLong));
   const at::Tensor partner = own.roll(x.size(0) / 2);
   if (positive_mask)
-    pairs.positive_mask = *positive_mask | (partner.unsqueeze(1) == own);
+    problem.positive_mask = *positive_mask | (partner.unsqueeze(1) == own);
   else
-    pairs.positive_index = partner;
-  return {x, std::nullopt, scale, pairs};
+    problem.positive_index = partner;
+  return problem;
 }
 
 }  // namespace
@@ -101,9 +99,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
   const cuda::DeviceGuard guard(z0);
   const int64_t n = z0.size(0), d = z0.size(1);
   const cuda::Columns columns = cuda::standardise(z0, z1);
+  const at::Tensor nothing = at::empty({0}, lse.options());
   const cuda::Gradients grads = cuda::engine_backward(
-      cuda::column_problem(columns.x, scale, positive_mask), grad_lse, std::nullopt, grad_positive_sum, lse,
-      at::empty({0}, lse.options()), {true, false, false}, at::kFloat);
+      {grad_lse, std::nullopt, grad_positive_sum}, cuda::column_problem(columns.x, scale, positive_mask),
+      {lse, nothing, nothing}, {true, false, false}, at::kFloat);
   at::Tensor grad_z0 = at::empty({n, d}, z0.options()), grad_z1 = at::empty({n, d}, z1.options());
   at::Tensor along = cuda::empty_like_device(z0, {2, 2 * d}, at::kFloat);
   const at::Tensor grad_x = grads.q.contiguous();

@@ -70,25 +70,22 @@ struct Problem {
         scale_tensor(c.scale),
         type(type_of(q)),
         precision(precision_of(q)),
-        among(parse_among(c.pairs.among)),
+        among(parse_among(c.among)),
         self_keys(!c.k) {
-    const Pairs& pairs = c.pairs;
     const int64_t most = std::numeric_limits<int>::max() - kBlock;
     TORCH_CHECK_VALUE(n() < most && m() < most && q.size(1) < most,
                       "q and k must have fewer than 2^31 rows and columns");
-    if (pairs.exclude && *pairs.exclude > -q.size(0) && *pairs.exclude < k.size(0))
-      offset = static_cast<int>(*pairs.exclude);
-    if (pairs.row_labels) ids = label_ids(*pairs.row_labels, *pairs.col_labels);
-    positives = pairs.label_positives  ? kLabels
-                : pairs.positive_index ? kIndex
-                : pairs.positive_mask  ? kMask
-                                       : kNoPositives;
-    if (pairs.positive_index) index = pairs.positive_index->to(at::kInt).contiguous();
-    if (pairs.positive_mask) mask = *pairs.positive_mask;
-    if (pairs.key_bias) bias = pairs.key_bias->to(at::kFloat).contiguous();
-    const bool same_labels = !pairs.row_labels || is_same(*pairs.row_labels, *pairs.col_labels);
-    symmetric =
-        self_keys && !pairs.both_axes && pairs.exclude.value_or(0) == 0 && !pairs.key_bias && same_labels;
+    if (c.exclude && *c.exclude > -q.size(0) && *c.exclude < k.size(0)) offset = static_cast<int>(*c.exclude);
+    if (c.row_labels) ids = label_ids(*c.row_labels, *c.col_labels);
+    positives = c.label_positives  ? kLabels
+                : c.positive_index ? kIndex
+                : c.positive_mask  ? kMask
+                                   : kNoPositives;
+    if (c.positive_index) index = c.positive_index->to(at::kInt).contiguous();
+    if (c.positive_mask) mask = *c.positive_mask;
+    if (c.key_bias) bias = c.key_bias->to(at::kFloat).contiguous();
+    const bool same_labels = !c.row_labels || is_same(*c.row_labels, *c.col_labels);
+    symmetric = self_keys && !c.both_axes && c.exclude.value_or(0) == 0 && !c.key_bias && same_labels;
   }
 
   int n() const { return static_cast<int>(q.size(0)); }
@@ -395,7 +392,7 @@ Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
     return out;
   }
   PositiveMemory positives;
-  std::tie(out.lse, out.lse_cols) = log_sum_exp(p, contrast.pairs.both_axes, positives);
+  std::tie(out.lse, out.lse_cols) = log_sum_exp(p, contrast.both_axes, positives);
   std::tie(out.positive_sum, out.positive_count) =
       positive_sums(contrast, p.ids ? &*p.ids : nullptr, positives.sums);
   if (save_gradient) {
@@ -413,10 +410,8 @@ Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
   return out;
 }
 
-Gradients engine_backward(const Contrast& contrast, const std::optional<at::Tensor>& grad_lse,
-                          const std::optional<at::Tensor>& grad_lse_cols,
-                          const std::optional<at::Tensor>& grad_positive_sum, const at::Tensor& lse,
-                          const at::Tensor& lse_cols, std::array<bool, 3> needs,
+Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& contrast,
+                          const ContrastSaved& saved, std::array<bool, 3> needs,
                           std::optional<at::ScalarType> type) {
   const DeviceGuard guard(contrast.q);
   Problem p(contrast);
@@ -428,7 +423,8 @@ Gradients engine_backward(const Contrast& contrast, const std::optional<at::Tens
   const at::Tensor unit = p.in_registers() ? at::Tensor() : bound;  // of chunks; the row kernels take it off
   Gradients out{nothing, nothing, nothing, nothing};
 
-  const TermsMemory rows = make_terms(p, lse, grad_lse, grad_positive_sum, p.index, bound, largest_weight(p));
+  const TermsMemory rows =
+      make_terms(p, saved.lse, incoming.lse, incoming.positive_sum, p.index, bound, largest_weight(p));
   if (p.symmetric && !needs_bias) {
     // G + G^T in one pass.
     GradientRules both = rules_of(p, rows.terms, rows.terms, bound);
@@ -441,7 +437,7 @@ Gradients engine_backward(const Contrast& contrast, const std::optional<at::Tens
   }
 
   TermsMemory cols;
-  if (grad_lse_cols) cols = make_terms(p, lse_cols, grad_lse_cols, std::nullopt, {}, bound, {});
+  if (incoming.lse_cols) cols = make_terms(p, saved.lse_cols, incoming.lse_cols, std::nullopt, {}, bound, {});
   const GradientRules rules = rules_of(p, rows.terms, cols.terms, bound);
   const bool into_q = needs_q || !needs_k;  // one of them, for the gradient of the scale
   const bool into_k = p.self_keys ? needs_q : needs_k;

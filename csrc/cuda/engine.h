@@ -11,14 +11,6 @@
 
 namespace cl_kernels::cuda {
 
-// The problem of the `contrastive` ops (cl_kernels/ops.py).
-struct Contrast {
-  at::Tensor q;                 // [N, D]
-  std::optional<at::Tensor> k;  // [M, D], or none: q
-  at::Tensor scale;             // 0-dim
-  Pairs pairs;
-};
-
 struct Statistics {
   at::Tensor lse, lse_cols, positive_sum, positive_count;  // double
   at::Tensor residual;                                     // float
@@ -31,11 +23,8 @@ struct Gradients {
 Statistics engine_forward(const Contrast&, bool save_gradient);
 
 // The gradients of q and k in `type`, by default that of q.
-Gradients engine_backward(const Contrast&, const std::optional<at::Tensor>& grad_lse,
-                          const std::optional<at::Tensor>& grad_lse_cols,
-                          const std::optional<at::Tensor>& grad_positive_sum, const at::Tensor& lse,
-                          const at::Tensor& lse_cols, std::array<bool, 3> needs,
-                          std::optional<at::ScalarType> type = std::nullopt);
+Gradients engine_backward(const ContrastIncoming&, const Contrast&, const ContrastSaved&,
+                          std::array<bool, 3> needs, std::optional<at::ScalarType> type = std::nullopt);
 
 // How features of this type multiply: float32 by torch.get_float32_matmul_precision(), "medium" as "high".
 Precision precision_of(const at::Tensor& features);

@@ -107,8 +107,7 @@ LabelIds label_ids(const at::Tensor& row_labels, const at::Tensor& col_labels) {
 std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast& contrast, const LabelIds* ids,
                                                  const TileSums& tiles) {
   const DeviceGuard guard(contrast.q);
-  const Pairs& pairs = contrast.pairs;
-  const bool any = pairs.label_positives || pairs.positive_index || pairs.positive_mask;
+  const bool any = contrast.label_positives || contrast.positive_index || contrast.positive_mask;
   const int64_t n = contrast.q.size(0);
   at::Tensor sum = empty_like_device(contrast.q, {any ? n : 0}, at::kDouble), count = at::empty_like(sum);
   if (!any) return {sum, count};
@@ -128,22 +127,22 @@ std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast& contrast, const
   p.sum = sum.mutable_data_ptr<double>();
   p.count = count.mutable_data_ptr<double>();
   at::Tensor index, prototypes, counts, excluded_weight;
-  if (pairs.positive_index) {
-    index = pairs.positive_index->to(at::kInt).contiguous();
+  if (contrast.positive_index) {
+    index = contrast.positive_index->to(at::kInt).contiguous();
     p.index = index.const_data_ptr<int>();
     launch_positive_rows(p, type_of(q), stream());
     return {sum, count};
   }
-  p.excludes = pairs.exclude && *pairs.exclude > -n && *pairs.exclude < p.m;
-  p.offset = p.excludes ? static_cast<int>(*pairs.exclude) : 0;
-  if (pairs.label_positives) {
+  p.excludes = contrast.exclude && *contrast.exclude > -n && *contrast.exclude < p.m;
+  p.offset = p.excludes ? static_cast<int>(*contrast.exclude) : 0;
+  if (contrast.label_positives) {
     TORCH_CHECK_VALUE(ids != nullptr, "positives by label need labels");
     if (half) prototypes = class_prototypes(k, *ids);
     counts = ids->counts;
     p.row_ids = ids->rows.const_data_ptr<int>();
     p.col_ids = ids->cols.const_data_ptr<int>();
   } else {
-    const at::Tensor& mask = *pairs.positive_mask;
+    const at::Tensor& mask = *contrast.positive_mask;
     MaskedPrototypes masked = mask_prototypes(k, mask);
     prototypes = masked.prototypes;
     counts = masked.counts;

@@ -55,12 +55,11 @@ struct RowGradients {
   at::Tensor lse, target_lse, cross, positive;
 
   RowGradients() = default;
-  RowGradients(const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& target_lse,
-               const std::optional<at::Tensor>& cross, const std::optional<at::Tensor>& positive)
-      : lse(in_double(lse)),
-        target_lse(in_double(target_lse)),
-        cross(in_double(cross)),
-        positive(in_double(positive)) {}
+  explicit RowGradients(const SoftTargetIncoming& incoming)
+      : lse(in_double(incoming.lse)),
+        target_lse(in_double(incoming.target_lse)),
+        cross(in_double(incoming.cross)),
+        positive(in_double(incoming.positive_sum)) {}
 
   static at::Tensor in_double(const std::optional<at::Tensor>& x) {
     return x ? x->to(at::kDouble) : at::Tensor();
@@ -92,19 +91,17 @@ struct Statistics {
   }
 };
 
-class SoftTarget {
+class SoftTargetEngine {
  public:
-  SoftTarget(const at::Tensor& q, at::TensorList k, const at::Tensor& target_q, at::TensorList target_k,
-             const at::Tensor& scale, const at::Tensor& target_scale,
-             const std::optional<at::Tensor>& positive, std::string_view positive_in_target)
-      : q_(q),
-        t_(target_q),
-        k_(k.vec()),
-        u_(target_k.vec()),
-        scale_(scale),
-        target_scale_(target_scale),
-        zero_(positive_in_target == "zero"),
-        type_(type_of(q)) {
+  explicit SoftTargetEngine(const SoftTarget& problem)
+      : q_(problem.q),
+        t_(problem.target_q),
+        k_(problem.k.vec()),
+        u_(problem.target_k.vec()),
+        scale_(problem.scale),
+        target_scale_(problem.target_scale),
+        zero_(problem.positive_in_target == "zero"),
+        type_(type_of(q_)) {
     for (const at::Tensor& part : k_) {
       first_.push_back(columns_);
       start_.push_back(width_);
@@ -112,9 +109,9 @@ class SoftTarget {
       width_ += round_up(part.size(0), kSegmentAlignment);
     }
     const int64_t most = std::numeric_limits<int>::max() - kBlock;
-    TORCH_CHECK_VALUE(q.size(0) < most && width_ < most && q.size(1) < most && target_q.size(1) < most,
+    TORCH_CHECK_VALUE(n() < most && width_ < most && d() < most && e() < most,
                       "q and k must have fewer than 2^31 rows and columns");
-    if (positive) positive_ = positive->to(at::kInt).contiguous();
+    if (problem.positive) positive_ = problem.positive->to(at::kInt).contiguous();
   }
 
   Forward forward(bool save_gradient) {
@@ -393,33 +390,22 @@ class SoftTarget {
 }  // namespace cuda
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> soft_target_forward(
-    const at::Tensor& q, at::TensorList k, const at::Tensor& target_q, at::TensorList target_k,
-    const at::Tensor& scale, const at::Tensor& target_scale, const std::optional<at::Tensor>& positive,
-    std::string_view positive_in_target, bool save_gradient) {
-  const cuda::DeviceGuard guard(q);
-  return cuda::SoftTarget(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
-      .forward(save_gradient);
+    const SoftTarget& problem, bool save_gradient) {
+  const cuda::DeviceGuard guard(problem.q);
+  return cuda::SoftTargetEngine(problem).forward(save_gradient);
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor>
-soft_target_backward(const std::optional<at::Tensor>& grad_lse,
-                     const std::optional<at::Tensor>& grad_target_lse,
-                     const std::optional<at::Tensor>& grad_cross,
-                     const std::optional<at::Tensor>& grad_positive_sum, const at::Tensor& q,
-                     at::TensorList k, const at::Tensor& target_q, at::TensorList target_k,
-                     const at::Tensor& scale, const at::Tensor& target_scale,
-                     const std::optional<at::Tensor>& positive, std::string_view positive_in_target,
-                     const at::Tensor& lse, const at::Tensor& target_lse, const at::Tensor& cross,
-                     const at::Tensor& positive_sum, const at::Tensor& mean_key,
-                     const at::Tensor& mean_target_key, std::array<bool, 4> needs) {
-  const cuda::DeviceGuard guard(q);
-  cuda::SoftTarget problem(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target);
-  const cuda::Statistics statistics = {lse.contiguous(), target_lse.contiguous(), cross.contiguous(),
-                                       positive_sum.contiguous()};
-  const cuda::RowGradients gradients(grad_lse, grad_target_lse, grad_cross, grad_positive_sum);
-  if (mean_key.numel() > 0 && !needs[1] && !needs[2] && !needs[3])
-    return problem.from_means(statistics, gradients, mean_key, mean_target_key, needs[0]);
-  return problem.by_chunks(statistics, gradients, needs);
+soft_target_backward(const SoftTargetIncoming& incoming, const SoftTarget& problem,
+                     const SoftTargetSaved& saved, std::array<bool, 4> needs) {
+  const cuda::DeviceGuard guard(problem.q);
+  cuda::SoftTargetEngine engine(problem);
+  const cuda::Statistics statistics = {saved.lse.contiguous(), saved.target_lse.contiguous(),
+                                       saved.cross.contiguous(), saved.positive_sum.contiguous()};
+  const cuda::RowGradients gradients(incoming);
+  if (saved.mean_key.numel() > 0 && !needs[1] && !needs[2] && !needs[3])
+    return engine.from_means(statistics, gradients, saved.mean_key, saved.mean_target_key, needs[0]);
+  return engine.by_chunks(statistics, gradients, needs);
 }
 
 }  // namespace cl_kernels

@@ -1,13 +1,13 @@
 """The compiled CPU kernels: instruction sets, numbers of threads, bounded memory, and life without them."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_python
 from torch import Tensor
 
 import cl_kernels as clk
@@ -125,7 +125,7 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_grows_with_rows_only() -> None:
     rows = 24576
-    done = subprocess.run([sys.executable, "-c", PEAK, str(rows)], capture_output=True, text=True, check=True)
+    done = run_python("-c", PEAK, str(rows))
     features = 4 * rows * 32  # bytes, at the width that products are padded to
     assert int(done.stdout) < 64e6 + 12 * features  # one N x N matrix would be 2.4 GB
 
@@ -141,8 +141,7 @@ def test_without_the_extension() -> None:
         "a, b = clk.supcon_loss(x), clk.reference.supcon_loss(x)\n"
         "assert torch.allclose(a, b) and torch.autograd.gradcheck(clk.supcon_loss, x)\n"
     )
-    environment = {**os.environ, "CL_KERNELS_NO_EXTENSION": "0"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = run_python("-c", code, CL_KERNELS_NO_EXTENSION="0")
     assert done.returncode == 0, done.stderr
 
 

@@ -67,7 +67,7 @@ def contrastive(
 
 
 def assert_same_nans(arguments: list[Any]) -> tuple[Tensor, ...]:
-    """Of the log-sum-exps, and close otherwise."""
+    """Log-sum-exps are NaN where those of the reference are, and close otherwise."""
     found = ops.contrastive_forward(*arguments)
     expected = by_reference("contrastive_forward", *arguments)
     for ours, exact in zip(found[:2], expected[:2], strict=True):
@@ -182,7 +182,7 @@ def test_of_soft_targets(in_target: str, save_gradient: bool, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_of_a_key_without_weight_in_the_target(dtype: torch.dtype) -> None:
-    """What the teacher's softmax rounds to nothing times NaN is NaN."""
+    """A weight of the teacher's that is rounded to nothing, times NaN, is NaN."""
     q, k, t = features(5, 8, dtype), features(9, 8, dtype), torch.eye(5, 8).to(dtype)
     u = torch.eye(9, 8).to(dtype)
     k[7] = torch.nan

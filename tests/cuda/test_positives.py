@@ -44,7 +44,7 @@ def positives(kind: str, n: int, m: int, own: bool) -> tuple[Any, ...]:
 @pytest.mark.parametrize("kind", ["labels", "index", "bool mask", "mask"])
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_sums(kind: str, precision: str) -> None:
-    """Of several tiles either way, mirrored and not, and of any excluded column."""
+    """Sums over several tiles either way, mirrored and not, with any excluded column."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

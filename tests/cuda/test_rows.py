@@ -87,7 +87,7 @@ def test_log_softmax(dtype: torch.dtype, n: int, m: int, mask: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_log_softmax_with_less_shared_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of sm_86, sm_89 and sm_120: rows that would need more are cut into parts."""
+    """The shared memory of sm_86, sm_89 and sm_120: rows that would need more are cut into parts."""
     monkeypatch.setenv("CL_KERNELS_EMULATED_SHARED", str(99 * 1024))
     n, m = 2, 40000 if dtype == torch.float32 else 70000
     assert_log_softmax((3 * torch.randn(n, m)).to(dtype), None, torch.randn(n, m).to(dtype))

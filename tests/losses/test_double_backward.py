@@ -56,6 +56,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Tensor]]]] = {
         lambda x, y, w: clk.multilevel_loss([x, y], LABELS, weights=w, temperature=0.4),
         lambda: [f64(4, 2, 3), f64(4, 2, 2), torch.tensor([0.5, 1.5], dtype=torch.float64)],
     ),
+    "stablerep": (
+        lambda x, tau: clk.stablerep_loss(x, LABELS, temperature=tau),
+        lambda: [f64(4, 3), scalar(0.4)],
+    ),
     "nt_xent": (
         lambda x, y, tau: clk.nt_xent_loss(x, y, temperature=tau),
         lambda: [f64(3, 4), f64(3, 4), scalar(0.4)],

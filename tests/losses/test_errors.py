@@ -33,6 +33,7 @@ CORRECT: dict[str, Callable[[], dict[str, Any]]] = {
         "levels": [unit(4, 2, 3), unit(4, 2, 5)],
         "labels": torch.tensor([0, 1, 0, 1]),
     },
+    "stablerep_loss": lambda: {"features": unit(4, 3), "labels": torch.tensor([0, 1, 0, 1])},
     "sce_loss": lambda: {**pair("q", "k")(), "k_global": unit(8, 3), "queue": unit(6, 3)},
     "info_nce_loss": lambda: {**pair("q", "k")(), "queue": unit(6, 3)},
     "nt_xent_loss": pair("z0", "z1"),
@@ -52,6 +53,7 @@ CORRECT: dict[str, Callable[[], dict[str, Any]]] = {
 MATRICES = {
     "supcon_loss": ["features"],
     "selfcon_loss": ["features"],
+    "stablerep_loss": ["features"],
     "sce_loss": ["q", "k", "k_global", "queue"],
     "info_nce_loss": ["q", "k", "queue"],
     "nt_xent_loss": ["z0", "z1"],
@@ -67,6 +69,7 @@ TEMPERATURES = {
     "supcon_loss": ["temperature", "base_temperature"],
     "selfcon_loss": ["temperature", "base_temperature"],
     "multilevel_loss": ["temperature", "base_temperature"],
+    "stablerep_loss": ["temperature"],
     "sce_loss": ["temperature", "target_temperature"],
     "info_nce_loss": ["temperature"],
     "nt_xent_loss": ["temperature"],
@@ -85,6 +88,7 @@ OPTIONS = {
     "supcon_loss": ["contrast_mode", "summation", "denominator", "no_positive", "reduction"],
     "selfcon_loss": ["anchors", "no_positive", "reduction"],
     "multilevel_loss": ["reduction"],
+    "stablerep_loss": ["reduction"],
     "sce_loss": ["positive_in_target", "reduction"],
     "info_nce_loss": ["reduction"],
     "nt_xent_loss": ["reduction"],
@@ -128,7 +132,7 @@ def test_matrices(function: str, name: str) -> None:
 
 @pytest.mark.parametrize(("function", "name"), flat(MATRICES))
 def test_matching_matrices(function: str, name: str) -> None:
-    if function in ("supcon_loss", "selfcon_loss"):
+    if function in ("supcon_loss", "selfcon_loss", "stablerep_loss"):
         return
     good = CORRECT[function]()[name]
     refused(function, ValueError, r"must|shape", **{name: torch.cat([good, good], 1)})

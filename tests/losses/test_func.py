@@ -48,6 +48,7 @@ CASES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "multilevel": lambda m, x, y, z: m.multilevel_loss(
         [views(x, y), views(x[:, :2], y[:, 1:3])], LABELS, weights=[1.0, 0.4]
     ),
+    "stablerep": lambda m, x, y, z: m.stablerep_loss(x, LABELS, temperature=0.4),
     "nt_xent": lambda m, x, y, z: m.nt_xent_loss(x, y),
     "info_nce": lambda m, x, y, z: m.info_nce_loss(x, y, temperature=0.4),
     "info_nce queue": lambda m, x, y, z: m.info_nce_loss(x, y, z, temperature=0.4),
@@ -158,7 +159,7 @@ def test_batches_of_float_labels() -> None:
 
 
 def test_gradients_for_each_problem_of_a_batch() -> None:
-    """Of a module's parameters and of the temperature, by functional_call."""
+    """Gradients of a module's parameters and of the temperature, by functional_call."""
     module = torch.nn.Linear(D, 3, dtype=torch.float64)
     parameters = {name: x.detach() for name, x in module.named_parameters()}
     tau = torch.tensor(0.3, dtype=torch.float64)

@@ -40,6 +40,7 @@ SAME: list[tuple[str, Callable[[], tuple[Any, ...]], dict[str, Any], str]] = [
     ("SelfConLoss", views, {}, "selfcon_loss"),
     ("SelfConLoss", views, {"temperature": 0.2, "anchors": "exits", "reduction": "sum"}, "selfcon_loss"),
     ("SelfConLoss", lambda: (unit(6, 2, 5),), {"augmentations": 2, "anchors": "first"}, "selfcon_loss"),
+    ("StableRepLoss", lambda: (unit(6, 5), views()[1]), {"temperature": 0.2}, "stablerep_loss"),
     ("SCELoss", pair, {}, "sce_loss"),
     (
         "SCELoss",

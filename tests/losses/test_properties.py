@@ -1,4 +1,4 @@
-"""What holds for all shapes: the reference's values, and the symmetries of each loss."""
+"""Properties that hold for all shapes: the reference's values, and the symmetries of each loss."""
 
 from __future__ import annotations
 

@@ -166,6 +166,6 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.parametrize("file", cuda_build.sources(ROOT, ".cpp"), ids=lambda path: path.name)
 def test_host_files_compile_for_a_gpu(file: Path, compiler: list[str]) -> None:
-    """What the emulator replaces, a GPU's build alone would see."""
+    """A GPU's build alone would see what the emulator replaces."""
     done = subprocess.run([*compiler, str(file)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -151,7 +151,7 @@ def _gate(toy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _steps(toy: Path, *arguments: str) -> list[str]:
-    """What each check of one process printed."""
+    """The print of each check of one process."""
     result = _gate(toy, *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout.split("== ")[1:]

@@ -1,8 +1,6 @@
-"""What of `python -m cl_kernels tune` needs no GPU."""
+"""The parts of `python -m cl_kernels tune` that need no GPU."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,18 +71,20 @@ def test_decisions_are_those_that_a_step_asks_for(monkeypatch: pytest.MonkeyPatc
 
 
 def test_serving_rows_are_literals_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `tune --serving` prints goes into SERVING as it stands, and then CUDA C++ serves under "auto"."""
+    """Rows that `tune --serving` prints go into SERVING as they stand; then CUDA C++ serves under "auto"."""
     work, ours = tune.work_of("nt_xent", 64, 8, "bfloat16")
     decided = [Serving("contrastive", "self", "half", "sm_90", 8, "triton", "default")]
     monkeypatch.setattr(tune, "decisions", lambda step: decided)
     monkeypatch.setattr(tune, "by_backend", lambda backend, ours: ours)
     monkeypatch.setattr(type(work), "inputs", lambda work, device, seed=0: [])
     monkeypatch.setattr(tune, "differentiate", lambda *_: lambda: None)
-    monkeypatch.setattr(tune.timing, "Steps", lambda *_: None)
+    monkeypatch.setattr(tune.timing, "steps", lambda *_: None)
 
-    def interleaved(steps: dict[str, object], device: str, rounds: int) -> dict[str, SimpleNamespace]:
+    def interleaved(
+        steps: dict[str, object], device: str, rounds: int
+    ) -> dict[str, list[tuple[float, float]]]:
         times = {"cuda": 1e-4, "triton": 2e-4}
-        return {name: SimpleNamespace(both=[times[name]] * rounds) for name in steps}
+        return {name: [(0.25 * times[name], 0.75 * times[name])] * rounds for name in steps}
 
     monkeypatch.setattr(tune.timing, "interleaved", interleaved)
     text = "\n".join(tune.serving_rows(work, ours))

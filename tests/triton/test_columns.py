@@ -92,7 +92,7 @@ def test_nearly_constant_columns(mean: float, spread: float) -> None:
 
 
 def test_gradient_of_equal_changes_vanishes() -> None:
-    """What moves a column as a whole changes nothing: the gradient of each column adds up to 0."""
+    """Moving a column as a whole changes nothing: the gradient of each column adds up to 0."""
     z0, z1 = 100 + 1e-3 * torch.randn(37, 5), torch.randn(37, 5)
     x, _, rnorm = standardise(z0, z1)
     for grad in column_gradient(torch.randn(10, 37), x, rnorm, torch.float32):

@@ -1,0 +1,83 @@
+"""The report of a benchmark: one HTML file that needs nothing else, and Markdown without plots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from . import figures, plots, tables
+from .panels import PALETTE, Panel, key, styles
+from .results import Results
+
+
+def html(results: Results) -> str:
+    return _written("report.html.j2", results, palette=PALETTE, sections=_sections(results))
+
+
+def markdown(results: Results) -> str:
+    return _written("report.md.j2", results, finalize=_escaped)
+
+
+def _written(template: str, results: Results, finalize: Any = None, **more: object) -> str:
+    environment = Environment(
+        loader=PackageLoader(__package__ or "", ""), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, autoescape=True, finalize=finalize, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["plain"] = figures.plain
+    found = tables.lines(results)
+    errors = tables.errors(tables.accuracy(results))
+    headlines, timed, rest = tables.measured(found)
+    everything, _, _ = tables.measured(found, everything=True)
+    return environment.get_template(template).render(
+        summary=tables.summary(found),
+        machine=tables.machine(results),
+        busy=tables.busy(results),
+        timed=timed,
+        rest=rest,
+        headlines=[x.to_dict("records") for _, x in headlines.groupby("key", sort=False)],
+        everything=[x.to_dict("records") for _, x in everything.groupby("key", sort=False)],
+        untimed=tables.untimed(found),
+        temperatures=list(errors.columns),
+        errors=errors.reset_index().to_numpy().tolist(),
+        cuda=results.machine.get("kind") == "cuda",
+        **more,
+    )
+
+
+def _escaped(value: object) -> Markup:
+    """A cell in one line, as text wherever Markdown would see a mark in it."""
+    if isinstance(value, Markup):
+        return value
+    text, _, spread = str(value).partition("\n")
+    text = " ".join(f"{text} ({spread})".split() if spread else text.split()).replace("\\", "\\\\")
+    for mark in "|*_`<[":
+        text = text.replace(mark, "\\" + mark)
+    return Markup(text)
+
+
+def _sections(results: Results) -> list[dict[str, Any]]:
+    """Panels by heading, and the entries of a legend by variant; the template has what is said of them."""
+    found, accuracy, known = tables.lines(results), tables.accuracy(results), styles(tables.variants(results))
+    errors = {
+        f"The {which}, {kind} inputs": panels
+        for which in ("gradient", "loss")
+        for kind, panels in plots.errors(accuracy, known, which).items()
+    }
+    limit = results.machine.get("memory_bytes")
+    sections: list[tuple[str, str, dict[str, list[Panel]]]] = [
+        ("speed", "Speed at the headline workloads", {"": plots.speedups(found, known)}),
+        ("time", "Time", {"": plots.times(found, known)}),
+        ("memory", "Memory", {"": plots.memories(found, known, limit)}),
+        ("roofline", "Roofline", {"": plots.rooflines(found, known, results.ceilings)}),
+        ("errors", "Accuracy", errors),
+    ]
+    filled = []
+    for name, title, groups in sections:
+        shown = {variant for panels in groups.values() for panel in panels for variant in panel.variants}
+        named = name == "speed"  # there, names stand beside the marks
+        legend = {} if named else {v: key(style) for v, style in known.items() if v in shown}
+        if shown:
+            filled.append({"name": name, "title": title, "groups": groups, "legend": legend})
+    return filled
