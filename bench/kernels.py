@@ -16,9 +16,9 @@ TRITON = (
     ("`lse` 128, positives by index", "lse._lse_kernel", "contrastive self", 128),
     ("`lse` 256, the same", "lse._lse_kernel", "contrastive self", 256),
     ("`lse` wider, the same", "lse._lse_kernel", "contrastive self", 512),
-    ("`gradient_rows` 128, the same", "gradient_rows._rows_kernel", "contrastive self", 128),
-    ("`gradient_rows` 256, the same", "gradient_rows._rows_kernel", "contrastive self", 256),
-    ("`gradient_tiles`, any width", "gradient_chunks._tiles_kernel", "contrastive self", 512),
+    ("`gradient_rows` 128, the same", "gradient_rows._gradient_rows_kernel", "contrastive self", 128),
+    ("`gradient_rows` 256, the same", "gradient_rows._gradient_rows_kernel", "contrastive self", 256),
+    ("`gradient_tiles`, any width", "gradient_chunks._gradient_tiles_kernel", "contrastive self", 512),
     ("`lse_frozen` 128", "lse_frozen._frozen_kernel", "contrastive keys, frozen", 128),
 )
 

@@ -120,6 +120,11 @@ class SoftTarget(NamedTuple):
         """Whether student and teacher read the same memory in segment i."""
         return same_memory(self.k[i], self.target_k[i])
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """D and E."""
+        return self.q.shape[1], self.target_q.shape[1]
+
 
 def same_memory(x: Tensor | None, y: Tensor | None) -> bool:
     if x is None or y is None:

@@ -120,27 +120,30 @@ class Launch:
     asked: dict[str, Any]  # options that are not the backend's defaults
     case: str  # that asked for it first
 
+    def arguments(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Name, type and path of each argument; of a tuple's items, a tuple's in it too: `q.stride_row`."""
+        for i, name in enumerate(self.kernel.arg_names):
+            yield from _items(name, self.signature[name], (i,))
+
     @property
     def key(self) -> str:
-        """The compiled code's inputs, but for numbers that are neither constants nor strides: whether a count of
-        rows or groups is a multiple of 16 makes no other kernel."""
-        names = self.kernel.arg_names
+        """The compiled code's inputs, but for numbers that are neither constants nor strides: whether a count
+        of rows or groups is a multiple of 16 makes no other kernel."""
         types = {}
-        for i, name in enumerate(names):
-            kind, constant = self.signature[name], self.constants.get((i,), "variable")
-            if kind == "constexpr" or name.startswith("stride") or kind[0] == "*":
-                types[name] = (kind, constant, str(self.attributes.get((i,))))
+        for name, kind, path in self.arguments():
+            stride = name.rpartition(".")[2].startswith("stride")
+            if kind == "constexpr" or stride or kind[0] == "*":
+                constant = self.constants.get(path, "variable")
+                types[name] = (kind, constant, str(self.attributes.get(path)))
         code = (self.kernel.fn.__module__, self.kernel.fn.__qualname__)
         return repr((self.architecture, code, types, self.options))
 
     @property
     def digest(self) -> str:
         """Digest of the compiled code's inputs but its texts, in any order of arguments and options."""
-        names = self.kernel.arg_names
         arguments = [
-            f"{name}: {self.signature[name]} {_written(self.constants.get((i,), ''))} "
-            f"{self.attributes.get((i,), '')}"
-            for i, name in enumerate(names)
+            f"{name}: {kind} {_written(self.constants.get(path, ''))} {self.attributes.get(path, '')}"
+            for name, kind, path in self.arguments()
         ]
         asked = [f"{name}={value}" for name, value in self.asked.items()]
         return recorded.digest(
@@ -162,8 +165,15 @@ class Launch:
         return (self.architecture, row, self.source, tile, launch, self.flags, self.case, self.digest)
 
     def named_constants(self) -> dict[str, Any]:
-        names = self.kernel.arg_names
-        return {names[path[0]]: value for path, value in self.constants.items()}
+        """Constants by name; those in a named tuple by the names of its fields, in capitals."""
+        found = {}
+        for name, _, path in self.arguments():
+            value = self.constants.get(path)
+            if hasattr(value, "_asdict"):
+                found |= {key.upper(): item for key, item in value._asdict().items()}
+            elif path in self.constants:
+                found[name] = value
+        return found
 
     @property
     def tile(self) -> list[int]:
@@ -215,6 +225,15 @@ class Figures:
 # What a kernel's code is made from.
 
 
+def _items(name: str, kind: Any, path: tuple[int, ...]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    if not isinstance(kind, tuple):
+        yield name, kind, path
+        return
+    fields = getattr(kind, "_fields", range(len(kind)))
+    for i, (field_name, item) in enumerate(zip(fields, kind, strict=True)):
+        yield from _items(f"{name}.{field_name}", item, (*path, i))
+
+
 def _full_name(function: Any) -> str:
     return f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__qualname__}"
 
@@ -229,8 +248,8 @@ def _written(value: Any) -> str:
 
 
 def _reached(function: FunctionType, found: dict[str, str]) -> None:
-    """Adds by name the texts of our functions and the constants that a kernel's names lead to, through our
-    modules too; what a name of Triton's does is its version's."""
+    """Adds by name the texts of our functions, the fields of our named tuples and the constants that a
+    kernel's names lead to, through our modules too; what a name of Triton's does is its version's."""
     names = set(function.__code__.co_names)
     values = {name: function.__globals__[name] for name in names if name in function.__globals__}
     for module_name, module in list(values.items()):
@@ -241,6 +260,8 @@ def _reached(function: FunctionType, found: dict[str, str]) -> None:
         if isinstance(inner, FunctionType):
             if not inner.__module__.startswith("triton."):
                 _add(value, found)
+        elif hasattr(value, "_fields"):
+            found[f"{value.__module__}.{name}"] = repr(value._fields)
         elif isinstance(value, (tl.constexpr, bool, int, float, str)):
             found[f"{function.__module__}.{name}"] = _written(value)
 

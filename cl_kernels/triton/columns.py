@@ -16,20 +16,21 @@ from . import launch, tiles
 # the spread takes no digits, and a constant column is exactly one.
 @triton.jit
 def _standardise_kernel(
-    z0, z1, x, mean, rnorm, n, d, noise, stride_0n, stride_0d, stride_1n, stride_1d,
+    z0, z1, x, mean, rnorm, n, d, noise,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     view = tl.program_id(1)
-    z = tl.where(view == 0, z0, z1)
-    stride_n, stride_d = tl.where(view == 0, stride_0n, stride_1n), tl.where(view == 0, stride_0d, stride_1d)
+    stride_n = tl.where(view == 0, z0.stride_row, z1.stride_row)
+    stride_d = tl.where(view == 0, z0.stride_col, z1.stride_col)
+    z = tiles.Matrix(tl.where(view == 0, z0.at, z1.at), stride_n, stride_d)
     i_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = i_d < d
-    b_first = tl.load(z + i_d.to(tl.int64) * stride_d, mask=m_d, other=0.0).to(tl.float32)
+    b_first = tl.load(z.at + i_d.to(tl.int64) * stride_d, mask=m_d, other=0.0).to(tl.float32)
 
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, n, BLOCK_M):
         i_n = first + tl.arange(0, BLOCK_M)
-        b_z = tiles.load_rows(z, i_n, i_n < n, i_d, m_d, stride_n, stride_d, EVEN_D).to(tl.float32)
+        b_z = tiles.load_rows(z, i_n, i_n < n, i_d, m_d, EVEN_D).to(tl.float32)
         b_sum += tl.where((i_n < n)[:, None], b_z - b_first[None, :], 0.0)
     b_offset = tl.sum(b_sum, 0) / n
     b_mean = b_first + b_offset
@@ -37,7 +38,7 @@ def _standardise_kernel(
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, n, BLOCK_M):
         i_n = first + tl.arange(0, BLOCK_M)
-        b_z = tiles.load_rows(z, i_n, i_n < n, i_d, m_d, stride_n, stride_d, EVEN_D).to(tl.float32)
+        b_z = tiles.load_rows(z, i_n, i_n < n, i_d, m_d, EVEN_D).to(tl.float32)
         b_z = tl.where((i_n < n)[:, None], (b_z - b_first[None, :]) - b_offset[None, :], 0.0)
         b_sum += b_z * b_z
     b_norm = tl.sqrt_rn(tl.sum(b_sum, 0))
@@ -48,7 +49,7 @@ def _standardise_kernel(
 
     for first in range(0, n, BLOCK_M):
         i_n = first + tl.arange(0, BLOCK_M)
-        b_z = tiles.load_rows(z, i_n, i_n < n, i_d, m_d, stride_n, stride_d, EVEN_D).to(tl.float32)
+        b_z = tiles.load_rows(z, i_n, i_n < n, i_d, m_d, EVEN_D).to(tl.float32)
         b_x = ((b_z - b_first[None, :]) - b_offset[None, :]) * b_rnorm[None, :]
         at = x + i_n.to(tl.int64)[:, None] * (2 * d) + view * d + i_d[None, :]
         tl.store(at, b_x.to(x.dtype.element_ty), mask=(i_n < n)[:, None] & m_d[None, :])
@@ -57,14 +58,15 @@ def _standardise_kernel(
 # dz = rnorm (g - x (x . g) - mean of that) of each column, three walks of its rows: for x . g, for the mean,
 # and for the output. The mean goes last: rounding leaves x itself a mean where a column hardly varies.
 @triton.jit
-def _gradient_kernel(
-    grad_x, x, rnorm, grad_z0, grad_z1, n, d, stride_gd, stride_gn, stride_xn, stride_xd,
+def _column_gradient_kernel(
+    grad_x, x, rnorm, grad_z0, grad_z1, n, d,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     view = tl.program_id(1)
     grad_z = tl.where(view == 0, grad_z0, grad_z1)
-    grad_x += view.to(tl.int64) * d * stride_gd
-    x += view.to(tl.int64) * d * stride_xd
+    first_d = view.to(tl.int64) * d
+    g = tiles.Matrix(grad_x.at + first_d * grad_x.stride_row, grad_x.stride_col, grad_x.stride_row)
+    x = tiles.Matrix(x.at + first_d * x.stride_col, x.stride_row, x.stride_col)
     i_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = i_d < d
     b_rnorm = tl.load(rnorm + view * d + i_d, mask=m_d, other=0.0)
@@ -72,23 +74,23 @@ def _gradient_kernel(
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, n, BLOCK_M):
         i_n = first + tl.arange(0, BLOCK_M)
-        b_g = tiles.load_rows(grad_x, i_n, i_n < n, i_d, m_d, stride_gn, stride_gd, EVEN_D)
-        b_x = tiles.load_rows(x, i_n, i_n < n, i_d, m_d, stride_xn, stride_xd, EVEN_D).to(tl.float32)
+        b_g = tiles.load_rows(g, i_n, i_n < n, i_d, m_d, EVEN_D)
+        b_x = tiles.load_rows(x, i_n, i_n < n, i_d, m_d, EVEN_D).to(tl.float32)
         b_sum += b_g * b_x
     b_dot = tl.sum(b_sum, 0)
 
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, n, BLOCK_M):
         i_n = first + tl.arange(0, BLOCK_M)
-        b_g = tiles.load_rows(grad_x, i_n, i_n < n, i_d, m_d, stride_gn, stride_gd, EVEN_D)
-        b_x = tiles.load_rows(x, i_n, i_n < n, i_d, m_d, stride_xn, stride_xd, EVEN_D).to(tl.float32)
+        b_g = tiles.load_rows(g, i_n, i_n < n, i_d, m_d, EVEN_D)
+        b_x = tiles.load_rows(x, i_n, i_n < n, i_d, m_d, EVEN_D).to(tl.float32)
         b_sum += b_g - b_x * b_dot[None, :]
     b_mean = tl.sum(b_sum, 0) / n
 
     for first in range(0, n, BLOCK_M):
         i_n = first + tl.arange(0, BLOCK_M)
-        b_g = tiles.load_rows(grad_x, i_n, i_n < n, i_d, m_d, stride_gn, stride_gd, EVEN_D)
-        b_x = tiles.load_rows(x, i_n, i_n < n, i_d, m_d, stride_xn, stride_xd, EVEN_D).to(tl.float32)
+        b_g = tiles.load_rows(g, i_n, i_n < n, i_d, m_d, EVEN_D)
+        b_x = tiles.load_rows(x, i_n, i_n < n, i_d, m_d, EVEN_D).to(tl.float32)
         b_out = (b_g - b_x * b_dot[None, :] - b_mean[None, :]) * b_rnorm[None, :]
         at = grad_z + i_n.to(tl.int64)[:, None] * d + i_d[None, :]
         tl.store(at, b_out.to(grad_z.dtype.element_ty), mask=(i_n < n)[:, None] & m_d[None, :])
@@ -106,7 +108,7 @@ def standardise(
     mean, rnorm = (z0.new_empty(2, d, dtype=torch.float32) for _ in range(2))
     noise = 4 * torch.finfo(torch.float32).eps * n**0.5
     _standardise_kernel[(launch.cdiv(d, shape.block_d), 2)](
-        z0, z1, x, mean, rnorm, n, d, noise, *z0.stride(), *z1.stride(),
+        launch.matrix(z0), launch.matrix(z1), x, mean, rnorm, n, d, noise,
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
         **launch.options(shape),
     )  # fmt: skip
@@ -123,8 +125,8 @@ def column_gradient(
     n, d = x.shape[0], x.shape[1] // 2
     shape = configs.shape("columns", x, d)
     grad_z0, grad_z1 = (x.new_empty(n, d, dtype=dtype) for _ in range(2))
-    _gradient_kernel[(launch.cdiv(d, shape.block_d), 2)](
-        grad_x, x, rnorm, grad_z0, grad_z1, n, d, *grad_x.stride(), *x.stride(),
+    _column_gradient_kernel[(launch.cdiv(d, shape.block_d), 2)](
+        launch.matrix(grad_x), launch.matrix(x), rnorm, grad_z0, grad_z1, n, d,
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
         **launch.options(shape),
     )  # fmt: skip

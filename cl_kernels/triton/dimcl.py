@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..problem import Contrast
 from .columns import column_gradient, standardise
-from .gradient import gradient
+from .gradient import Incoming, Needs, gradient
 from .lse import log_sum_exp
-from .pairs import Contrast, contiguous
+from .pairs import contiguous
 
 
 def _problem(x: Tensor, scale: Tensor, positive_mask: Tensor | None) -> Contrast:
@@ -20,7 +21,7 @@ def _problem(x: Tensor, scale: Tensor, positive_mask: Tensor | None) -> Contrast
     partner = own.roll(x.shape[1] // 2)
     mask = None if positive_mask is None else positive_mask | (partner[:, None] == own)
     index = partner if mask is None else None
-    return Contrast(x.T, None, scale, 0, None, None, "all", False, index, mask, None, False)
+    return Contrast(x.T, None, scale, 0, positive_index=index, positive_mask=mask)
 
 
 def dimcl_forward(
@@ -43,9 +44,8 @@ def dimcl_backward(
     rnorm: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, _, _ = standardise(z0, z1)
-    grad_x, _, grad_scale, _ = gradient(
-        _problem(x, scale, positive_mask), contiguous(grad_lse), None, contiguous(grad_positive_sum),
-        lse, lse, True, False, False, torch.float32,
-    )  # fmt: skip
+    incoming = Incoming(contiguous(grad_lse), None, contiguous(grad_positive_sum))
+    problem, needs = _problem(x, scale, positive_mask), Needs(True, False, False)
+    grad_x, _, grad_scale, _ = gradient(incoming, problem, lse, lse, needs, torch.float32)
     grad_z0, grad_z1 = column_gradient(grad_x, x, rnorm, z0.dtype)
     return grad_z0, grad_z1, grad_scale

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import configs
+from ..problem import Contrast
 from .gradient_chunks import chunk_gradients
 from .gradient_combine import combine
 from .gradient_rows import Owners, row_gradients
 from .gradient_terms import Terms, terms
-from .pairs import Contrast
 
 
 def atomics_allowed() -> bool:
@@ -24,16 +24,28 @@ def atomics_allowed() -> bool:
     return os.environ.get("CL_KERNELS_ATOMICS", "0") not in ("", "0")
 
 
+class Incoming(NamedTuple):
+    """The gradients of a forward's results, [N] or [M] float64, None for zeros."""
+
+    lse: Tensor | None
+    lse_cols: Tensor | None
+    positive_sum: Tensor | None
+
+
+class Needs(NamedTuple):
+    """The gradients that are asked for."""
+
+    q: bool
+    k: bool
+    bias: bool
+
+
 def gradient(
+    incoming: Incoming,
     problem: Contrast,
-    grad_lse: Tensor | None,
-    grad_cols: Tensor | None,
-    grad_positive: Tensor | None,
     lse: Tensor,
     lse_cols: Tensor,
-    needs_q: bool,
-    needs_k: bool,
-    needs_bias: bool,
+    needs: Needs,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_q, grad_k, grad_scale [], grad_key_bias of the `contrastive_backward` op (ops.py); the first two
@@ -43,7 +55,7 @@ def gradient(
     fused = width <= configs.widest("gradient_rows", q)
     self_keys = problem.k is None
     # G + G^T in one pass; a bias or both axes make the two differ by more than their labels and positives.
-    mirrored = self_keys and problem.mirrored and not needs_bias
+    mirrored = self_keys and problem.mirrored and not needs.bias
 
     if not fused:
         kernel = "gradient_tiles"
@@ -59,38 +71,40 @@ def gradient(
             largest = _largest(problem.positive_mask)
     unit = None if fused else bound  # of parts; the fused kernel takes it off itself
     block = configs.shape(kernel, q, width, problem.positives).block_n
-    rows = terms(lse, grad_lse, grad_positive, problem.positive_index, block, bound, largest)
+    rows = terms(lse, incoming.lse, incoming.positive_sum, problem.positive_index, block, bound, largest)
     if mirrored:
-        both = replace(_rows_as_owners(problem, rows, rows, bound), other_index=problem.positive_index)
+        both = Owners(problem, rows, rows, bound)
         if fused:
             parts = row_gradients(both, triangle=kernel == "gradient_triangle")[0]
         else:
             parts = chunk_gradients(both, into_rows=True, into_columns=False, bias=False)[0]
-        grad, along = combine(parts, q, scale, needs_q, unit, dtype, share=0.5)
+        grad, along = combine(parts, q, scale, needs.q, unit, dtype, share=0.5)
         return grad, _nothing(q), along, _nothing(q)
-    if grad_cols is None:
+    if incoming.lse_cols is None:
         cols = _absent(rows, k)
     else:
-        cols = terms(lse_cols, grad_cols, None, None, block, bound, None)
-    side = _rows_as_owners(problem, rows, cols, bound)
-    into_q = needs_q or not needs_k  # one of them, for the gradient of the scale
-    into_k = needs_q if self_keys else needs_k
+        cols = terms(lse_cols, incoming.lse_cols, None, None, block, bound, None)
+    owners = Owners(problem, rows, cols, bound)
+    into_q = needs.q or not needs.k  # one of them, for the gradient of the scale
+    into_k = needs.q if self_keys else needs.k
     if fused:
-        by_rows = row_gradients(side)[0] if into_q else _nothing(q)
+        by_rows = row_gradients(owners)[0] if into_q else _nothing(q)
         by_cols, bias = _nothing(q), _nothing(q)
-        if into_k or needs_bias:
-            by_cols, bias = row_gradients(_transposed(side), features=into_k, bias=needs_bias)
-            bias = bias.sum(0) if needs_bias else bias
+        if into_k or needs.bias:
+            by_cols, bias = row_gradients(owners.transposed(), features=into_k, bias=needs.bias)
+            bias = bias.sum(0) if needs.bias else bias
     else:
-        by_rows, by_cols, bias = chunk_gradients(side, into_rows=into_q, into_columns=into_k, bias=needs_bias)
+        by_rows, by_cols, bias = chunk_gradients(
+            owners, into_rows=into_q, into_columns=into_k, bias=needs.bias
+        )
     if self_keys and into_q and into_k:
-        grad, along = combine(torch.cat([by_rows, by_cols]), q, scale, needs_q, unit, dtype, share=0.5)
+        grad, along = combine(torch.cat([by_rows, by_cols]), q, scale, needs.q, unit, dtype, share=0.5)
         return grad, _nothing(q), along, bias
     grad_q, grad_k, along = _nothing(q), _nothing(q), _nothing(q)
     if into_k:
-        grad_k, along = combine(by_cols, k, scale, needs_k, unit, dtype)
+        grad_k, along = combine(by_cols, k, scale, needs.k, unit, dtype)
     if into_q:
-        grad_q, along = combine(by_rows, q, scale, needs_q, unit, dtype)
+        grad_q, along = combine(by_rows, q, scale, needs.q, unit, dtype)
     return grad_q, grad_k, along, bias
 
 
@@ -106,19 +120,9 @@ def residual(problem: Contrast, lse: Tensor) -> Tensor:
     index = problem.positive_index
     block = configs.shape("gradient_tiles", q, q.shape[1], problem.positives).block_n
     rows = terms(lse, ones, None if index is None else -ones, index, block, bound, None)
-    parts, _, _ = chunk_gradients(
-        _rows_as_owners(problem, rows, _absent(rows, k), bound),
-        into_rows=True, into_columns=False, bias=False,
-    )  # fmt: skip
+    owners = Owners(problem, rows, _absent(rows, k), bound)
+    parts, _, _ = chunk_gradients(owners, into_rows=True, into_columns=False, bias=False)
     return combine(parts, q, lse.new_ones((), device="cpu"), True, bound, torch.float32)[0]
-
-
-def _rows_as_owners(problem: Contrast, rows: Terms, cols: Terms, bound: Tensor | None) -> Owners:
-    return Owners(
-        problem.q, problem.keys, problem.scale, problem.offset, problem.row_labels, problem.col_labels,
-        problem.among, problem.positives, problem.positive_index, None, problem.positive_mask,
-        problem.key_bias, "none" if problem.key_bias is None else "other", rows, cols, bound,
-    )  # fmt: skip
 
 
 def _absent(rows: Terms, k: Tensor) -> Terms:
@@ -133,13 +137,3 @@ def _largest(mask: Tensor) -> Tensor:
         return mask.new_ones((), dtype=torch.float32)
     low, high = mask.aminmax()
     return torch.maximum(high.float(), -low.float())
-
-
-def _transposed(side: Owners) -> Owners:
-    """The columns as owners."""
-    return replace(
-        side, x=side.y, y=side.x, exclude=None if side.exclude is None else -side.exclude,
-        own_labels=side.other_labels, other_labels=side.own_labels, own_index=side.other_index,
-        other_index=side.own_index, bias_of="own" if side.bias is not None else "none",
-        own=side.other, other=side.own,
-    )  # fmt: skip

@@ -14,14 +14,13 @@ _ROWS = 16
 
 
 @triton.jit(do_not_specialize=["n", "d", "parts"])
-def _combine_kernel(
-    part, x, scale, bound, grad, along, share, n, d, parts, stride_xn, stride_xd,
-    UNIT: tl.constexpr, WRITE: tl.constexpr, SCALE_TENSOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+def _gradient_combine_kernel(
+    part, x, scale, bound, grad, along, share, n, d, parts,
+    WRITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    s = scalar(scale, SCALE_TENSOR)
-    unit = half_unit(bound) if UNIT else 1.0
+    s = scalar(scale)
+    unit = half_unit(bound) if bound is not None else 1.0
     dots = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, d, BLOCK_D):
         i_d = first + tl.arange(0, BLOCK_D)
@@ -31,7 +30,7 @@ def _combine_kernel(
         for index in range(parts):
             total += tl.load(part + (index * n + i)[:, None] * d + i_d[None, :], mask=m_x, other=0.0)
         total /= unit
-        b_x = tl.load(x + i[:, None] * stride_xn + i_d[None, :] * stride_xd, mask=m_x, other=0.0)
+        b_x = tl.load(x.at + i[:, None] * x.stride_row + i_d[None, :] * x.stride_col, mask=m_x, other=0.0)
         dots += b_x.to(tl.float32) * total
         if WRITE:
             tl.store(grad + at, (total * s).to(grad.dtype.element_ty), mask=m_x)
@@ -53,10 +52,8 @@ def combine(
     programs = launch.cdiv(n, _ROWS)
     grad = x.new_empty(x.shape, dtype=dtype or x.dtype) if write else parts.new_empty(0)
     along = parts.new_empty(programs)
-    factor = launch.scalar(scale)
-    _combine_kernel[(programs,)](
-        parts, x, factor, bound, grad, along, share, n, d, parts.shape[0], *x.stride(),
-        UNIT=bound is not None, WRITE=write, SCALE_TENSOR=isinstance(factor, Tensor),
-        BLOCK_M=_ROWS, BLOCK_D=128,
+    _gradient_combine_kernel[(programs,)](
+        parts, launch.matrix(x), launch.scalar(scale), bound, grad, along, share, n, d, parts.shape[0],
+        WRITE=write, BLOCK_M=_ROWS, BLOCK_D=128,
     )  # fmt: skip
     return grad, along.sum()

@@ -6,26 +6,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..problem import Contrast
 from . import launch
+from .gradient import Incoming
 from .tiles import scalar
 
 _ROWS = 16
 
 
 @triton.jit(do_not_specialize=["n", "d"])
-def _residual_kernel(
+def _residual_gradient_kernel(
     residual, q, k, scale, index, grad_lse, grad_positive, grad, along, n, d,
-    stride_qn, stride_qd, stride_kn, stride_kd,
-    SOFTMAX: tl.constexpr, POSITIVES: tl.constexpr, INDEX: tl.constexpr, WRITE: tl.constexpr,
-    SCALE_TENSOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    WRITE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    s = scalar(scale, SCALE_TENSOR)
+    s = scalar(scale)
     of_lse = tl.zeros((BLOCK_M,), tl.float64)
     of_positive = tl.zeros((BLOCK_M,), tl.float64)
-    if SOFTMAX:
+    if grad_lse is not None:
         of_lse = tl.load(grad_lse + i, mask=i < n, other=0.0).to(tl.float64)
-    if POSITIVES:
+    if grad_positive is not None:
         of_positive = tl.load(grad_positive + i, mask=i < n, other=0.0).to(tl.float64)
     weight = (of_lse + of_positive).to(tl.float32)
     factor = of_lse.to(tl.float32)
@@ -35,12 +36,12 @@ def _residual_kernel(
         m_x = (i < n)[:, None] & (i_d < d)[None, :]
         at = i[:, None] * d + i_d[None, :]
         total = factor[:, None] * tl.load(residual + at, mask=m_x, other=0.0)
-        if INDEX:
+        if index is not None:
             b_index = tl.load(index + i, mask=i < n, other=-1)
-            at_k = k + b_index[:, None] * stride_kn + i_d[None, :] * stride_kd
+            at_k = k.at + b_index[:, None] * k.stride_row + i_d[None, :] * k.stride_col
             b_k = tl.load(at_k, mask=m_x & (b_index >= 0)[:, None], other=0.0)
             total += weight[:, None] * b_k.to(tl.float32)
-        b_q = tl.load(q + i[:, None] * stride_qn + i_d[None, :] * stride_qd, mask=m_x, other=0.0)
+        b_q = tl.load(q.at + i[:, None] * q.stride_row + i_d[None, :] * q.stride_col, mask=m_x, other=0.0)
         dots += b_q.to(tl.float32) * total
         if WRITE:
             tl.store(grad + at, (total * s).to(grad.dtype.element_ty), mask=m_x)
@@ -48,24 +49,17 @@ def _residual_kernel(
 
 
 def gradient_from_residual(
-    residual: Tensor,
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    index: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_positive: Tensor | None,
-    needs_q: bool,
+    incoming: Incoming, problem: Contrast, residual: Tensor, needs_q: bool
 ) -> tuple[Tensor, Tensor]:
     """grad_q = scale (g_lse residual + (g_lse + g_positive) k[index]), and grad_scale []."""
+    q, index = problem.q, problem.positive_index
     n, d = q.shape
     programs = launch.cdiv(n, _ROWS)
     grad = q.new_empty(q.shape) if needs_q else residual.new_empty(0)
     along = residual.new_empty(programs)
-    factor = launch.scalar(scale)
-    _residual_kernel[(programs,)](
-        residual, q, k, factor, index, grad_lse, grad_positive, grad, along, n, d, *q.stride(), *k.stride(),
-        SOFTMAX=grad_lse is not None, POSITIVES=grad_positive is not None, INDEX=index is not None,
-        WRITE=needs_q, SCALE_TENSOR=isinstance(factor, Tensor), BLOCK_M=_ROWS, BLOCK_D=128,
+    _residual_gradient_kernel[(programs,)](
+        residual, launch.matrix(q), launch.matrix(problem.keys), launch.scalar(problem.scale), index,
+        incoming.lse, incoming.positive_sum, grad, along, n, d,
+        WRITE=needs_q, BLOCK_M=_ROWS, BLOCK_D=128,
     )  # fmt: skip
     return grad, along.sum()

@@ -1,4 +1,4 @@
-"""What the gradient of the engine needs of each row (or column): its softmax as coef 2^(S - shift).
+"""The terms of the engine's gradient that each row (or column) brings: its softmax as coef 2^(S - shift).
 
 A log-sum-exp L (float64, times log2(e) for base 2) is rounded to the float32 shift, and what rounding leaves
 goes into the coefficient, so that exp(S - L) keeps its digits: coef = g 2^(shift - L). A row with nothing in
@@ -27,13 +27,13 @@ class Terms(NamedTuple):
     index_ranges: Tensor  # [2, blocks] int32: the first and the last positive's index in each block
     softmax: bool  # whether any coefficient counts
     positives: bool  # whether any weight counts
+    partner: Tensor | None = None  # [n]: the index of each one's positive
 
 
 @triton.jit
 def _terms_kernel(
     lse, grad, weight_grad, index, planes, ranges, index_ranges, bound, largest_weight, n, blocks,
-    SOFTMAX: tl.constexpr, POSITIVES: tl.constexpr, INDEX: tl.constexpr, BOUND: tl.constexpr,
-    MASK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -41,7 +41,7 @@ def _terms_kernel(
     weight = tl.zeros((BLOCK,), tl.float32)
     high = NOTHING
     low = -NOTHING
-    if SOFTMAX:
+    if grad is not None:
         exact = tl.load(lse + i, mask=i < n, other=float("-inf")) * LOG2E
         empty = exact == float("-inf")
         shift = tl.where(empty, 0.0, exact).to(tl.float32)
@@ -53,19 +53,19 @@ def _terms_kernel(
         tl.store(planes + i, shift, mask=i < n)
         level = tl.where(empty, 0.0, coef * tl.exp2(high - shift))
         tl.store(planes + 3 * n + i, level, mask=i < n)
-    if POSITIVES:
+    if weight_grad is not None:
         weight = tl.load(weight_grad + i, mask=i < n, other=0.0).to(tl.float32)
     tl.store(planes + n + i, coef, mask=i < n)
     tl.store(planes + 2 * n + i, weight, mask=i < n)
     tl.store(ranges + block, high)
     tl.store(ranges + blocks + block, low)
-    if INDEX:
+    if index is not None:
         first, last = index_range(tl.load(index + i, mask=i < n, other=-1).to(tl.int32), True)
         tl.store(index_ranges + block, first)
         tl.store(index_ranges + blocks + block, last)
-    if BOUND:
+    if bound is not None:
         largest = tl.abs(weight)
-        if MASK:
+        if largest_weight is not None:
             largest *= tl.load(largest_weight)
         tl.atomic_max(bound, tl.max(tl.maximum(tl.abs(coef), largest), 0), sem="relaxed")
 
@@ -79,8 +79,8 @@ def terms(
     bound: Tensor | None,
     largest_weight: Tensor | None,
 ) -> Terms:
-    """Of rows with these log-sum-exps [n] and gradients; `bound` [1], if given, rises to the largest of them
-    (weights times `largest_weight`). Blocks of others, whose ranges the kernels look up, have `block`."""
+    """The terms of rows with these log-sum-exps [n] and gradients. `bound` [1], if given, rises to the
+    largest of them (weights times `largest_weight`). `block`: of how many rows kernels look up a range."""
     n = lse.shape[0] if grad is not None or weight_grad is None else weight_grad.shape[0]
     blocks = launch.cdiv(n, block)
     planes = lse.new_empty((4, n), dtype=torch.float32)
@@ -88,7 +88,6 @@ def terms(
     index_ranges = lse.new_empty((2, blocks), dtype=torch.int32)
     _terms_kernel[(blocks,)](
         lse, grad, weight_grad, index, planes, ranges, index_ranges, bound, largest_weight, n, blocks,
-        SOFTMAX=grad is not None, POSITIVES=weight_grad is not None, INDEX=index is not None,
-        BOUND=bound is not None, MASK=largest_weight is not None, BLOCK=block,
+        BLOCK=block,
     )  # fmt: skip
-    return Terms(planes, ranges, index_ranges, grad is not None, weight_grad is not None)
+    return Terms(planes, ranges, index_ranges, grad is not None, weight_grad is not None, index)

@@ -1,4 +1,4 @@
-"""What the launchers share: arguments as kernels take them."""
+"""Arguments as kernels take them, and sizes of grids: shared by the launchers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import configs
+from .tiles import Matrix
 
 
 def precision(x: Tensor) -> str:
-    """How products of tiles like `x` are computed, as `tiles.dot` takes it.
+    """The precision of products of tiles like `x`, as `tiles.dot` takes it.
 
     float32 follows `torch.get_float32_matmul_precision()`: "highest" is float32's accuracy, by three tf32
     products on NVIDIA and natively on AMD, "high" tf32, "medium" bfloat16. Half tiles always multiply as they
@@ -27,20 +28,24 @@ def scalar(x: Tensor) -> float | Tensor:
     return x.item() if x.device.type == "cpu" else x
 
 
+def matrix(x: Tensor | None) -> Matrix | None:
+    return None if x is None else Matrix(x, *x.stride())
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def splits(parallel: int, serial: int, x: Tensor, waves: int = 4) -> int:
-    """Into how many parts to cut a loop of `serial` steps, of which `parallel` run side by side, so that they
-    fill the device about `waves` times."""
+    """The number of parts to cut a loop of `serial` steps into, of which `parallel` run side by side, so that
+    they fill the device about `waves` times."""
     wanted = cdiv(waves * configs.device_of(x).processors, parallel)
     per_part = cdiv(serial, min(wanted, serial))
     return cdiv(serial, per_part)
 
 
 def options(tile: configs.Shape) -> dict[str, int]:
-    """How a kernel is compiled for a launch shape."""
+    """Triton's options of compilation for a launch shape."""
     chosen = {"num_warps": tile.warps, "num_stages": tile.stages}
     return chosen if tile.registers is None else {**chosen, "maxnreg": tile.registers}
 

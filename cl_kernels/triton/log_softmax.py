@@ -11,17 +11,15 @@ from . import launch, tiles
 
 
 @triton.jit
-def _load(
-    x, mask, i_n, m_n, i_m, m, stride_xn, stride_xm, stride_mask_n, stride_mask_m,
-    OTHER: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """x in float32 where it is included, OTHER elsewhere."""
+def _load(x, mask, i_n, m_n, i_m, m, OTHER: tl.constexpr):
+    """Elements of a Matrix in float32 where they are included, OTHER elsewhere."""
     i_n = i_n.to(tl.int64)[:, None]
     i_m = i_m.to(tl.int64)[None, :]
     inside = m_n[:, None] & (i_m < m)
-    b_x = tl.load(x + i_n * stride_xn + i_m * stride_xm, mask=inside, other=OTHER).to(tl.float32)
-    if MASKED:
-        included = tl.load(mask + i_n * stride_mask_n + i_m * stride_mask_m, mask=inside, other=0)
+    b_x = tl.load(x.at + i_n * x.stride_row + i_m * x.stride_col, mask=inside, other=OTHER).to(tl.float32)
+    if mask is not None:
+        at = mask.at + i_n * mask.stride_row + i_m * mask.stride_col
+        included = tl.load(at, mask=inside, other=0)
         b_x = tl.where(included, b_x, OTHER)
     return b_x
 
@@ -51,9 +49,9 @@ def _store_log_softmax(out, b_x, b_peak, b_sum, i_n, m_n, i_m, m):
 
 
 @triton.jit
-def _softmax(output, i_n, m_n, i_m, m, stride_on, stride_om):
+def _softmax(output, i_n, m_n, i_m, m):
     """exp of the output, 0 outside."""
-    b_log = _load(output, output, i_n, m_n, i_m, m, stride_on, stride_om, 0, 0, float("-inf"), False)
+    b_log = _load(output, None, i_n, m_n, i_m, m, float("-inf"))
     return tl.exp2(b_log * tiles.LOG2E)
 
 
@@ -66,72 +64,55 @@ def _store_gradient(out, b_g, b_softmax, b_sum, b_total, i_n, m_n, i_m, m):
 # A program owns a few rows. Those that fit one block (WHOLE) are read once and stay in registers; longer ones
 # are walked twice, for the maximum and the sum, then for the output.
 @triton.jit
-def _forward_kernel(
-    x, mask, out, n, m, stride_xn, stride_xm, stride_mask_n, stride_mask_m,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _log_softmax_kernel(
+    x, mask, out, n, m, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     i_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n = i_n < n
     i_block = tl.arange(0, BLOCK_N)
     b_peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     if WHOLE:
-        b_x = _load(
-            x, mask, i_n, m_n, i_block, m, stride_xn, stride_xm, stride_mask_n, stride_mask_m,
-            float("-inf"), MASKED,
-        )  # fmt: skip
+        b_x = _load(x, mask, i_n, m_n, i_block, m, float("-inf"))
         b_peak, b_sum = _fold(b_x, b_peak, b_sum)
         _store_log_softmax(out, b_x, b_peak, b_sum, i_n, m_n, i_block, m)
     else:
         for first in range(0, m, BLOCK_N):
-            b_x = _load(
-                x, mask, i_n, m_n, first + i_block, m, stride_xn, stride_xm, stride_mask_n, stride_mask_m,
-                float("-inf"), MASKED,
-            )  # fmt: skip
+            b_x = _load(x, mask, i_n, m_n, first + i_block, m, float("-inf"))
             b_peak, b_sum = _fold(b_x, b_peak, b_sum)
         for first in range(0, m, BLOCK_N):
-            b_x = _load(
-                x, mask, i_n, m_n, first + i_block, m, stride_xn, stride_xm, stride_mask_n, stride_mask_m,
-                float("-inf"), MASKED,
-            )  # fmt: skip
+            b_x = _load(x, mask, i_n, m_n, first + i_block, m, float("-inf"))
             _store_log_softmax(out, b_x, b_peak, b_sum, i_n, m_n, first + i_block, m)
 
 
 # grad - softmax sum(grad), the sum over what is included; the softmax is exp of the forward's output. It sums
 # to 1, or to 0 where a row includes nothing but -inf: such a row is constant, and its gradient 0.
 @triton.jit
-def _backward_kernel(
-    grad, output, mask, out, n, m, stride_gn, stride_gm, stride_on, stride_om, stride_mask_n, stride_mask_m,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _log_softmax_gradient_kernel(
+    grad, output, mask, out, n, m, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     i_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n = i_n < n
     i_block = tl.arange(0, BLOCK_N)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_total = tl.zeros((BLOCK_M,), tl.float32)
     if WHOLE:
-        b_g = _load(
-            grad, mask, i_n, m_n, i_block, m, stride_gn, stride_gm, stride_mask_n, stride_mask_m, 0.0, MASKED
-        )
-        b_softmax = _softmax(output, i_n, m_n, i_block, m, stride_on, stride_om)
+        b_g = _load(grad, mask, i_n, m_n, i_block, m, 0.0)
+        b_softmax = _softmax(output, i_n, m_n, i_block, m)
         b_sum += tl.sum(b_g, 1)
         b_total += tl.sum(b_softmax, 1)
         _store_gradient(out, b_g, b_softmax, b_sum, b_total, i_n, m_n, i_block, m)
     else:
         for first in range(0, m, BLOCK_N):
             i_m = first + i_block
-            b_g = _load(
-                grad, mask, i_n, m_n, i_m, m, stride_gn, stride_gm, stride_mask_n, stride_mask_m, 0.0, MASKED
-            )
+            b_g = _load(grad, mask, i_n, m_n, i_m, m, 0.0)
             b_sum += tl.sum(b_g, 1)
             if tl.min(b_total, 0) == 0:  # mostly read once
-                b_total += tl.sum(_softmax(output, i_n, m_n, i_m, m, stride_on, stride_om), 1)
+                b_total += tl.sum(_softmax(output, i_n, m_n, i_m, m), 1)
         for first in range(0, m, BLOCK_N):
             i_m = first + i_block
-            b_g = _load(
-                grad, mask, i_n, m_n, i_m, m, stride_gn, stride_gm, stride_mask_n, stride_mask_m, 0.0, MASKED
-            )
-            b_softmax = _softmax(output, i_n, m_n, i_m, m, stride_on, stride_om)
+            b_g = _load(grad, mask, i_n, m_n, i_m, m, 0.0)
+            b_softmax = _softmax(output, i_n, m_n, i_m, m)
             _store_gradient(out, b_g, b_softmax, b_sum, b_total, i_n, m_n, i_m, m)
 
 
@@ -142,9 +123,9 @@ def masked_log_softmax_forward(
     n, m = logits.shape
     shape = configs.shape("log_softmax", logits, m)
     out = logits.new_empty(n, m)
-    _forward_kernel[(launch.cdiv(n, shape.block_m),)](
-        logits, mask, out, n, m, *logits.stride(), *_strides(mask),
-        MASKED=mask is not None, WHOLE=m <= shape.block_n, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+    _log_softmax_kernel[(launch.cdiv(n, shape.block_m),)](
+        launch.matrix(logits), launch.matrix(mask), out, n, m,
+        WHOLE=m <= shape.block_n, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
         **launch.options(shape),
     )  # fmt: skip
     return out
@@ -158,13 +139,9 @@ def masked_log_softmax_backward(
     n, m = output.shape
     shape = configs.shape("log_softmax", output, m)
     out = output.new_empty(n, m)
-    _backward_kernel[(launch.cdiv(n, shape.block_m),)](
-        grad, output, mask, out, n, m, *grad.stride(), *output.stride(), *_strides(mask),
-        MASKED=mask is not None, WHOLE=m <= shape.block_n, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+    _log_softmax_gradient_kernel[(launch.cdiv(n, shape.block_m),)](
+        launch.matrix(grad), launch.matrix(output), launch.matrix(mask), out, n, m,
+        WHOLE=m <= shape.block_n, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
         **launch.options(shape),
     )  # fmt: skip
     return out
-
-
-def _strides(mask: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if mask is None else mask.stride()

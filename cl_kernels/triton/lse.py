@@ -27,8 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..problem import Contrast
 from . import launch
-from .pairs import Contrast, counted, mask_arguments, mask_tile, on_edge
+from .pairs import counted, mask_arguments, mask_tile, on_edge
 from .tiles import LN2, LOG2E, NOTHING, dot, load_rows, product, scalar
 
 MOST_GROUPS = 96  # of rows; their square fills any device, and they times N floats stay small
@@ -40,26 +41,24 @@ TINY = tl.constexpr(2.0**-100)  # sums below this, relative to a shift, have los
 
 @triton.jit
 def _norms_kernel(
-    q, k, norms, n, m, d, q_blocks, stride_qn, stride_qd, stride_kn, stride_kd,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    q, k, norms, n, m, d, q_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """The largest norm of a row in each block of q, then in each block of k."""
     block = tl.program_id(0)
     if block < q_blocks:
-        norm = _largest_norm(q, block * BLOCK_M, n, d, stride_qn, stride_qd, BLOCK_M, BLOCK_D)
+        norm = _largest_norm(q, block * BLOCK_M, n, d, BLOCK_M, BLOCK_D)
     else:
-        first = (block - q_blocks) * BLOCK_N
-        norm = _largest_norm(k, first, m, d, stride_kn, stride_kd, BLOCK_N, BLOCK_D)
+        norm = _largest_norm(k, (block - q_blocks) * BLOCK_N, m, d, BLOCK_N, BLOCK_D)
     tl.store(norms + block, norm)
 
 
 @triton.jit
-def _largest_norm(x, first, n, d, stride_n, stride_d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def _largest_norm(x, first, n, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     i = first + tl.arange(0, BLOCK)
     squared = tl.zeros((BLOCK,), tl.float32)
     for first_d in range(0, d, BLOCK_D):
         i_d = first_d + tl.arange(0, BLOCK_D)
-        b_x = load_rows(x, i, i < n, i_d, i_d < d, stride_n, stride_d, False).to(tl.float32)
+        b_x = load_rows(x, i, i < n, i_d, i_d < d, False).to(tl.float32)
         squared += tl.sum(b_x * b_x, 1)
     return tl.sqrt(tl.max(squared, 0)) * (1 + 1e-5)
 
@@ -95,26 +94,24 @@ def _add_columns(cols, j, m, peak, total, again):
 
 
 @triton.jit
-def _counted(i, j, n, m, exclude, EXCLUDE: tl.constexpr, MIRRORED: tl.constexpr):
-    """Which pairs of a tile count; where tiles are mirrored, of the diagonal's those above it."""
+def _counted(i, j, sizes, MIRRORED: tl.constexpr):
+    """Mask of the pairs of a tile that count; where tiles are mirrored, of the diagonal's those above it."""
     if MIRRORED:
-        return (j < m)[None, :] & (j[None, :] > i[:, None])
-    return counted(i, j, n, m, exclude, EXCLUDE)
+        return (j < sizes[1])[None, :] & (j[None, :] > i[:, None])
+    return counted(i, j, sizes)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _lse_kernel(
     q, k, scale, bias, row_labels, col_labels, mask, norms, rows, cols,
-    n, m, d, exclude, stride_qn, stride_qd, stride_kn, stride_kd,
-    mask_rows, mask_cols, stride_mask_row, stride_mask_col, groups_q, groups_k, blocks_q, blocks_k,
-    MIRRORED: tl.constexpr, COLUMNS: tl.constexpr, SCALE_TENSOR: tl.constexpr, EXCLUDE: tl.constexpr,
-    AMONG: tl.constexpr, POSITIVES: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN_D: tl.constexpr, WHOLE: tl.constexpr,
+    n, m, d, exclude, mask_rows, mask_cols, groups_q, groups_k, blocks_q, blocks_k,
+    MIRRORED: tl.constexpr, COLUMNS: tl.constexpr, AMONG: tl.constexpr,
+    POSITIVES: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     SUMS: tl.constexpr = (POSITIVES == "labels") or (POSITIVES == "mask")
     LABELS: tl.constexpr = (POSITIVES == "labels") or (AMONG != "all")
-    WHOLES: tl.constexpr = SUMS and (q.dtype.element_ty == tl.float32)
+    WHOLES: tl.constexpr = SUMS and (q.at.dtype.element_ty == tl.float32)
     BASES: tl.constexpr = WHOLES and (POSITIVES == "mask")
     PLANES: tl.constexpr = 6 if BASES else 5 if WHOLES else 4 if SUMS else 2
     group = tl.program_id(0)
@@ -125,7 +122,8 @@ def _lse_kernel(
         g, h = tl.minimum(one, two), tl.maximum(one, two)
     else:
         g, h = group // groups_k, group % groups_k
-    factor = scalar(scale, SCALE_TENSOR) * LOG2E
+    factor = scalar(scale) * LOG2E
+    sizes = (n, m, exclude)
     rows += h.to(tl.int64) * PLANES * n
     cols += g.to(tl.int64) * PLANES * m
     q_blocks = tl.cdiv(n, BLOCK_M)
@@ -144,10 +142,10 @@ def _lse_kernel(
         base = tl.zeros((BLOCK_M,), tl.float32)
         if WHOLE:
             i_d = tl.arange(0, BLOCK_D)
-            b_q = load_rows(q, i, i < n, i_d, i_d < d, stride_qn, stride_qd, EVEN_D)
+            b_q = load_rows(q, i, i < n, i_d, i_d < d, EVEN_D)
         if MIRRORED or COLUMNS:
             q_norm = tl.abs(factor) * tl.load(norms + block_i)
-            if BIAS:
+            if bias is not None:
                 q_norm = float("inf")
         if LABELS:
             b_row_label = tl.load(row_labels + i, mask=i < n, other=0)
@@ -164,24 +162,21 @@ def _lse_kernel(
             first_j = block_j * BLOCK_N
             j = first_j + tl.arange(0, BLOCK_N)
             if WHOLE:
-                b_k = load_rows(k, j, j < m, i_d, i_d < d, stride_kn, stride_kd, EVEN_D)
+                b_k = load_rows(k, j, j < m, i_d, i_d < d, EVEN_D)
                 s = dot(b_q, tl.trans(b_k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             else:
-                s = product(
-                    q, k, i, i < n, j, j < m, d, stride_qn, stride_qd, stride_kn, stride_kd,
-                    BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
-                )  # fmt: skip
+                s = product(q, k, i, i < n, j, j < m, d, BLOCK_D, EVEN_D, PRECISION)
             s *= factor
-            edge = on_edge(first_i, first_j, n, m, exclude, EXCLUDE, BLOCK_M, BLOCK_N)
+            edge = on_edge(first_i, first_j, sizes, BLOCK_M, BLOCK_N)
             if LABELS:
                 b_col_label = tl.load(col_labels + j, mask=j < m, other=0)
             if SUMS:
                 if POSITIVES == "labels":
                     weight = tl.where(b_row_label[:, None] == b_col_label[None, :], 1.0, 0.0)
                 else:
-                    weight = mask_tile(mask, i, j, mask_rows, mask_cols, stride_mask_row, stride_mask_col)
+                    weight = mask_tile(mask, i, j, mask_rows, mask_cols)
                 if edge:
-                    weight = tl.where(_counted(i, j, n, m, exclude, EXCLUDE, MIRRORED), weight, 0.0)
+                    weight = tl.where(_counted(i, j, sizes, MIRRORED), weight, 0.0)
                 # A NaN of weight 0 does not count.
                 positive = tl.where(weight != 0, s, 0.0)
                 # All at once: to count apart, the compiler makes the weights again in a layout of its own.
@@ -209,14 +204,14 @@ def _lse_kernel(
                     _add(cols + 2 * m + j, part_sum, j < m, again)
                     _add(cols + 3 * m + j, part_count, j < m, again)
 
-            if BIAS:
+            if bias is not None:
                 s += tl.load(bias + j, mask=j < m, other=0.0)[None, :] * LOG2E
             if AMONG == "same":
                 s = tl.where(b_row_label[:, None] == b_col_label[None, :], s, float("-inf"))
             if AMONG == "different":
                 s = tl.where(b_row_label[:, None] == b_col_label[None, :], float("-inf"), s)
             if edge:
-                s = tl.where(_counted(i, j, n, m, exclude, EXCLUDE, MIRRORED), s, float("-inf"))
+                s = tl.where(_counted(i, j, sizes, MIRRORED), s, float("-inf"))
 
             if MIRRORED or COLUMNS:
                 bound = q_norm * tl.load(norms + q_blocks + block_j)
@@ -252,11 +247,11 @@ def _lse_kernel(
 
 
 @triton.jit(do_not_specialize=["n", "m", "slots", "group_rows"])
-def _combine_kernel(
+def _lse_combine_kernel(
     parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count,
-    n, m, d, slots, group_rows, stride_qn, stride_qd, stride_kn, stride_kd,
-    MIRRORED: tl.constexpr, SCALE_TENSOR: tl.constexpr, POSITIVES: tl.constexpr, PLANES: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    n, m, d, slots, group_rows,
+    MIRRORED: tl.constexpr, POSITIVES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     peak = tl.full((BLOCK_M,), NOTHING, tl.float32)
@@ -292,12 +287,9 @@ def _combine_kernel(
     if POSITIVES == "index":
         b_index = tl.load(index + i, mask=i < n, other=-1)
         given = (b_index >= 0) & (b_index < m)
-        s = product(
-            q, k, i, i < n, b_index, given, d, stride_qn, stride_qd, stride_kn, stride_kd,
-            BLOCK_M, BLOCK_M, BLOCK_D, False, PRECISION,
-        )  # fmt: skip
+        s = product(q, k, i, i < n, b_index, given, d, BLOCK_D, False, PRECISION)
         own = tl.arange(0, BLOCK_M)
-        s = tl.sum(tl.where(own[:, None] == own[None, :], s, 0.0), 1) * (scalar(scale, SCALE_TENSOR) * LOG2E)
+        s = tl.sum(tl.where(own[:, None] == own[None, :], s, 0.0), 1) * (scalar(scale) * LOG2E)
         weighted = tl.where(given, s, 0.0).to(tl.float64)
         count = given.to(tl.float64)
     if POSITIVES != "none":
@@ -331,7 +323,7 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if mirrored or columns:
         norms = q.new_empty(row_blocks + col_blocks, dtype=torch.float32)
         _norms_kernel[(row_blocks + col_blocks,)](
-            q, k, norms, n, m, d, row_blocks, *q.stride(), *k.stride(),
+            launch.matrix(q), launch.matrix(k), norms, n, m, d, row_blocks,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=32,
         )  # fmt: skip
     wholes = 0 if q.dtype != torch.float32 else 2 if positives == "mask" else 1
@@ -339,15 +331,13 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = q.new_empty((groups_k, planes, n), dtype=torch.float32)
     cols = q.new_empty((groups_q, planes, m), dtype=torch.float32) if mirrored or columns else rows
     programs = groups_q * (groups_q + 1) // 2 if mirrored else groups_q * groups_k
-    scale, exclude = launch.scalar(problem.scale), problem.offset
-    mask, *mask_layout = mask_arguments(problem.positive_mask)
+    mask, *mask_sizes = mask_arguments(problem.positive_mask)
     _lse_kernel[(programs,)](
-        q, k, scale, problem.key_bias, problem.row_labels, problem.col_labels, mask, norms, rows, cols,
-        n, m, d, exclude or 0, *q.stride(), *k.stride(), *mask_layout,
-        groups_q, groups_k, blocks_q, blocks_k,
-        MIRRORED=mirrored, COLUMNS=columns, SCALE_TENSOR=isinstance(scale, Tensor),
-        EXCLUDE=exclude is not None, AMONG=problem.among, POSITIVES=positives,
-        BIAS=problem.key_bias is not None, PRECISION=launch.precision(q), EVEN_D=d % tile.block_d == 0,
+        launch.matrix(q), launch.matrix(k), launch.scalar(problem.scale), problem.key_bias,
+        problem.row_labels, problem.col_labels, mask, norms, rows, cols,
+        n, m, d, problem.offset, *mask_sizes, groups_q, groups_k, blocks_q, blocks_k,
+        MIRRORED=mirrored, COLUMNS=columns, AMONG=problem.among, POSITIVES=positives,
+        PRECISION=launch.precision(q), EVEN_D=d % tile.block_d == 0,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, WHOLE=d <= tile.block_d,
         **launch.options(tile),
     )  # fmt: skip
@@ -373,13 +363,13 @@ def combine_parts(
     positive_count = torch.empty_like(positive_sum)
     q = k = index = scale = None
     m, d, precision = 1, 1, "ieee"
-    strides: tuple[int, ...] = (1, 1, 1, 1)
     if problem is not None:
-        q, k, index, scale = problem.q, problem.keys, problem.positive_index, launch.scalar(problem.scale)
-        m, d, strides, precision = k.shape[0], k.shape[1], (*q.stride(), *k.stride()), launch.precision(q)
-    _combine_kernel[(launch.cdiv(n, 32),)](
+        (m, d), precision = problem.keys.shape, launch.precision(problem.q)
+        q, k, index = launch.matrix(problem.q), launch.matrix(problem.keys), problem.positive_index
+        scale = launch.scalar(problem.scale)
+    _lse_combine_kernel[(launch.cdiv(n, 32),)](
         parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count, n, m, d, slots, group_rows,
-        *strides, MIRRORED=mirrored is not None, SCALE_TENSOR=isinstance(scale, Tensor), POSITIVES=positives,
-        PLANES=planes, PRECISION=precision, BLOCK_SLOTS=32, BLOCK_M=32, BLOCK_D=32, num_warps=4,
+        MIRRORED=mirrored is not None, POSITIVES=positives, PLANES=planes, PRECISION=precision,
+        BLOCK_SLOTS=32, BLOCK_M=32, BLOCK_D=32, num_warps=4,
     )  # fmt: skip
     return lse, positive_sum, positive_count

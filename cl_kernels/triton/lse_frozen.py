@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..problem import Contrast
 from . import launch
 from .lse import combine_parts
-from .pairs import Contrast, counted, on_edge, within
+from .pairs import counted, on_edge, within
 from .tiles import LN2, LOG2E, NOTHING, dot, load_rows, scalar
 
 _ROWS = 16
@@ -26,20 +27,19 @@ _ROWS = 16
 @triton.jit(do_not_specialize=["n", "m", "d", "exclude", "splits", "blocks"])
 def _frozen_kernel(
     q, k, scale, bias, row_labels, col_labels, index, rows, means, index_logit, own_logit,
-    n, m, d, exclude, stride_qn, stride_qd, stride_kn, stride_kd, splits, blocks,
-    SCALE_TENSOR: tl.constexpr, EXCLUDE: tl.constexpr, AMONG: tl.constexpr, INDEX: tl.constexpr,
-    BIAS: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    n, m, d, exclude, splits, blocks,
+    AMONG: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0) % splits
     first_i = tl.program_id(0) // splits * BLOCK_M
     i = first_i + tl.arange(0, BLOCK_M)
     i_d = tl.arange(0, BLOCK_D)
-    b_q = load_rows(q, i, i < n, i_d, i_d < d, stride_qn, stride_qd, EVEN_D)
-    factor = scalar(scale, SCALE_TENSOR) * LOG2E
+    b_q = load_rows(q, i, i < n, i_d, i_d < d, EVEN_D)
+    factor = scalar(scale) * LOG2E
     if AMONG != "all":
         b_row_label = tl.load(row_labels + i, mask=i < n, other=0)
-    if INDEX:
+    if index is not None:
         b_index = tl.load(index + i, mask=i < n, other=-1).to(tl.int32)
     peak = tl.full((BLOCK_M,), NOTHING, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -48,27 +48,27 @@ def _frozen_kernel(
     for block_j in range(split * blocks, tl.minimum((split + 1) * blocks, tl.cdiv(m, BLOCK_N))):
         first_j = block_j * BLOCK_N
         j = first_j + tl.arange(0, BLOCK_N)
-        b_k = load_rows(k, j, j < m, i_d, i_d < d, stride_kn, stride_kd, EVEN_D)
+        b_k = load_rows(k, j, j < m, i_d, i_d < d, EVEN_D)
         s = factor * dot(b_q, tl.trans(b_k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         found = False
-        if INDEX:
+        if index is not None:
             found = within(b_index, first_j, BLOCK_N)
             if found:
                 own = tl.sum(tl.where(b_index[:, None] == j[None, :], s, 0.0), 1)
                 tl.store(index_logit + i, own, mask=(b_index >= first_j) & (b_index < first_j + BLOCK_N))
-        if BIAS:
+        if bias is not None:
             s += tl.load(bias + j, mask=j < m, other=0.0)[None, :] * LOG2E
         if AMONG != "all":
             same = b_row_label[:, None] == tl.load(col_labels + j, mask=j < m, other=0)[None, :]
             s = tl.where(same if AMONG == "same" else ~same, s, float("-inf"))
-        if on_edge(first_i, first_j, n, m, exclude, EXCLUDE, BLOCK_M, BLOCK_N):
-            s = tl.where(counted(i, j, n, m, exclude, EXCLUDE), s, float("-inf"))
+        if on_edge(first_i, first_j, (n, m, exclude), BLOCK_M, BLOCK_N):
+            s = tl.where(counted(i, j, (n, m, exclude)), s, float("-inf"))
         new = tl.maximum(peak, tl.max(s, 1) - HEADROOM)
         fade = tl.exp2(peak - new)
         p = tl.exp2(s - new[:, None])
         total = total * fade + tl.sum(p, 1)
         peak = new
-        if INDEX:
+        if index is not None:
             if found:
                 hit = b_index[:, None] == j[None, :]
                 own = tl.max(tl.where(hit, s, float("-inf")), 1)
@@ -84,15 +84,14 @@ def _frozen_kernel(
 
 
 @triton.jit(do_not_specialize=["n", "d", "splits"])
-def _residual_kernel(
+def _frozen_residual_kernel(
     rows, means, lse, index, index_logit, own_logit, k, residual, positive_sum, positive_count,
-    n, d, splits, stride_kn, stride_kd,
-    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    n, d, splits, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     exact = tl.load(lse + i, mask=i < n, other=0.0) / LN2
     exact = tl.where(exact == float("-inf"), 0.0, exact)
-    if INDEX:
+    if index is not None:
         b_index = tl.load(index + i, mask=i < n, other=-1)
         own = tl.load(own_logit + i, mask=(i < n) & (b_index >= 0), other=0.0).to(tl.float64)
         weight = (tl.exp((own - exact) * LN2) - 1.0).to(tl.float32)
@@ -108,9 +107,10 @@ def _residual_kernel(
             fade = tl.exp2((peak.to(tl.float64) - exact).to(tl.float32))
             part = tl.load(means + (split * n + i)[:, None] * d + i_d[None, :], mask=m_x, other=0.0)
             total += part * fade[:, None]
-        if INDEX:
+        if index is not None:
             m_own = m_x & (b_index >= 0)[:, None]
-            b_k = tl.load(k + b_index[:, None] * stride_kn + i_d[None, :] * stride_kd, mask=m_own, other=0.0)
+            at = k.at + b_index[:, None] * k.stride_row + i_d[None, :] * k.stride_col
+            b_k = tl.load(at, mask=m_own, other=0.0)
             total += weight[:, None] * b_k.to(tl.float32)
         tl.store(residual + i[:, None] * d + i_d[None, :], total, mask=m_x)
 
@@ -125,14 +125,12 @@ def log_sum_exp_and_residual(problem: Contrast) -> tuple[Tensor, Tensor, Tensor,
     rows = q.new_empty((splits, 2, n), dtype=torch.float32)
     means = q.new_empty((splits, n, d), dtype=torch.float32)
     index_logit, own_logit = q.new_empty((2, n if index is not None else 0), dtype=torch.float32)
-    scale, exclude = launch.scalar(problem.scale), problem.offset
     _frozen_kernel[(row_blocks * splits,)](
-        q, k, scale, problem.key_bias, problem.row_labels, problem.col_labels, index, rows, means,
-        index_logit, own_logit, n, m, d, exclude or 0, *q.stride(), *k.stride(), splits,
-        launch.cdiv(col_blocks, splits),
-        SCALE_TENSOR=isinstance(scale, Tensor), EXCLUDE=exclude is not None, AMONG=problem.among,
-        INDEX=index is not None, BIAS=problem.key_bias is not None,
-        HEADROOM=15.0 if q.dtype == torch.float16 else 0.0, PRECISION=launch.precision(q),
+        launch.matrix(q), launch.matrix(k), launch.scalar(problem.scale), problem.key_bias,
+        problem.row_labels, problem.col_labels, index, rows, means, index_logit, own_logit,
+        n, m, d, problem.offset, splits, launch.cdiv(col_blocks, splits),
+        AMONG=problem.among, HEADROOM=15.0 if q.dtype == torch.float16 else 0.0,
+        PRECISION=launch.precision(q),
         EVEN_D=d == configs.padded(d), BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
         BLOCK_D=configs.padded(d), **launch.options(shape),
     )  # fmt: skip
@@ -140,9 +138,8 @@ def log_sum_exp_and_residual(problem: Contrast) -> tuple[Tensor, Tensor, Tensor,
     positive_sum = q.new_empty(n if index is not None else 0, dtype=torch.float64)
     positive_count = torch.empty_like(positive_sum)
     residual = q.new_empty((n, d), dtype=torch.float32)
-    _residual_kernel[(launch.cdiv(n, _ROWS),)](
-        rows, means, lse, index, index_logit, own_logit, k, residual, positive_sum, positive_count,
-        n, d, splits, *k.stride(),
-        INDEX=index is not None, BLOCK_M=_ROWS, BLOCK_D=128,
+    _frozen_residual_kernel[(launch.cdiv(n, _ROWS),)](
+        rows, means, lse, index, index_logit, own_logit, launch.matrix(k), residual,
+        positive_sum, positive_count, n, d, splits, BLOCK_M=_ROWS, BLOCK_D=128,
     )  # fmt: skip
     return lse, positive_sum, positive_count, residual

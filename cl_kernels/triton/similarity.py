@@ -15,7 +15,7 @@ GROUP = 8  # blocks of rows that walk the columns together, so that both stay in
 
 @triton.jit
 def _reciprocal_norm_kernel(
-    x, rnorm, n, d, stride_xn, stride_xd,
+    x, rnorm, n, d,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -23,7 +23,7 @@ def _reciprocal_norm_kernel(
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, d, BLOCK_D):
         i_d = first + tl.arange(0, BLOCK_D)
-        b_x = tiles.load_rows(x, i_n, m_n, i_d, i_d < d, stride_xn, stride_xd, EVEN_D).to(tl.float32)
+        b_x = tiles.load_rows(x, i_n, m_n, i_d, i_d < d, EVEN_D).to(tl.float32)
         b_sum += b_x * b_x
     b_norm = tl.sqrt_rn(tl.sum(b_sum, 1))
     b_rnorm = tl.where(b_norm == 0, 0.0, tl.div_rn(1.0, tl.where(b_norm == 0, 1.0, b_norm)))
@@ -34,8 +34,8 @@ def _reciprocal_norm_kernel(
 # come in at the end.
 @triton.jit
 def _similarity_kernel(
-    q, k, q_rnorm, k_rnorm, scale, out, n, m, d, stride_qn, stride_qd, stride_km, stride_kd,
-    NORMALIZE: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, GROUP: tl.constexpr,
+    q, k, q_rnorm, k_rnorm, scale, out, n, m, d,
+    NORMALIZE: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -44,14 +44,11 @@ def _similarity_kernel(
     i_n = block_n * BLOCK_M + tl.arange(0, BLOCK_M)
     i_m = block_m * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n, m_m = i_n < n, i_m < m
-    b_s = tiles.product(
-        q, k, i_n, m_n, i_m, m_m, d, stride_qn, stride_qd, stride_km, stride_kd,
-        BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
-    )  # fmt: skip
+    b_s = tiles.product(q, k, i_n, m_n, i_m, m_m, d, BLOCK_D, EVEN_D, PRECISION)
     if NORMALIZE:
         b_s *= tl.load(q_rnorm + i_n, mask=m_n, other=0.0)[:, None]
         b_s *= tl.load(k_rnorm + i_m, mask=m_m, other=0.0)[None, :]
-    b_s *= tiles.scalar(scale, SCALE_IS_TENSOR)
+    b_s *= tiles.scalar(scale)
     at = out + i_n.to(tl.int64)[:, None] * m + i_m[None, :]
     tl.store(at, b_s.to(out.dtype.element_ty), mask=m_n[:, None] & m_m[None, :])
 
@@ -62,7 +59,7 @@ def reciprocal_norm(x: Tensor) -> Tensor:
     shape = configs.shape("reciprocal_norm", x, d)
     rnorm = x.new_empty(n, dtype=torch.float32)
     _reciprocal_norm_kernel[(launch.cdiv(n, shape.block_m),)](
-        x, rnorm, n, d, *x.stride(),
+        launch.matrix(x), rnorm, n, d,
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
         **launch.options(shape),
     )  # fmt: skip
@@ -84,11 +81,9 @@ def similarity_forward(
         k_rnorm = k_rnorm if k is None else reciprocal_norm(k)
     shape = configs.shape("similarity", q, d)
     out = q.new_empty(n, m)
-    factor = launch.scalar(scale)
     _similarity_kernel[(launch.cdiv(n, shape.block_m) * launch.cdiv(m, shape.block_n),)](
-        q, keys, q_rnorm, q_rnorm if k is None else k_rnorm, factor, out, n, m, d,
-        *q.stride(), *keys.stride(),
-        NORMALIZE=normalize, SCALE_IS_TENSOR=isinstance(factor, Tensor), GROUP=GROUP,
+        launch.matrix(q), launch.matrix(keys), q_rnorm, q_rnorm if k is None else k_rnorm,
+        launch.scalar(scale), out, n, m, d, NORMALIZE=normalize, GROUP=GROUP,
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_D=d % shape.block_d == 0, PRECISION=launch.precision(q),
         **launch.options(shape),

@@ -20,8 +20,8 @@ MAX_PARTS = 32  # of the columns: each is a float32 copy of the gradient
 # G times a reciprocal norm might not. BOTH adds sum_j G_ji y_j. The strides of G are free: the columns' side
 # passes its transpose.
 @triton.jit
-def _product_kernel(
-    grad, y, y_rnorm, acc, n, m, d, part, stride_gn, stride_gm, stride_ym, stride_yd,
+def _similarity_product_kernel(
+    grad, y, y_rnorm, acc, n, m, d, part,
     BOTH: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -35,14 +35,14 @@ def _product_kernel(
     for first in range(begin, tl.minimum(begin + part, m), BLOCK_N):
         i_m = first + tl.arange(0, BLOCK_N)
         m_m = i_m < m
-        b_y = tiles.load_rows(y, i_m, m_m, i_d, m_d, stride_ym, stride_yd, EVEN_D)
+        b_y = tiles.load_rows(y, i_m, m_m, i_d, m_d, EVEN_D)
         if NORMALIZE:
             b_rnorm = tl.load(y_rnorm + i_m, mask=m_m, other=0.0)
-            b_y = (b_y.to(tl.float32) * b_rnorm[:, None]).to(y.dtype.element_ty)
-        b_g = tiles.load_rows(grad, i_n, m_n, i_m, m_m, stride_gn, stride_gm, EVEN_M)
+            b_y = (b_y.to(tl.float32) * b_rnorm[:, None]).to(y.at.dtype.element_ty)
+        b_g = tiles.load_rows(grad, i_n, m_n, i_m, m_m, EVEN_M)
         if BOTH:  # half of the sum, so that it fits float16
-            b_t = tl.trans(tiles.load_rows(grad, i_m, m_m, i_n, m_n, stride_gn, stride_gm, False))
-            b_g = ((b_g.to(tl.float32) + b_t.to(tl.float32)) * 0.5).to(y.dtype.element_ty)
+            b_t = tl.trans(tiles.load_rows(grad, i_m, m_m, i_n, m_n, False))
+            b_g = ((b_g.to(tl.float32) + b_t.to(tl.float32)) * 0.5).to(y.at.dtype.element_ty)
         b_acc = tiles.dot(b_g, b_y, b_acc, PRECISION)
     if BOTH:
         b_acc *= 2
@@ -52,14 +52,13 @@ def _product_kernel(
 
 @triton.jit
 def _load_sum_and_row(
-    acc, x, b_rnorm, i_n, m_n, i_d, n, d, parts, stride_xn, stride_xd,
-    NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-):  # fmt: skip
-    """The sum of the parts, and x at unit length, both [BLOCK_M, BLOCK_D] float32."""
-    b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc, x, b_rnorm, i_n, m_n, i_d, n, d, parts, NORMALIZE: tl.constexpr, EVEN_D: tl.constexpr
+):
+    """The sum of the parts, and x at unit length, both float32."""
+    b_acc = tl.zeros((i_n.shape[0], i_d.shape[0]), tl.float32)
     for i in range(parts):
-        b_acc += tiles.load_rows(acc, i * n + i_n, m_n, i_d, i_d < d, d, 1, EVEN_D)
-    b_x = tiles.load_rows(x, i_n, m_n, i_d, i_d < d, stride_xn, stride_xd, EVEN_D).to(tl.float32)
+        b_acc += tiles.load_rows(tiles.Matrix(acc, d, 1), i * n + i_n, m_n, i_d, i_d < d, EVEN_D)
+    b_x = tiles.load_rows(x, i_n, m_n, i_d, i_d < d, EVEN_D).to(tl.float32)
     if NORMALIZE:
         b_x *= b_rnorm[:, None]
     return b_acc, b_x
@@ -69,9 +68,9 @@ def _load_sum_and_row(
 # sum over the program's rows of x_i . acc_i, for the gradient of scale. Rows that fit one block (WHOLE) are
 # read once.
 @triton.jit
-def _rows_kernel(
-    acc, x, x_rnorm, scale, out, sums, share, n, d, parts, stride_xn, stride_xd,
-    NORMALIZE: tl.constexpr, NEEDED: tl.constexpr, SUMMED: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
+def _similarity_rows_kernel(
+    acc, x, x_rnorm, scale, out, sums, share, n, d, parts,
+    NORMALIZE: tl.constexpr, NEEDED: tl.constexpr, SUMMED: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -80,27 +79,23 @@ def _rows_kernel(
     b_rnorm = tl.full((BLOCK_M,), 1.0, tl.float32)
     if NORMALIZE:
         b_rnorm = tl.load(x_rnorm + i_n, mask=m_n, other=0.0)
-    b_acc, b_x = _load_sum_and_row(
-        acc, x, b_rnorm, i_n, m_n, i_d, n, d, parts, stride_xn, stride_xd, NORMALIZE, BLOCK_M, BLOCK_D, EVEN_D
-    )
+    b_acc, b_x = _load_sum_and_row(acc, x, b_rnorm, i_n, m_n, i_d, n, d, parts, NORMALIZE, EVEN_D)
     b_dot = tl.sum(b_acc * b_x, 1)
     if not WHOLE:
         for first in range(BLOCK_D, d, BLOCK_D):
             b_acc, b_x = _load_sum_and_row(
-                acc, x, b_rnorm, i_n, m_n, first + i_d, n, d, parts, stride_xn, stride_xd,
-                NORMALIZE, BLOCK_M, BLOCK_D, EVEN_D,
-            )  # fmt: skip
+                acc, x, b_rnorm, i_n, m_n, first + i_d, n, d, parts, NORMALIZE, EVEN_D
+            )
             b_dot += tl.sum(b_acc * b_x, 1)
     if SUMMED:
         tl.store(sums + tl.program_id(0), tl.sum(b_dot, 0) * share)
     if NEEDED:
-        b_factor = b_rnorm * tiles.scalar(scale, SCALE_IS_TENSOR)
+        b_factor = b_rnorm * tiles.scalar(scale)
         for first in range(0, d, BLOCK_D):
             if not WHOLE:
                 b_acc, b_x = _load_sum_and_row(
-                    acc, x, b_rnorm, i_n, m_n, first + i_d, n, d, parts, stride_xn, stride_xd,
-                    NORMALIZE, BLOCK_M, BLOCK_D, EVEN_D,
-                )  # fmt: skip
+                    acc, x, b_rnorm, i_n, m_n, first + i_d, n, d, parts, NORMALIZE, EVEN_D
+                )
             b_out = b_acc - b_x * b_dot[:, None] if NORMALIZE else b_acc
             at = out + i_n.to(tl.int64)[:, None] * d + (first + i_d)[None, :]
             m_out = m_n[:, None] & (first + i_d < d)[None, :]
@@ -118,8 +113,8 @@ def _products(grad: Tensor, y: Tensor, y_rnorm: Tensor, normalize: bool, both: b
     steps_each = launch.cdiv(steps, max(1, min(wanted, MAX_PARTS)))
     parts = launch.cdiv(steps, steps_each)
     acc = y.new_empty(parts, n, d, dtype=torch.float32)
-    _product_kernel[(programs, parts)](
-        grad, y, y_rnorm, acc, n, m, d, steps_each * shape.block_n, *grad.stride(), *y.stride(),
+    _similarity_product_kernel[(programs, parts)](
+        launch.matrix(grad), launch.matrix(y), y_rnorm, acc, n, m, d, steps_each * shape.block_n,
         BOTH=both, NORMALIZE=normalize,
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_M=m % shape.block_n == 0, EVEN_D=d % shape.block_d == 0, PRECISION=launch.precision(y),
@@ -143,11 +138,9 @@ def _rows(
     blocks = launch.cdiv(n, shape.block_m)
     out = x.new_empty(n, d) if needed else acc.new_empty(0)
     sums = acc.new_empty(0 if share is None else blocks)
-    factor = launch.scalar(scale)
-    _rows_kernel[(blocks,)](
-        acc, x, x_rnorm, factor, out, sums, share or 0.0, n, d, parts, *x.stride(),
-        NORMALIZE=normalize, NEEDED=needed, SUMMED=share is not None,
-        SCALE_IS_TENSOR=isinstance(factor, Tensor), WHOLE=d <= shape.block_d,
+    _similarity_rows_kernel[(blocks,)](
+        acc, launch.matrix(x), x_rnorm, launch.scalar(scale), out, sums, share or 0.0, n, d, parts,
+        NORMALIZE=normalize, NEEDED=needed, SUMMED=share is not None, WHOLE=d <= shape.block_d,
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
         **launch.options(shape),
     )  # fmt: skip

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..problem import SoftTarget, flat
 from . import launch, soft_target_means
+from .pairs import contiguous
 from .soft_target_combine import combine
-from .soft_target_problem import LEFT_OUT, Problem, Slots
+from .soft_target_slots import LEFT_OUT, Slots
 from .soft_target_softmax import mean_keys
 from .tiles import LOG2E, NOTHING, dot, load_rows, product, scalar
 
@@ -31,22 +31,21 @@ IN_CHUNKS = 1024
 # A row's positive is left out of all of them: its logit is noted, and the combination adds it in float64, so
 # that no digit of the others is lost beside it.
 @triton.jit
-def _kernel(
+def _soft_target_kernel(
     q, k, target_q, target_k, scale, target_scale, positive, statistics, positive_logit,
     n, m, d, e, first, per_split, slot, slots,
-    stride_qn, stride_qd, stride_kn, stride_kd, stride_tn, stride_td, stride_un, stride_ud,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, WHOLE: tl.constexpr, SAME_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, TARGET_SCALE_IS_TENSOR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = i_m < n
     i_d, i_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    scale2 = scalar(scale, SCALE_IS_TENSOR) * LOG2E
-    target_scale2 = scalar(target_scale, TARGET_SCALE_IS_TENSOR) * LOG2E
+    scale2 = scalar(scale) * LOG2E
+    target_scale2 = scalar(target_scale) * LOG2E
     if WHOLE:
-        b_q = load_rows(q, i_m, m_m, i_d, i_d < d, stride_qn, stride_qd, EVEN_D)
-        b_t = load_rows(target_q, i_m, m_m, i_e, i_e < e, stride_tn, stride_td, EVEN_E)
+        b_q = load_rows(q, i_m, m_m, i_d, i_d < d, EVEN_D)
+        b_t = load_rows(target_q, i_m, m_m, i_e, i_e < e, EVEN_E)
     if positive is not None:
         b_own = tl.load(positive + i_m, mask=m_m, other=-1) - first
         b_own = tl.where((b_own >= 0) & (b_own < m), b_own, -1).to(tl.int32)
@@ -65,23 +64,17 @@ def _kernel(
         i_n = start + tl.arange(0, BLOCK_N)
         m_n = i_n < m
         if WHOLE:
-            b_k = load_rows(k, i_n, m_n, i_d, i_d < d, stride_kn, stride_kd, EVEN_D)
+            b_k = load_rows(k, i_n, m_n, i_d, i_d < d, EVEN_D)
             if SAME_KEYS:
                 b_u = b_k
             else:
-                b_u = load_rows(target_k, i_n, m_n, i_e, i_e < e, stride_un, stride_ud, EVEN_E)
+                b_u = load_rows(target_k, i_n, m_n, i_e, i_e < e, EVEN_E)
             b_nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             b_s = dot(b_q, tl.trans(b_k), b_nothing, PRECISION)
             b_target = dot(b_t, tl.trans(b_u), b_nothing, PRECISION)
         else:
-            b_s = product(
-                q, k, i_m, m_m, i_n, m_n, d, stride_qn, stride_qd, stride_kn, stride_kd,
-                BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
-            )  # fmt: skip
-            b_target = product(
-                target_q, target_k, i_m, m_m, i_n, m_n, e, stride_tn, stride_td, stride_un, stride_ud,
-                BLOCK_M, BLOCK_N, BLOCK_E, EVEN_E, PRECISION,
-            )  # fmt: skip
+            b_s = product(q, k, i_m, m_m, i_n, m_n, d, BLOCK_D, EVEN_D, PRECISION)
+            b_target = product(target_q, target_k, i_m, m_m, i_n, m_n, e, BLOCK_E, EVEN_E, PRECISION)
         b_s *= scale2
         b_target *= target_scale2
         if positive is not None and (lowest < start + BLOCK_N) & (highest >= start):
@@ -116,27 +109,20 @@ def _kernel(
         tl.store(positive_logit + i_m, b_logit, mask=noted)
 
 
+@flat(SoftTarget)
 def soft_target_forward(
-    q: Tensor,
-    k: Sequence[Tensor],
-    target_q: Tensor,
-    target_k: Sequence[Tensor],
-    scale: Tensor,
-    target_scale: Tensor,
-    positive: Tensor | None,
-    positive_in_target: str,
-    save_gradient: bool,
+    problem: SoftTarget, save_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = Problem.of(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
+    problem = problem._replace(positive=contiguous(problem.positive))
     in_pass = save_gradient and soft_target_means.serves(problem)
     slots = soft_target_means.walk(problem) if in_pass else _walk(problem)
     lse, target_lse, cross, positive_sum, mean_key, mean_target_key = combine(problem, slots)
     if save_gradient and not in_pass:
-        mean_key, mean_target_key = mean_keys(problem, lse, target_lse, cross)
+        mean_key, mean_target_key = mean_keys(problem, (lse, target_lse, cross))
     return lse, target_lse, cross, positive_sum, mean_key, mean_target_key
 
 
-def _width(problem: Problem) -> int:
+def _width(problem: SoftTarget) -> int:
     """The width that the table of launch shapes knows a problem by: what whole tiles of keys would hold."""
     if max(problem.widths) > WIDEST:
         return IN_CHUNKS
@@ -144,7 +130,7 @@ def _width(problem: Problem) -> int:
     return max(problem.widths) if same_keys else sum(problem.widths)
 
 
-def _walk(problem: Problem) -> Slots:
+def _walk(problem: SoftTarget) -> Slots:
     shape = configs.shape("soft_target", problem.q, _width(problem))
     slots = Slots.of(problem, shape.block_m, shape.block_n, waves=4, means=False)
     q, target_q = problem.q, problem.target_q
@@ -152,20 +138,17 @@ def _walk(problem: Problem) -> Slots:
     width, target_width = configs.padded(d), configs.padded(e)
     whole = max(width, target_width) <= shape.block_d
     block_d, block_e = (width, target_width) if whole else (shape.block_d, shape.block_d)
-    scale, target_scale = launch.scalar(problem.scale), launch.scalar(problem.target_scale)
+    n = q.shape[0]
     for i, (slot, splits, per_split) in enumerate(slots.segments):
         k, target_k = problem.k[i], problem.target_k[i]
         if splits == 0:
             continue
-        _kernel[launch.cdiv(problem.n, shape.block_m), splits](
-            q, k, target_q, target_k, scale, target_scale, problem.positive,
-            slots.statistics, slots.positive_logit,
-            problem.n, k.shape[0], d, e, problem.first(i), per_split, slot, slots.statistics.shape[2],
-            *q.stride(), *k.stride(), *target_q.stride(), *target_k.stride(),
+        _soft_target_kernel[launch.cdiv(n, shape.block_m), splits](
+            *map(launch.matrix, (q, k, target_q, target_k)), launch.scalar(problem.scale),
+            launch.scalar(problem.target_scale), problem.positive, slots.statistics, slots.positive_logit,
+            n, k.shape[0], d, e, problem.first(i), per_split, slot, slots.statistics.shape[2],
             BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=block_d, BLOCK_E=block_e,
             EVEN_D=d % block_d == 0, EVEN_E=e % block_e == 0, WHOLE=whole, SAME_KEYS=problem.same_keys(i),
-            PRECISION=launch.precision(q), SCALE_IS_TENSOR=isinstance(scale, Tensor),
-            TARGET_SCALE_IS_TENSOR=isinstance(target_scale, Tensor),
-            **launch.options(shape),
+            PRECISION=launch.precision(q), **launch.options(shape),
         )  # fmt: skip
     return slots

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from .soft_target_problem import Problem, Slots
+from ..problem import SoftTarget
+from .soft_target_slots import Slots
 from .tiles import LN2, NOTHING
 
 SLOTS_AT_A_TIME = 16
@@ -17,7 +18,7 @@ SLOTS_AT_A_TIME = 16
 # One program a row: statistics in float64, of all slots at once, and with the positive's logit, which no slot
 # counts; then the float32 sums of keys, SOME slots at a time.
 @triton.jit
-def _kernel(
+def _soft_target_combine_kernel(
     statistics, means, positive, positive_logit,
     lse, target_lse, cross, positive_sum, mean_key, mean_target_key,
     n, total, slots, d,
@@ -88,15 +89,15 @@ def _kernel(
         tl.store(mean_target_key + i_row * d + i_d, b_target_mean, mask=m_d)
 
 
-def combine(problem: Problem, slots: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def combine(problem: SoftTarget, slots: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target_lse, cross, positive_sum [N]; mean_key, mean_target_key [N, D] if the slots hold means."""
-    q, n = problem.q, problem.n
+    q, n = problem.q, problem.q.shape[0]
     statistics, means, positive_logit, _ = slots
     lse, target_lse, cross = (q.new_empty(n, dtype=torch.float64) for _ in range(3))
     positive_sum = q.new_empty(0 if problem.positive is None else n, dtype=torch.float64)
     shape = (0,) if means is None else q.shape
     mean_key, mean_target_key = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    _kernel[(n,)](
+    _soft_target_combine_kernel[(n,)](
         statistics, means, problem.positive, positive_logit,
         lse, target_lse, cross, positive_sum, mean_key, mean_target_key,
         n, problem.columns, statistics.shape[2], q.shape[1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,10 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..problem import SoftTarget, flat
 from . import launch
-from .soft_target_problem import Problem
-from .soft_target_softmax import Factors, Wanted, Weights, blocks, optional
+from .pairs import contiguous
+from .soft_target_softmax import Factors, Statistics, Wanted, Weights, blocks, optional
 from .tiles import load_rows, scalar
+
+
+class Saved(NamedTuple):
+    """The results of the forward."""
+
+    lse: Tensor
+    target_lse: Tensor
+    cross: Tensor
+    positive_sum: Tensor
+    mean_key: Tensor
+    mean_target_key: Tensor
 
 
 # With keys and target frozen, for the rows whose positive lies in this segment (FIRST_SEGMENT: or in none),
@@ -23,12 +36,9 @@ from .tiles import load_rows, scalar
 #
 # where the weight, whose terms cancel in a converged row, is float64. Each segment's launch writes its rows.
 @triton.jit
-def _kernel(
-    q, k, scale, positive, lse, target_lse, positive_sum, mean_key, mean_target_key,
-    grad_lse, grad_cross, grad_positive, grad_q, sums,
-    n, m, d, first, total, stride_qn, stride_qd, stride_kn, stride_kd,
+def _soft_target_gradient_kernel(
+    q, k, scale, positive, saved, weights, grad_q, sums, n, m, d, first, total,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, FIRST_SEGMENT: tl.constexpr, ZERO: tl.constexpr,
-    SCALE_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -40,64 +50,47 @@ def _kernel(
             m_m &= m_own | (b_own < 0) | (b_own >= total)
         else:
             m_m = m_own
-    b_g_lse = optional(grad_lse, i_m, m_m)
-    b_target_lse = tl.load(target_lse + i_m, mask=m_m, other=0.0)
-    b_g_cross = tl.where(b_target_lse == -float("inf"), 0.0, optional(grad_cross, i_m, m_m))
+    b_g_lse = optional(weights.lse, i_m, m_m)
+    b_target_lse = tl.load(saved.target_lse + i_m, mask=m_m, other=0.0)
+    b_g_cross = tl.where(b_target_lse == -float("inf"), 0.0, optional(weights.cross, i_m, m_m))
 
     at = i_m.to(tl.int64)[:, None] * d + i_d[None, :]
     m_at = m_m[:, None] & m_d[None, :]
-    b_grad = b_g_lse.to(tl.float32)[:, None] * tl.load(mean_key + at, mask=m_at, other=0.0)
-    b_grad += b_g_cross.to(tl.float32)[:, None] * tl.load(mean_target_key + at, mask=m_at, other=0.0)
+    b_grad = b_g_lse.to(tl.float32)[:, None] * tl.load(saved.mean_key + at, mask=m_at, other=0.0)
+    b_grad += b_g_cross.to(tl.float32)[:, None] * tl.load(saved.mean_target_key + at, mask=m_at, other=0.0)
     if positive is not None:
-        b_below = tl.load(positive_sum + i_m, mask=m_own, other=0.0) - tl.load(
-            lse + i_m, mask=m_own, other=0.0
-        )
-        b_weight = b_g_lse * tl.exp(b_below) + optional(grad_positive, i_m, m_m)
+        b_positive = tl.load(saved.positive_sum + i_m, mask=m_own, other=0.0)
+        b_below = b_positive - tl.load(saved.lse + i_m, mask=m_own, other=0.0)
+        b_weight = b_g_lse * tl.exp(b_below) + optional(weights.positive, i_m, m_m)
         if ZERO:
             b_weight += b_g_cross * tl.exp(-b_target_lse)
-        b_k = load_rows(k, b_own - first, m_own, i_d, m_d, stride_kn, stride_kd, False)
+        b_k = load_rows(k, b_own - first, m_own, i_d, m_d, False)
         b_grad += tl.where(m_own, b_weight, 0.0).to(tl.float32)[:, None] * b_k.to(tl.float32)
 
-    b_q = load_rows(q, i_m, m_m, i_d, m_d, stride_qn, stride_qd, False).to(tl.float32)
+    b_q = load_rows(q, i_m, m_m, i_d, m_d, False).to(tl.float32)
     i_program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(sums + i_program, tl.sum(tl.sum(b_q * b_grad, 1), 0))
     if grad_q is not None:
-        b_grad *= scalar(scale, SCALE_IS_TENSOR)
+        b_grad *= scalar(scale)
         tl.store(grad_q + at, b_grad.to(grad_q.dtype.element_ty), mask=m_at)
 
 
+@flat(SoftTarget, gradients=4)
 def soft_target_backward(
-    grad_lse: Tensor | None,
-    grad_target_lse: Tensor | None,
-    grad_cross: Tensor | None,
-    grad_positive_sum: Tensor | None,
-    q: Tensor,
-    k: Sequence[Tensor],
-    target_q: Tensor,
-    target_k: Sequence[Tensor],
-    scale: Tensor,
-    target_scale: Tensor,
-    positive: Tensor | None,
-    positive_in_target: str,
-    lse: Tensor,
-    target_lse: Tensor,
-    cross: Tensor,
-    positive_sum: Tensor,
-    mean_key: Tensor,
-    mean_target_key: Tensor,
+    gradients: Sequence[Tensor | None],
+    problem: SoftTarget,
+    saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor, Tensor]:
-    problem = Problem.of(q, k, target_q, target_k, scale, target_scale, positive, positive_in_target)
-    grads = (grad_lse, grad_target_lse, grad_cross, grad_positive_sum)
-    weights = Weights(*[None if g is None else g.contiguous() for g in grads])
+    problem = problem._replace(positive=contiguous(problem.positive))
+    weights, left = Weights(*map(contiguous, gradients)), Saved(*saved)
     needs_q, *needs_rest = needs
-    if mean_key.numel() > 0 and not any(needs_rest):
-        grad_q, grad_scale = _from_means(
-            problem, weights, lse, target_lse, positive_sum, mean_key, mean_target_key, needs_q
-        )
-        grad_k, grad_target_k = ([_nothing(q) for _ in k] for _ in range(2))
+    if left.mean_key.numel() > 0 and not any(needs_rest):
+        q = problem.q
+        grad_q, grad_scale = _from_means(problem, weights, left, needs_q)
+        grad_k, grad_target_k = ([_nothing(q) for _ in problem.k] for _ in range(2))
         return grad_q, grad_k, _nothing(q), grad_target_k, grad_scale, q.new_zeros((), dtype=torch.float32)
-    return _from_matrices(problem, weights, (lse, target_lse, cross), needs)
+    return _from_matrices(problem, weights, left[:3], needs)
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -105,42 +98,27 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
-def _from_means(
-    problem: Problem,
-    weights: Weights,
-    lse: Tensor,
-    target_lse: Tensor,
-    positive_sum: Tensor,
-    mean_key: Tensor,
-    mean_target_key: Tensor,
-    needs_q: bool,
-) -> tuple[Tensor, Tensor]:
+def _from_means(problem: SoftTarget, weights: Weights, saved: Saved, needs_q: bool) -> tuple[Tensor, Tensor]:
     """grad_q and grad_scale, keys and target frozen."""
-    q, d = problem.q, problem.q.shape[1]
+    q, (n, d) = problem.q, problem.q.shape
     shape = configs.shape("soft_target_gradient", q, d)
-    grid = launch.cdiv(problem.n, shape.block_m), launch.cdiv(d, shape.block_d)
+    grid = launch.cdiv(n, shape.block_m), launch.cdiv(d, shape.block_d)
     segments = range(1 if problem.positive is None else len(problem.k))
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format) if needs_q else None
     sums = q.new_empty((len(segments), grid[0] * grid[1]), dtype=torch.float32)
-    scale = launch.scalar(problem.scale)
     for i in segments:
         k = problem.k[i]
-        _kernel[grid](
-            q, k, scale, problem.positive, lse, target_lse, positive_sum, mean_key, mean_target_key,
-            weights.lse, weights.cross, weights.positive, grad_q, sums[i],
-            problem.n, k.shape[0], d, problem.first(i), problem.columns, *q.stride(), *k.stride(),
+        _soft_target_gradient_kernel[grid](
+            launch.matrix(q), launch.matrix(k), launch.scalar(problem.scale), problem.positive, saved,
+            weights, grad_q, sums[i], n, k.shape[0], d, problem.first(i), problem.columns,
             BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, FIRST_SEGMENT=i == 0,
-            ZERO=problem.positive_in_target == "zero", SCALE_IS_TENSOR=isinstance(scale, Tensor),
-            num_warps=shape.warps,
+            ZERO=problem.positive_in_target == "zero", num_warps=shape.warps,
         )  # fmt: skip
     return _nothing(q) if grad_q is None else grad_q, sums.sum()
 
 
 def _from_matrices(
-    problem: Problem,
-    weights: Weights,
-    statistics: tuple[Tensor, Tensor, Tensor],
-    needs: Sequence[bool],
+    problem: SoftTarget, weights: Weights, statistics: Statistics, needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor, Tensor]:
     needs_q, needs_k, needs_target_q, needs_target_k = needs
     needs_target = needs_target_q or needs_target_k

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .. import configs
+from ..problem import SoftTarget
 from . import launch
-from .soft_target_problem import LEFT_OUT, Problem, Slots
+from .soft_target_slots import LEFT_OUT, Slots
 from .tiles import LOG2E, NOTHING, dot, load_rows, scalar
 
 # So many features of a mean key fit into registers beside what a product needs.
@@ -35,13 +35,11 @@ def _target_half(x, BLOCK_M: tl.constexpr):
 # A peak lies HEADROOM below the maximum: in float16 the 2^(S - peak) then keep their digits down to 2^-29 of
 # the largest.
 @triton.jit
-def _kernel(
+def _soft_target_means_kernel(
     q, target_q, k, scale, target_scale, positive, statistics, means, positive_logit,
     n, m, d, first, per_split, slot, slots,
-    stride_qn, stride_qd, stride_tn, stride_td, stride_kn, stride_kd,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, EVEN_D: tl.constexpr,
     HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
-    SCALE_IS_TENSOR: tl.constexpr, TARGET_SCALE_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
     i_x = tl.arange(0, 2 * BLOCK_M)
     m_student = i_x < BLOCK_M
@@ -50,14 +48,13 @@ def _kernel(
     i_d = tl.arange(0, WIDTH)
     m_d = i_d < d
     i_row = i_m.to(tl.int64)
-    at_q = q + (i_row * stride_qn)[:, None] + i_d.to(tl.int64)[None, :] * stride_qd
-    at_t = target_q + (i_row * stride_tn)[:, None] + i_d.to(tl.int64)[None, :] * stride_td
+    at_q = q.at + (i_row * q.stride_row)[:, None] + i_d.to(tl.int64)[None, :] * q.stride_col
+    t = target_q
+    at_t = t.at + (i_row * t.stride_row)[:, None] + i_d.to(tl.int64)[None, :] * t.stride_col
     m_x = m_m[:, None] if EVEN_D else m_m[:, None] & m_d[None, :]
     b_x = tl.load(at_q, mask=m_x & m_student[:, None], other=0.0)
     b_x = tl.load(at_t, mask=m_x & ~m_student[:, None], other=b_x)
-    b_scale2 = LOG2E * tl.where(
-        m_student, scalar(scale, SCALE_IS_TENSOR), scalar(target_scale, TARGET_SCALE_IS_TENSOR)
-    )
+    b_scale2 = LOG2E * tl.where(m_student, scalar(scale), scalar(target_scale))
     if positive is not None:
         b_own = tl.load(positive + i_m, mask=m_m, other=-1) - first
         b_own = tl.where((b_own >= 0) & (b_own < m), b_own, -1).to(tl.int32)
@@ -74,7 +71,7 @@ def _kernel(
     for start in range(begin, min(begin + per_split, m), BLOCK_N):
         i_n = start + tl.arange(0, BLOCK_N)
         m_n = i_n < m
-        b_k = load_rows(k, i_n, m_n, i_d, m_d, stride_kn, stride_kd, EVEN_D)
+        b_k = load_rows(k, i_n, m_n, i_d, m_d, EVEN_D)
         b_s = dot(b_x, tl.trans(b_k), tl.zeros((2 * BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         b_s *= b_scale2[:, None]
         if positive is not None and (lowest < start + BLOCK_N) & (highest >= start):
@@ -112,30 +109,27 @@ def _kernel(
     tl.store(at, b_mean, mask=m_m[:, None] & m_d[None, :])
 
 
-def serves(problem: Problem) -> bool:
+def serves(problem: SoftTarget) -> bool:
     """Whether keys are shared and narrow enough."""
     widest = WIDEST[configs.dtype_kind(problem.q.dtype)]
     return problem.widths[0] <= widest and all(map(problem.same_keys, range(len(problem.k))))
 
 
-def walk(problem: Problem) -> Slots:
-    q, target_q, d = problem.q, problem.target_q, problem.widths[0]
+def walk(problem: SoftTarget) -> Slots:
+    q, (n, d) = problem.q, problem.q.shape
     shape, width = configs.shape("soft_target_means", q, d), configs.padded(d)
     slots = Slots.of(problem, shape.block_m, shape.block_n, waves=2, means=True)
-    scale, target_scale = launch.scalar(problem.scale), launch.scalar(problem.target_scale)
     for i, (slot, splits, per_split) in enumerate(slots.segments):
         k = problem.k[i]
         if splits == 0:
             continue
-        _kernel[launch.cdiv(problem.n, shape.block_m), splits](
-            q, target_q, k, scale, target_scale, problem.positive,
+        _soft_target_means_kernel[launch.cdiv(n, shape.block_m), splits](
+            *map(launch.matrix, (q, problem.target_q, k)), launch.scalar(problem.scale),
+            launch.scalar(problem.target_scale), problem.positive,
             slots.statistics, slots.means, slots.positive_logit,
-            problem.n, k.shape[0], d, problem.first(i), per_split, slot, slots.statistics.shape[2],
-            *q.stride(), *target_q.stride(), *k.stride(),
+            n, k.shape[0], d, problem.first(i), per_split, slot, slots.statistics.shape[2],
             BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, WIDTH=width, EVEN_D=d == width,
             HEADROOM=15.0 if q.dtype == torch.float16 else 0.0, PRECISION=launch.precision(q),
-            SCALE_IS_TENSOR=isinstance(scale, Tensor),
-            TARGET_SCALE_IS_TENSOR=isinstance(target_scale, Tensor),
             **launch.options(shape),
         )  # fmt: skip
     return slots

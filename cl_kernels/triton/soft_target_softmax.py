@@ -1,4 +1,4 @@
-"""The softmaxes of soft_target as matrices that GEMMs take: of some rows and one segment of the keys."""
+"""Softmaxes of soft_target as matrices that GEMMs take, those of some rows and one segment of the keys."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..problem import SoftTarget
 from . import launch
-from .soft_target_problem import LEFT_OUT, Problem
+from .soft_target_slots import LEFT_OUT
 from .tiles import LN2, LOG2E, product, scalar
 
 # Two matrices of so many bytes are held at a time.
@@ -47,34 +48,25 @@ def _coefficient(b_grad, b_lse, b_shift):
 #     G = g_lse softmax(S) + g_cross softmax(T) + g_positive [j = positive]
 #     H = softmax(T) (g_target_lse + g_cross (S - cross)), 0 at the positive
 #
-# times `factor` and `target_factor`, powers of two that keep float16 from underflow. With REST_ONLY G is 0 at
-# the positive, too. Each row of a tile has a place for its sum of G o (q k^T), and of H o (t u^T).
+# times the `factors`, powers of two that keep float16 from underflow. With REST_ONLY G is 0 at the positive,
+# too. Each row of a tile has a place for its sum of G o (q k^T), and of H o (t u^T).
 #
 # Logits are in base 2. A log-sum-exp is split into a float32 shift and a float64 rest: the difference of a
 # logit and the shift is as exact as the logit, and the rest goes into the row's coefficient.
 @triton.jit
-def _kernel(
-    q, k, target_q, target_k, scale, target_scale, positive, lse, target_lse, cross,
-    grad_lse, grad_target_lse, grad_cross, grad_positive, factor, target_factor,
+def _soft_target_softmax_kernel(
+    q, k, target_q, target_k, scale, target_scale, positive, statistics, weights, factors,
     g, h, sums, target_sums, begin, end, m, d, e, first, pitch,
-    stride_qn, stride_qd, stride_kn, stride_kd, stride_tn, stride_td, stride_un, stride_ud,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     EVEN_E: tl.constexpr, PRECISION: tl.constexpr, ZERO: tl.constexpr, REST_ONLY: tl.constexpr,
-    SCALE_IS_TENSOR: tl.constexpr, TARGET_SCALE_IS_TENSOR: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
     i_m = begin + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m, m_n = i_m < end, i_n < m
-    b_dots = product(
-        q, k, i_m, m_m, i_n, m_n, d, stride_qn, stride_qd, stride_kn, stride_kd,
-        BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
-    )  # fmt: skip
-    b_target_dots = product(
-        target_q, target_k, i_m, m_m, i_n, m_n, e, stride_tn, stride_td, stride_un, stride_ud,
-        BLOCK_M, BLOCK_N, BLOCK_D, EVEN_E, PRECISION,
-    )  # fmt: skip
-    b_s = b_dots * (scalar(scale, SCALE_IS_TENSOR) * LOG2E)
-    b_target = b_target_dots * (scalar(target_scale, TARGET_SCALE_IS_TENSOR) * LOG2E)
+    b_dots = product(q, k, i_m, m_m, i_n, m_n, d, BLOCK_D, EVEN_D, PRECISION)
+    b_target_dots = product(target_q, target_k, i_m, m_m, i_n, m_n, e, BLOCK_D, EVEN_E, PRECISION)
+    b_s = b_dots * (scalar(scale) * LOG2E)
+    b_target = b_target_dots * (scalar(target_scale) * LOG2E)
     b_s = tl.where(m_n[None, :], b_s, LEFT_OUT)
     b_target = tl.where(m_n[None, :], b_target, LEFT_OUT)
     if positive is not None:
@@ -82,17 +74,18 @@ def _kernel(
         m_own = i_n.to(tl.int64)[None, :] == b_own[:, None]
         b_target = tl.where(m_own, 0.0 if ZERO else LEFT_OUT, b_target)
 
+    lse, target_lse, cross = statistics
     b_lse = tl.load(lse + i_m, mask=m_m, other=0.0)
     b_target_lse = tl.load(target_lse + i_m, mask=m_m, other=0.0)
     b_shift, b_target_shift = _rounded(b_lse), _rounded(b_target_lse)
     b_target = tl.exp2(b_target - b_target_shift[:, None])
-    b_cross = _coefficient(optional(grad_cross, i_m, m_m), b_target_lse, b_target_shift)
+    b_cross = _coefficient(optional(weights.cross, i_m, m_m), b_target_lse, b_target_shift)
     at_row = tl.program_id(0).to(tl.int64) * (end - begin) + i_m - begin
     at = (i_m - begin).to(tl.int64)[:, None] * pitch + i_n[None, :]
     m_g = m_m[:, None] & m_n[None, :]
 
-    times = scalar(factor, FACTOR_IS_TENSOR)
-    b_of_s = (_coefficient(optional(grad_lse, i_m, m_m), b_lse, b_shift) * times).to(tl.float32)
+    times = scalar(factors.g)
+    b_of_s = (_coefficient(optional(weights.lse, i_m, m_m), b_lse, b_shift) * times).to(tl.float32)
     b_g = (
         b_of_s[:, None] * tl.exp2(b_s - b_shift[:, None])
         + (b_cross * times).to(tl.float32)[:, None] * b_target
@@ -101,7 +94,7 @@ def _kernel(
         if REST_ONLY:
             b_g = tl.where(m_own, 0.0, b_g)
         else:
-            b_at_own = (optional(grad_positive, i_m, m_m) * times).to(tl.float32)
+            b_at_own = (optional(weights.positive, i_m, m_m) * times).to(tl.float32)
             b_g += tl.where(m_own, b_at_own[:, None], 0.0)
     if sums is not None:
         tl.store(sums + at_row, tl.sum(b_g * b_dots, 1) / times, mask=m_m)
@@ -109,11 +102,11 @@ def _kernel(
         tl.store(g + at, b_g.to(g.dtype.element_ty), mask=m_g)
 
     if h is not None:
-        times = scalar(target_factor, FACTOR_IS_TENSOR)
+        times = scalar(factors.h)
         b_mean = tl.load(cross + i_m, mask=m_m, other=0.0) * LOG2E
         b_rounded = b_mean.to(tl.float32)
         b_centred = (b_s - b_rounded[:, None]) - (b_mean - b_rounded.to(tl.float64)).to(tl.float32)[:, None]
-        b_plain = _coefficient(optional(grad_target_lse, i_m, m_m), b_target_lse, b_target_shift) * times
+        b_plain = _coefficient(optional(weights.target_lse, i_m, m_m), b_target_lse, b_target_shift) * times
         b_slope = (b_cross * times * LN2).to(tl.float32)
         b_h = b_target * (b_plain.to(tl.float32)[:, None] + b_slope[:, None] * b_centred)
         if positive is not None:
@@ -123,8 +116,11 @@ def _kernel(
             tl.store(target_sums + at_row, tl.sum(b_h * b_target_dots, 1) / times, mask=m_m)
 
 
+Statistics = tuple[Tensor, Tensor, Tensor]  # lse, target_lse, cross
+
+
 class Weights(NamedTuple):
-    """What multiplies the softmaxes, [N] in float64, None for zeros."""
+    """Factors of the softmaxes, the incoming gradients: [N] in float64, None for zeros."""
 
     lse: Tensor | None
     target_lse: Tensor | None
@@ -140,7 +136,7 @@ class Factors(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which of G and H, and whether sum G o (q k^T) and sum H o (t u^T)."""
+    """The results that are asked for: G, H, and with `sums` sum G o (q k^T) and sum H o (t u^T)."""
 
     g: bool
     h: bool
@@ -160,30 +156,27 @@ class Block(NamedTuple):
 
 
 def blocks(
-    problem: Problem,
-    statistics: tuple[Tensor, Tensor, Tensor],
-    weights: Weights,
-    factors: Factors,
-    wanted: Wanted,
+    problem: SoftTarget, statistics: Statistics, weights: Weights, factors: Factors, wanted: Wanted
 ) -> Iterator[Block]:
-    """Walk the rows, and for each some of them the segments. `statistics`: lse, target_lse, cross."""
+    """Walk the rows, and for each some of them the segments."""
     shape = configs.shape("soft_target_softmax", problem.q, max(problem.widths))
     longest = max(part.shape[0] for part in problem.k)
     most = MATRIX_BYTES // (problem.q.element_size() * max(longest, 1))
     step = max(1, min(most // shape.block_m, 65535)) * shape.block_m
-    for begin in range(0, problem.n, step):
-        rows = slice(begin, min(begin + step, problem.n))
+    n = problem.q.shape[0]
+    for begin in range(0, n, step):
+        rows = slice(begin, min(begin + step, n))
         for i, part in enumerate(problem.k):
             if part.shape[0] > 0:
                 yield _block(problem, i, rows, shape, statistics, weights, factors, wanted)
 
 
 def _block(
-    problem: Problem,
+    problem: SoftTarget,
     i: int,
     rows: slice,
     shape: configs.Shape,
-    statistics: tuple[Tensor, Tensor, Tensor],
+    statistics: Statistics,
     weights: Weights,
     factors: Factors,
     wanted: Wanted,
@@ -202,16 +195,13 @@ def _block(
 
     g, h = matrix(wanted.g), matrix(wanted.h)
     sums, target_sums = partial(wanted.sums), partial(wanted.sums and wanted.h)
-    scale, target_scale = launch.scalar(problem.scale), launch.scalar(problem.target_scale)
-    _kernel[grid](
-        q, k, target_q, target_k, scale, target_scale, problem.positive, *statistics, *weights, *factors,
+    _soft_target_softmax_kernel[grid](
+        *map(launch.matrix, (q, k, target_q, target_k)), launch.scalar(problem.scale),
+        launch.scalar(problem.target_scale), problem.positive, statistics, weights, factors,
         g, h, sums, target_sums, rows.start, rows.stop, m, d, e, problem.first(i), pitch,
-        *q.stride(), *k.stride(), *target_q.stride(), *target_k.stride(),
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_D=d % shape.block_d == 0, EVEN_E=e % shape.block_d == 0, PRECISION=launch.precision(q),
         ZERO=problem.positive_in_target == "zero", REST_ONLY=wanted.rest_only,
-        SCALE_IS_TENSOR=isinstance(scale, Tensor), TARGET_SCALE_IS_TENSOR=isinstance(target_scale, Tensor),
-        FACTOR_IS_TENSOR=isinstance(factors.g, Tensor),
         **launch.options(shape),
     )  # fmt: skip
     nothing = q.new_empty(0, dtype=torch.float32)
@@ -220,14 +210,14 @@ def _block(
     return Block(i, rows, g, h, sums, target_sums)
 
 
-def mean_keys(problem: Problem, lse: Tensor, target_lse: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+def mean_keys(problem: SoftTarget, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """mean_key and mean_target_key [N, D]: both softmaxes, without the positive, times the keys."""
     factor = 2.0**15 if problem.q.dtype == torch.float16 else 1.0  # a softmax is at most 1
-    ones = torch.ones_like(lse)
+    ones = torch.ones_like(statistics[0])
     weights, factors = Weights(ones, ones, None, None), Factors(factor, factor)
     wanted = Wanted(g=True, h=True, sums=False, rest_only=True)
     means, target_means = (problem.q.new_zeros(problem.q.shape, dtype=torch.float32) for _ in range(2))
-    for block in blocks(problem, (lse, target_lse, cross), weights, factors, wanted):
+    for block in blocks(problem, statistics, weights, factors, wanted):
         for out, matrix in ((means, block.g), (target_means, block.h)):
             out[block.rows] += launch.mm_float32(matrix, problem.k[block.i])
     return means.div_(factor), target_means.div_(factor)

@@ -6,6 +6,8 @@ b_* blocks in registers. Logits are in base 2: times log2(e), so that each expon
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -15,18 +17,26 @@ LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1e30)
 
 
+class Matrix(NamedTuple):
+    """A matrix in memory, as kernels take one (`launch.matrix`)."""
+
+    at: Any
+    stride_row: Any
+    stride_col: Any
+
+
 @triton.jit
-def scalar(x, IS_TENSOR: tl.constexpr):
+def scalar(x):
     """A scalar argument, from memory where it is a tensor."""
-    if IS_TENSOR:
+    if isinstance(x, tl.tensor) and x.dtype.is_ptr():  # a number is one too, but to the interpreter
         x = tl.load(x)
     return x
 
 
 @triton.jit
-def load_rows(x, i_row, m_row, i_col, m_col, stride_row, stride_col, EVEN: tl.constexpr):
-    """x[i_row, i_col], 0 outside; `EVEN`: no column is outside."""
-    at = x + i_row.to(tl.int64)[:, None] * stride_row + i_col.to(tl.int64)[None, :] * stride_col
+def load_rows(x, i_row, m_row, i_col, m_col, EVEN: tl.constexpr):
+    """Elements [i_row, i_col] of a Matrix, 0 outside; `EVEN`: no column is outside."""
+    at = x.at + i_row.to(tl.int64)[:, None] * x.stride_row + i_col.to(tl.int64)[None, :] * x.stride_col
     if EVEN:
         return tl.load(at, mask=m_row[:, None], other=0.0)
     return tl.load(at, mask=m_row[:, None] & m_col[None, :], other=0.0)
@@ -44,16 +54,14 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(
-    x, y, i_x, m_x, i_y, m_y, d, stride_xn, stride_xd, stride_yn, stride_yd,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x[i_x] y[i_y]^T, [BLOCK_M, BLOCK_N], walking the d features in chunks."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    x, y, i_x, m_x, i_y, m_y, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """x[i_x] y[i_y]^T of two Matrices, walking the d features in chunks."""
+    acc = tl.zeros((i_x.shape[0], i_y.shape[0]), tl.float32)
     for first in range(0, d, BLOCK_D):
         i_d = first + tl.arange(0, BLOCK_D)
-        b_x = load_rows(x, i_x, m_x, i_d, i_d < d, stride_xn, stride_xd, EVEN_D)
-        b_y = load_rows(y, i_y, m_y, i_d, i_d < d, stride_yn, stride_yd, EVEN_D)
+        b_x = load_rows(x, i_x, m_x, i_d, i_d < d, EVEN_D)
+        b_y = load_rows(y, i_y, m_y, i_d, i_d < d, EVEN_D)
         acc = dot(b_x, tl.trans(b_y), acc, PRECISION)
     return acc
 

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from cl_kernels import configs
 from cl_kernels.configs import Shape
+from cl_kernels.triton.launch import matrix
 from cl_kernels.triton.tiles import dot
 
 configs.TABLE["product", "sm_90", "half"] = {64: Shape(64, 64, 64, 4, 1), 128: Shape(64, 64, 128, 4, 1)}
@@ -28,12 +29,11 @@ configs.TABLE["forgotten", "sm_90", "half"] = {64: Shape(64, 64, 64, 4, 1)}
 
 
 @triton.jit
-def _product_kernel(
-    x, out, d, stride_n, stride_d, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _product_kernel(x, out, d, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     i = tl.arange(0, BLOCK_M)
     f = tl.arange(0, BLOCK_D)
-    rows = tl.load(x + i[:, None] * stride_n + f[None, :] * stride_d, mask=f[None, :] < d, other=0.0)
+    at = x.at + i[:, None] * x.stride_row + f[None, :] * x.stride_col
+    rows = tl.load(at, mask=f[None, :] < d, other=0.0)
     s = dot(rows, tl.trans(rows), tl.zeros((BLOCK_M, BLOCK_M), tl.float32), "ieee")
     tl.store(out + i, tl.sum(tl.exp2(s), 1))
 
@@ -42,7 +42,7 @@ def similarity_forward(q, k, scale, normalize):
     tile = configs.shape("product", q, q.shape[1])
     out = q.new_empty(q.shape[0], q.shape[0] if k is None else k.shape[0])
     _product_kernel[(1,)](
-        q, out, q.shape[1], *q.stride(), tile.block_m, tile.block_n, tile.block_d,
+        matrix(q), out, q.shape[1], tile.block_m, tile.block_n, tile.block_d,
         num_warps=tile.warps, num_stages=tile.stages,
     )
     empty = q.new_empty(q.shape[0]).float()
@@ -78,6 +78,8 @@ def used(x):
 """
 
 MORE = """
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -85,9 +87,14 @@ SIZE = tl.constexpr(2)
 OTHER = tl.constexpr(3)
 
 
+class Pair(NamedTuple):
+    one: object
+    two: object
+
+
 @triton.jit
 def added(x):
-    return x + 1
+    return Pair(x + 1, x).one
 
 
 @triton.jit
@@ -196,6 +203,7 @@ def test_only_what_is_not_recorded_is_compiled(toy: Path) -> None:
 
 CHANGES = [
     ("toy_more.py", "x + 1", "x + 2", True),
+    ("toy_more.py", "    one: object\n    two: object", "    two: object\n    one: object", True),
     ("toy_more.py", "SIZE = tl.constexpr(2)", "SIZE = tl.constexpr(4)", True),
     ("toy_used.py", "* SIZE", "- SIZE", True),
     ("toy_kernel.py", "used(x)", "used(x + 1)", True),
