@@ -28,13 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m cl_kernels", description="Contrastive losses for PyTorch."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    parsers = {name: commands.add_parser(name, help=help) for name, (_, help) in COMMANDS.items()}
+    parsers = {name: commands.add_parser(name, help=text) for name, (_, text) in COMMANDS.items()}
     name = arguments[0] if arguments else ""
     if name in parsers:
         try:
             module = importlib.import_module(COMMANDS[name][0], __package__)
         except ModuleNotFoundError as error:
-            if name in ("info", "check"):
+            ours = str(error.name).startswith(str(__package__))
+            if ours or name in ("info", "check"):
                 raise
             print(f"{name}: {error}: pip install 'cl_kernels[bench]'", file=sys.stderr)
             return 2

@@ -76,7 +76,7 @@ def contrastive(problem: Contrast, first_positive: int | None = None) -> Contras
 def soft_target(problem: SoftTarget, first_positive: int | None = None) -> SoftTargetStats:
     """LSEs of the student's and the target's logits, the target's mean of the student's, the positives'.
 
-    `first_positive`: as above."""
+    `first_positive`: as for `contrastive`."""
     q = problem.q
     problem = problem._replace(scale=_scale(problem.scale, q), target_scale=_scale(problem.target_scale, q))
     target = (problem.target_q, *problem.target_k, problem.target_scale)
@@ -90,7 +90,7 @@ def soft_target(problem: SoftTarget, first_positive: int | None = None) -> SoftT
 def soft_target_means(problem: SoftTarget) -> tuple[Tensor, Tensor]:
     """target_lse [N] and softmax(T) keys [N, D] without the positive, of a problem whose student is its
     target: what students share. Not differentiable."""
-    scale = _scale(problem.scale, problem.q)
+    scale = _scale(problem.scale, problem.q)  # the target's as well
     problem = problem._replace(scale=scale, target_scale=scale)
     options = (problem.options(), True, None, dispatch.select("soft_target_forward", problem.q))
     with torch.no_grad():
@@ -189,8 +189,8 @@ class _Contrastive(_Op):
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
-        rest, save_gradient, _, backend = options
-        return dispatch.call("contrastive_forward", backend, *rest.with_tensors(tensors), save_gradient)
+        bare, save_gradient, _, backend = options
+        return dispatch.call("contrastive_forward", backend, *bare.with_tensors(tensors), save_gradient)
 
     @staticmethod
     def frozen(options: Options, needs: Sequence[bool]) -> bool:
@@ -202,18 +202,18 @@ class _Contrastive(_Op):
     def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
         lse, lse_cols, _, _, residual = outputs
         if frozen:
-            rest, _, first_positive, _ = options
-            problem = rest.with_tensors(tensors)
+            bare, _, first_positive, _ = options
+            problem = bare.with_tensors(tensors)
             keys, own = _positive_keys([problem.k], problem.positive_index, first_positive)
-            tensors = rest._replace(q=problem.q, k=keys, scale=problem.scale, positive_index=own).tensors()
+            tensors = bare._replace(q=problem.q, k=keys, scale=problem.scale, positive_index=own).tensors()
         return *tensors, lse, lse_cols, residual
 
     @staticmethod
     def gradient(
         saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
     ) -> Tensors:
-        rest, _, _, backend = options
-        problem = rest.with_tensors(saved[: len(needs)])
+        bare, _, _, backend = options
+        problem = bare.with_tensors(saved[: len(needs)])
         if frozen:
             problem = problem._replace(k=problem.keys, exclude=None, among="all")
         grad_lse, grad_cols, grad_positive = grads
@@ -241,8 +241,8 @@ class _SoftTarget(_Op):
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
-        rest, save_gradient, _, backend = options
-        return dispatch.call("soft_target_forward", backend, *rest.with_tensors(tensors), save_gradient)
+        bare, save_gradient, _, backend = options
+        return dispatch.call("soft_target_forward", backend, *bare.with_tensors(tensors), save_gradient)
 
     @staticmethod
     def frozen(options: Options, needs: Sequence[bool]) -> bool:
@@ -252,11 +252,11 @@ class _SoftTarget(_Op):
     @staticmethod
     def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
         if frozen:
-            rest, _, first_positive, _ = options
-            problem = rest.with_tensors(tensors)
+            bare, _, first_positive, _ = options
+            problem = bare.with_tensors(tensors)
             keys, own = _positive_keys(problem.k, problem.positive, first_positive)
             absent = [None] * (len(problem.k) - 1)
-            tensors = rest._replace(
+            tensors = bare._replace(
                 q=problem.q, k=[keys, *absent], target_k=[None, *absent], scale=problem.scale, positive=own
             ).tensors()
         return *tensors, *outputs
@@ -265,12 +265,12 @@ class _SoftTarget(_Op):
     def gradient(
         saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
     ) -> Tensors:
-        rest, _, _, backend = options
-        problem = rest.with_tensors(saved[: len(needs)])
+        bare, _, _, backend = options
+        problem = bare.with_tensors(saved[: len(needs)])
         if frozen:
             keys = [problem.q if problem.k[0] is None else problem.k[0]]
             problem = problem._replace(k=keys, target_q=problem.q, target_k=keys, target_scale=problem.scale)
-        needed = rest.with_tensors(needs)
+        needed = bare.with_tensors(needs)
         needs_target_q = needed.target_q or needed.target_scale
         grad_lse, grad_target_lse, grad_cross, grad_positive = grads
         grad_q, grad_k, grad_target_q, grad_target_k, grad_scale, grad_target_scale = dispatch.call(

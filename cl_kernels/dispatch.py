@@ -3,7 +3,7 @@
 Under "auto" PyTorch's dispatcher picks: a compiled kernel where there is one, else the chunked reference. For
 GPU tensors `serve` picks, and passes over what cannot be launched: by `SERVING`, read from the top, of which
 the first row that fits decides. Triton serves by default; CUDA C++ only where a row says that both ran on a
-GPU of that architecture and it was faster: `python -m cl_kernels tune --serving` prints such rows.
+GPU of that kind and it was faster: `python -m cl_kernels tune --serving` prints such rows.
 """
 
 from __future__ import annotations
@@ -33,6 +33,20 @@ class BackendError(RuntimeError):
     """The backend that was asked for by name cannot serve; the message says why."""
 
 
+@functools.lru_cache(1024)
+def _decided(op_name: str, case: Case, device: torch.device, dtype: torch.dtype) -> str:
+    for backend in dict.fromkeys((row_for(case).backend, "triton")):
+        launches = (backend, case) not in _exhausted
+        if launches and obstacle(backend, device, op_name, dtype) is None:
+            return backend
+    return "reference"
+
+
+def forget_decisions() -> None:
+    """Decide anew from now on: what can serve has changed."""
+    _decided.cache_clear()
+
+
 def _checked(name: object, source: str) -> str:
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
@@ -43,6 +57,7 @@ def _checked_and_ready(name: object, source: str) -> str:
     checked = _checked(name, source)
     if checked == "cuda":
         extension.cuda.require()
+        forget_decisions()
     return checked
 
 
@@ -77,7 +92,6 @@ class use_backend:
         global _backend
         self._previous = _backend
         _backend = _checked_and_ready(name, "backend")
-        forget_decisions()  # "cuda" may have compiled what was not there
         if name == "triton" and ops.has_triton() and torch.cuda.is_available():
             for index in range(torch.cuda.device_count()):  # before a compiled graph asks about them
                 _triton_unsuited(index)
@@ -165,7 +179,7 @@ class Case(NamedTuple):
     op: str  # without forward or backward
     variant: str  # of VARIANTS
     kind: str  # of dtype: "half", "float32"
-    architecture: str  # of the chip itself: sm_89, not the sm_80 whose launch shapes it has
+    chip: str  # sm_89, not the sm_80 whose launch shapes it has
     width: int
 
 
@@ -175,7 +189,7 @@ class Serving(NamedTuple):
     op: str
     variant: str
     kind: str
-    architecture: str
+    chip: str
     widest: int | None  # features, at most
     backend: str  # "cuda", "triton"
     basis: str  # "measured", "default"
@@ -202,7 +216,7 @@ VARIANTS = {
 """Kinds of an op that backends run differently; transposed: the stride along the features is not 1."""
 
 SERVING = (
-    # op, variant, kind of dtype, architecture, widest, backend, basis
+    # op, variant, kind of dtype, chip, widest, backend, basis
     Serving(ANY, ANY, ANY, ANY, None, "triton", "default"),
 )
 
@@ -212,11 +226,11 @@ def row_for(case: Case) -> Serving:
     return next(row for row in SERVING if row.fits(case))
 
 
-def rows_for(op: str, architecture: str) -> list[Serving]:
-    """The rows of SERVING that can decide for an op on an architecture."""
+def rows_for(op: str, chip: str) -> list[Serving]:
+    """The rows of SERVING that can decide for an op on a chip."""
     rows = []
     for row in SERVING:
-        if row.counts and row.op in (ANY, op) and row.architecture in (ANY, architecture):
+        if row.counts and row.op in (ANY, op) and row.chip in (ANY, chip):
             rows.append(row)
             if (row.variant, row.kind, row.widest) == (ANY, ANY, None):
                 break
@@ -269,20 +283,6 @@ def serving(op_name: str, args: Sequence[Any]) -> str:
     return _decided(op_name, case, features.device, features.dtype)
 
 
-@functools.lru_cache(1024)
-def _decided(op_name: str, case: Case, device: torch.device, dtype: torch.dtype) -> str:
-    for backend in dict.fromkeys((row_for(case).backend, "triton")):
-        launches = (backend, case) not in _exhausted
-        if launches and obstacle(backend, device, op_name, dtype) is None:
-            return backend
-    return "reference"
-
-
-def forget_decisions() -> None:
-    """Decide anew from now on: what can serve has changed."""
-    _decided.cache_clear()
-
-
 def serve(op_name: str, *args: Any) -> Any:
     """Run an op on GPU tensors under "auto".
 
@@ -295,8 +295,7 @@ def serve(op_name: str, *args: Any) -> Any:
     while True:
         backend = _decided(op_name, case, features.device, features.dtype)
         try:
-            with torch.cuda.device_of(features):
-                return implementation(op_name, "interpreter" if backend == "triton" else backend)(*args)
+            return implementation(op_name, backend)(*args)
         except Exception as error:
             if backend == "reference" or not _lacks_resources(error):
                 raise
@@ -305,7 +304,7 @@ def serve(op_name: str, *args: Any) -> Any:
             forget_decisions()
             warnings.warn(
                 f"{backend} cannot launch {op_name} for {case.variant} {case.kind} features of width "
-                f"{case.width} on {case.architecture} ({reason}): "
+                f"{case.width} on {case.chip} ({reason}): "
                 f"{serving(op_name, args)} serves them",
                 RuntimeWarning,
                 stacklevel=2,
@@ -338,7 +337,7 @@ def implementation(op_name: str, backend: str) -> Callable[..., Any]:
     """An op by one backend: a registered op, or plain PyTorch."""
     if backend == "reference":
         return getattr(chunked, op_name)
-    if backend == "interpreter":  # Triton's functions themselves
+    if backend == "interpreter":
         return triton_op(op_name)
     if backend == "triton":
         return getattr(torch.ops.cl_kernels_triton, op_name)

@@ -38,9 +38,9 @@ class Contrast(NamedTuple):
 
     def with_tensors(self, tensors: Sequence[Any]) -> Contrast:
         q, k, scale, rows, cols, index, mask, bias = tensors
-        return self._replace(
-            q=q, k=k, scale=scale, row_labels=rows, col_labels=cols, positive_index=index,
-            positive_mask=mask, key_bias=bias,
+        return Contrast(
+            q, k, scale, self.exclude, rows, cols, self.among, self.label_positives, index, mask, bias,
+            self.both_axes,
         )  # fmt: skip
 
     def options(self) -> Contrast:
@@ -99,10 +99,8 @@ class SoftTarget(NamedTuple):
     def with_tensors(self, tensors: Sequence[Any]) -> SoftTarget:
         q, target_q, scale, target_scale, positive, *segments = tensors
         half = len(segments) // 2
-        return self._replace(
-            q=q, k=segments[:half], target_q=target_q, target_k=segments[half:], scale=scale,
-            target_scale=target_scale, positive=positive,
-        )  # fmt: skip
+        k, target_k = segments[:half], segments[half:]
+        return SoftTarget(q, k, target_q, target_k, scale, target_scale, positive, self.positive_in_target)
 
     def options(self) -> SoftTarget:
         """The rest, without tensors."""
@@ -132,24 +130,25 @@ def same_memory(x: Tensor | None, y: Tensor | None) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
-def flat(
-    problem: type[Contrast] | type[SoftTarget], gradients: int = 0
-) -> Callable[[Callable[..., Any]], Any]:
+def flat(kind: type[Contrast] | type[SoftTarget], gradients: int = 0) -> Callable[[Callable[..., Any]], Any]:
     """An entry point of an op, with the schema's arguments one by one, from a function of what they make up.
 
     A forward is function(problem, save_gradient). A backward, of so many incoming gradients, is
     function(gradients, problem, saved, needs), `saved` being what the forward left for it.
     """
-    last = gradients + len(problem._fields)
+    last = gradients + len(kind._fields)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def entry(*args: Any) -> Any:
-            whole = problem(*args[gradients:last])
+            if len(args) <= last:
+                raise TypeError(f"{function.__name__} takes the arguments of its schema, got {len(args)}")
+            whole = kind(*args[gradients:last])
             if not gradients:
                 return function(whole, *args[last:])
             return function(args[:gradients], whole, args[last:-1], args[-1])
 
+        del entry.__wrapped__  # whose signature is another
         return entry
 
     return decorate

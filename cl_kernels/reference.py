@@ -489,8 +489,10 @@ def stablerep_loss(
     others = ~_columns(n, n, 0, z.device)
     logits = _inverse(temperature, z) * (z @ z.T)
     positive = others & (labels[:, None] == labels)
-    terms = (_logsumexp(logits, others)[:, None] - logits).masked_fill(~positive, 0.0)
-    return check.reduction(terms.sum(dim=1) / positive.sum(dim=1).clamp(min=1), reduction)
+    lse = _logsumexp(logits, others)
+    terms = (lse[:, None] - logits).masked_fill(~positive, 0.0)
+    loss = terms.sum(dim=1) / positive.sum(dim=1).clamp(min=1)
+    return check.reduction(torch.where(lse.isnan(), lse, loss), reduction)
 
 
 @full_precision

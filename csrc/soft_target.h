@@ -36,7 +36,7 @@ struct SoftTargetSaved {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> soft_target_forward(
     const SoftTarget&, bool save_gradient);
-// -> the same
+// -> the fields of SoftTargetSaved
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor>
 soft_target_backward(const SoftTargetIncoming&, const SoftTarget&, const SoftTargetSaved&,

@@ -11,8 +11,8 @@ from .. import dtypes, validation
 
 def wide(scalar: float | Tensor, like: Tensor) -> float | Tensor:
     """A float as it is, a tensor in the accumulation dtype of `like`."""
+    # torch 2.11 compiles anew for each quotient of floats.
     if isinstance(scalar, Tensor) or torch.compiler.is_compiling():
-        # torch 2.11 compiles anew for each quotient of floats.
         return dtypes.scalar_tensor(scalar, dtypes.accumulate_dtype(like.dtype))
     return scalar
 

@@ -158,9 +158,9 @@ def sce_targets(
     tau = validation.temperature("target_temperature", target_temperature, k)
     validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     keys, positive = _keys(k, k_global, queue, rank)
-    lse, mean = autograd.soft_target_means(
-        SoftTarget(k, keys, k, keys, inverse(tau, k), inverse(tau, k), positive, positive_in_target)
-    )
+    scale = inverse(tau, k)
+    problem = SoftTarget(k, keys, k, keys, scale, scale, positive, positive_in_target)
+    lse, mean = autograd.soft_target_means(problem)
     return SCETargets(lse, mean, positive_in_target)
 
 

@@ -46,8 +46,7 @@ def stablerep_loss(
         torch.Size([6, 16])
 
     Source: Tian et al., "StableRep: Synthetic Images from Text-to-Image Models Make Strong Visual
-    Representation Learners", 2023, "Multi-Positive Contrastive
-    Pre-training".
+    Representation Learners", 2023, multi-positive contrastive pre-training.
     """
     validation.features("features", features)
     n = features.shape[0]

@@ -572,7 +572,8 @@ class Engine {
 };
 
 void check(const Contrast& problem) {
-  const auto& [q, k] = std::tie(problem.q, problem.k);
+  const at::Tensor& q = problem.q;
+  const std::optional<at::Tensor>& k = problem.k;
   TORCH_CHECK_VALUE(q.dim() == 2, "q must be [N, D], got ", q.sizes());
   if (k) {
     TORCH_CHECK_VALUE(k->dim() == 2 && k->size(1) == q.size(1), "k must be [M, ", q.size(1), "], got ",

@@ -163,3 +163,12 @@ def test_double_backward_of_compiled_code_is_refused() -> None:
     (grad,) = torch.autograd.grad(compiled(q).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match=r"does not currently support double backward"):
         torch.autograd.grad(grad.sum(), q)
+
+
+@pytest.mark.parametrize("clk_backend", ["auto", *BACKENDS])
+def test_a_backend_is_chosen_within_a_graph(clk_backend: str) -> None:
+    def loss(q: Tensor, k: Tensor) -> Tensor:
+        with clk.use_backend(clk_backend):
+            return clk.info_nce_loss(q, k)
+
+    compiled_and_eager(loss, (rand(0, 5, 3), rand(1, 5, 3)))

@@ -63,19 +63,18 @@ std::tuple<Tensor, Tensor> classes(const Tensor& row_labels, const Tensor& col_l
   return {ids.rows, ids.cols};
 }
 
-// Of half-precision features.
+// Sums over the positives of half-precision features.
 std::tuple<Tensor, Tensor> sums(const Tensor& q, const optional<Tensor>& k, const Tensor& scale,
                                 optional<int64_t> exclude, const optional<Tensor>& row_labels,
                                 const optional<Tensor>& col_labels, const optional<Tensor>& positive_index,
                                 const optional<Tensor>& positive_mask) {
-  Pairs pairs{};
-  pairs.exclude = exclude;
-  pairs.label_positives = row_labels.has_value();
-  pairs.positive_index = positive_index;
-  pairs.positive_mask = positive_mask;
+  Contrast problem{q, k, scale, exclude};
+  problem.label_positives = row_labels.has_value();
+  problem.positive_index = positive_index;
+  problem.positive_mask = positive_mask;
   optional<LabelIds> ids;
   if (row_labels) ids = label_ids(*row_labels, *col_labels);
-  return positive_sums({q, k, scale, pairs}, ids ? &*ids : nullptr, {});
+  return positive_sums(problem, ids ? &*ids : nullptr, {});
 }
 
 // 1 / norm [N] of the rows of x [N, D], and the rows at unit length [N, stride].

@@ -179,3 +179,11 @@ def test_nan_labels_of_rows_and_columns() -> None:
         found = module.contrastive_lse(q, row_labels=rows, **options)
         torch.testing.assert_close(found, (q * q).sum(1).masked_fill(rows.isnan(), -torch.inf))
         assert (module.contrastive_lse(q, row_labels=rows, among="same") == -torch.inf).all()
+
+
+@MODULES
+def test_a_nan_alone_with_its_caption(module: Any) -> None:
+    """It is every image's, as it is in every denominator."""
+    images = with_nan(unit(6, 4), 0)
+    for captions in (torch.tensor([2, 0, 0, 1, 1, 1]), torch.arange(6)):
+        assert module.stablerep_loss(images, captions, reduction="none").isnan().all()
