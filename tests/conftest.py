@@ -36,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(matrix.Plugin(config), "matrix")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Last those that may load the emulator: from then on "cuda" serves CPU tensors in their process."""
+    items.sort(key=lambda item: item.path.parent.name == "cuda" or item.path.name == "test_gpu_losses.py")
+
+
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each test that asks for it runs on the compiled kernels (by "auto") and on the chunked reference.
