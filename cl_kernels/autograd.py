@@ -390,7 +390,7 @@ class _MaskedLogSoftmax(_Op):
         return grad - out.exp() * grad.sum(1, keepdim=True), None
 
 
-_OPS: dict[str, type[_Op]] = {
+OPS: dict[str, type[_Op]] = {
     "contrastive": _Contrastive,
     "soft_target": _SoftTarget,
     "dimcl": _DimCL,
@@ -466,16 +466,16 @@ def _run(name: str, options: Options, tensors: Tensors) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling():
         if not (torch.is_grad_enabled() and _needs_gradient(*tensors)):
             # Dynamo inlines a Function then, and guesses by the number of arguments if it takes a context.
-            return _OPS[name].forward(tensors, options)[: _OPS[name].outputs]
+            return OPS[name].forward(tensors, options)[: OPS[name].outputs]
         return _Value.apply(name, options, *_distinct(tensors))
     if in_transform():
-        return _TransformedValue.apply(name, options, *tensors)[: _OPS[name].outputs]
+        return _TransformedValue.apply(name, options, *tensors)[: OPS[name].outputs]
     return _Value.apply(name, options, *tensors)
 
 
 def _set_up(ctx: Any, name: str, options: Options, tensors: Tensors, outputs: Sequence[Tensor]) -> None:
     """The context of a forward whose outputs, and what is for the backward, are `outputs`."""
-    op = _OPS[name]
+    op = OPS[name]
     frozen = op.frozen(options, ctx.needs_input_grad[2:])
     saved = op.saved(tensors, options, outputs, frozen)
     ctx.set_materialize_grads(False)
@@ -490,7 +490,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, name: str, options: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        op = _OPS[name]
+        op = OPS[name]
         outputs = op.forward(tensors, options)
         _set_up(ctx, name, options, tensors, outputs)
         if op.outputs > op.differentiable:
@@ -500,7 +500,7 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         name, options, frozen = ctx.call
-        op, needs, saved = _OPS[name], ctx.needs_input_grad[2:], ctx.saved_tensors
+        op, needs, saved = OPS[name], ctx.needs_input_grad[2:], ctx.saved_tensors
         grads = grads[: op.differentiable]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
@@ -525,13 +525,13 @@ class _TransformedValue(_Value):
     def forward(  # type: ignore[override]
         name: str, options: Options, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        return _OPS[name].forward(tensors, options)
+        return OPS[name].forward(tensors, options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         name, options, *tensors = inputs
         _set_up(ctx, name, options, tensors, output)
-        ctx.mark_non_differentiable(*output[_OPS[name].differentiable :])
+        ctx.mark_non_differentiable(*output[OPS[name].differentiable :])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -539,7 +539,7 @@ class _TransformedValue(_Value):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        _refuse_forward_mode(_OPS[ctx.call[0]].users)
+        _refuse_forward_mode(OPS[ctx.call[0]].users)
 
 
 class _Gradient(torch.autograd.Function):
@@ -548,7 +548,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(call: tuple[Any, ...], *args: Tensor | None) -> tuple[Tensor, ...]:
         name, options, frozen, needs, _ = call
-        op = _OPS[name]
+        op = OPS[name]
         first = op.differentiable
         found = op.gradient(args[first + len(needs) :], options, args[:first], needs, frozen)
         return tuple(grad for grad, needed in zip(found, needs, strict=True) if needed)
@@ -557,7 +557,7 @@ class _Gradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *args = inputs
         name, _, _, needs, _ = call
-        first = _OPS[name].differentiable
+        first = OPS[name].differentiable
         last = first + len(needs)
         tracked = [i < first or needed for i, needed in enumerate(ctx.needs_input_grad[1 : last + 1])]
         ctx.set_materialize_grads(False)
@@ -571,7 +571,7 @@ class _Gradient(torch.autograd.Function):
         name, options, _, needs, usable = ctx.call
         if not (usable and ctx.kept.as_they_were):
             raise RuntimeError(
-                f"a second derivative of {_OPS[name].users} needs the keys, the labels and the scale as the "
+                f"a second derivative of {OPS[name].users} needs the keys, the labels and the scale as the "
                 "forward saw them, but one of them has since been modified in place, was made in inference "
                 "mode, or went with an earlier backward: clone it before the forward, or take the derivative "
                 "before that"
@@ -579,10 +579,10 @@ class _Gradient(torch.autograd.Function):
         tensors = list(ctx.saved_tensors)
         for i, x in zip(ctx.kept.places, ctx.kept.tensors, strict=True):
             tensors[i] = x
-        first = _OPS[name].differentiable
+        first = OPS[name].differentiable
 
         def gradient(tensors: Tensors) -> Tensors:
-            found = _OPS[name].plain_gradient(tensors[first:], options, tensors[:first], needs)
+            found = OPS[name].plain_gradient(tensors[first:], options, tensors[:first], needs)
             return [grad for grad, needed in zip(found, needs, strict=True) if needed]
 
         wanted = ctx.needs_input_grad[1 : len(tensors) + 1]
@@ -595,7 +595,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        _refuse_forward_mode(_OPS[ctx.call[0]].users)
+        _refuse_forward_mode(OPS[ctx.call[0]].users)
 
 
 def _pull_back(

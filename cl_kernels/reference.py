@@ -164,7 +164,7 @@ def dimcl_stats(
     positive_mask: Tensor | None = None,  # bool [2D, 2D]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(lse, positive_sum, positive_count)`, each [2D], of scale times the columns' Pearson correlations."""
-    columns = torch.cat([_standardize(_accumulate(z0)), _standardize(_accumulate(z1))], dim=1).T
+    columns = torch.cat([standardize(_accumulate(z0)), standardize(_accumulate(z1))], dim=1).T
     width = columns.shape[0]
     positives = _columns(width, width, width // 2, z0.device) | _columns(
         width, width, -(width // 2), z0.device
@@ -177,7 +177,7 @@ def dimcl_stats(
     return lse, positive_sum, count
 
 
-def _standardize(z: Tensor) -> Tensor:
+def standardize(z: Tensor) -> Tensor:
     """Columns centred and divided by their norm; a constant column becomes 0 and gets no gradient."""
     n = z.shape[0]
     mean = z.mean(dim=0)
@@ -299,7 +299,8 @@ def supcon_rows_of(
     samples: int,
     *,
     labels: Tensor | None = None,  # [samples], int64 or floating-point
-    mask: Tensor | None = None,  # [samples, samples]
+    mask: Tensor | None = None,  # [samples, samples], or its rows of the samples from `before` on
+    before: int = 0,
     summation: str = "out",
     denominator: str = "all",
     kept_samples: int | None = None,
@@ -318,7 +319,7 @@ def supcon_rows_of(
     """
     keys = logits.shape[1]
     own = _one_hot(rows, keys)
-    per_sample = _sample_weights(rows % samples, samples, labels, mask, logits)
+    per_sample = _sample_weights(rows % samples, samples, labels, mask, before, logits)
     copies = keys // samples
     negatives = (per_sample == 0).repeat(1, copies) & ~own
     if kept_samples is not None:
@@ -364,11 +365,11 @@ def supcon_rows(
 
 
 def _sample_weights(
-    anchor: Tensor, samples: int, labels: Tensor | None, mask: Tensor | None, like: Tensor
+    anchor: Tensor, samples: int, labels: Tensor | None, mask: Tensor | None, before: int, like: Tensor
 ) -> Tensor:
     """Weights [R, samples] of the samples as positives of the sample `anchor` [R]."""
     if mask is not None:
-        return mask[anchor].to(like)
+        return mask[anchor - before].to(like)
     if labels is None:
         labels = torch.arange(samples, device=like.device)
     return (labels[anchor][:, None] == labels).to(like)

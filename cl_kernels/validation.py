@@ -204,27 +204,35 @@ def labels(name: str, x: Any, n: int) -> Tensor:
     return x.detach() if x.is_floating_point() else x.to(torch.int64)
 
 
-def label_ids(x: Tensor, columns: bool = False) -> Tensor:
+def kind(x: Any) -> str:
+    """Of labels or a mask: whether there is one, and of which kind of dtype."""
+    if not isinstance(x, Tensor):
+        return "none"
+    return "floats" if x.is_floating_point() else "integers"
+
+
+def label_ids(x: Tensor, columns: bool = False, before: int = 0) -> Tensor:
     """int64 [n] that are equal where the labels [n] are: 0.0 and -0.0 are, a NaN is equal to nothing.
 
-    A NaN gets an id of its own among the bits of NaNs, one for its row and another as a column.
+    A NaN gets an id of its own among the bits of NaNs, one for its row and another as a column; `before`: the
+    rows of other processes before these.
     """
     if not x.is_floating_point():
         return x
     exact = (x if x.dtype == torch.float64 else x.float()) + 0.0  # -0.0 becomes 0.0
     bits = exact.view(torch.int64 if exact.dtype == torch.float64 else torch.int32).to(torch.int64)
     first = (0x7FFC if columns else 0x7FF8) << 48
-    own = torch.arange(x.shape[0], device=x.device) + first
+    own = torch.arange(x.shape[0], device=x.device) + (first + before)
     return torch.where(exact.isnan(), own, bits)
 
 
-def mask(name: str, x: Any, n: int) -> Tensor:
-    """A matrix [n, n] of bool, integer or float weights, without gradient."""
+def mask(name: str, x: Any, n: int, m: int) -> Tensor:
+    """A matrix [n, m] of bool, integer or float weights, without gradient."""
     tensor(name, x)
     if x.is_complex():
         raise TypeError(f"{name} must be bool, integer or float, got {x.dtype}")
-    if not has_shape(x, n, n):
-        raise ValueError(f"{name} must have shape [{n}, {n}], got {tuple(x.shape)}")
+    if not has_shape(x, n, m):
+        raise ValueError(f"{name} must have shape [{n}, {m}], got {tuple(x.shape)}")
     if x.requires_grad:
         raise ValueError(f"{name} must not require a gradient: none is computed for it")
     return x
@@ -304,14 +312,17 @@ def reduction(loss: Tensor, how: str, weight: Tensor | None = None) -> Tensor:
     return (loss * weight).sum() / weight.sum().clamp(min=1)
 
 
-def supervision(x: Any, weights: Any, n: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The arguments `labels` and `mask` of a loss over n samples: at most one, on the device of `like`."""
+def supervision(
+    x: Any, weights: Any, n: int, like: Tensor, columns: int | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The arguments `labels` and `mask` of a loss over n samples, of `columns` in all: at most one, on the
+    device of `like`."""
     not_both("labels", x, "mask", weights)
     if x is not None:
         x = labels("labels", x, n)
         same_device(features=like, labels=x)
     if weights is not None:
-        mask("mask", weights, n)
+        mask("mask", weights, n, n if columns is None else columns)
         same_device(features=like, mask=weights)
     return x, weights
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .. import dtypes, validation
+from ..distributed import EXCHANGES, Ranks, engine
 
 
 def wide(scalar: float | Tensor, like: Tensor) -> float | Tensor:
@@ -73,9 +79,16 @@ def settled(loss: Tensor, columns: int, weights: Tensor | None = None) -> Tensor
     return nothing(loss) if columns == 1 else at_least_zero(loss, weights)
 
 
-def reduced(rows: Tensor, how: str, like: Tensor, weight: Tensor | None = None) -> Tensor:
-    """`validation.reduction` of losses made of statistics, in the accumulation dtype of `like`."""
-    return validation.reduction(rows, how, weight).to(dtypes.accumulate_dtype(like.dtype))
+def reduced(
+    rows: Tensor, how: str, like: Tensor, weight: Tensor | None = None, ranks: Ranks | None = None
+) -> Tensor:
+    """`validation.reduction` of losses made of statistics, in the accumulation dtype of `like`; the mean over
+    `ranks` is `engine.mean`."""
+    if ranks is not None and how == "mean":
+        loss = engine.mean(rows, ranks, weight)
+    else:
+        loss = validation.reduction(rows, how, weight)
+    return loss.to(dtypes.accumulate_dtype(like.dtype))
 
 
 def shown(value: float | Tensor | None) -> str:
@@ -83,3 +96,47 @@ def shown(value: float | Tensor | None) -> str:
     if isinstance(value, Tensor):
         return "meta" if value.is_meta else f"{value.item():g}"
     return "None" if value is None else f"{value:g}"
+
+
+class Grouped(nn.Module):
+    """A loss module over the rows of a group of processes, `group` None: of this process.
+
+    Copies share the group. A pickled module names the world's group only, and finds it again where it is
+    loaded; one of another group is not pickled.
+    """
+
+    def __init__(self, group: ProcessGroup | None, exchange: str) -> None:
+        super().__init__()
+        self.group = group
+        self.exchange = validation.option("exchange", exchange, EXCHANGES)
+
+    def shown_group(self) -> str:
+        """The end of an `extra_repr`."""
+        if self.group is None:
+            return ""
+        return f", group of {dist.get_world_size(self.group)}, exchange={self.exchange!r}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Grouped:
+        memo[id(self.group)] = self.group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.group is not None:
+            if self.group is not dist.group.WORLD:
+                raise TypeError(f"a {type(self).__name__} over a group other than the world's is not pickled")
+            state["group"] = "world"
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.group == "world":
+            if not dist.is_initialized():
+                raise RuntimeError(
+                    f"a {type(self).__name__} over the world's group is loaded after "
+                    "torch.distributed.init_process_group"
+                )
+            self.group = dist.group.WORLD

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import autograd, dtypes, validation
+from .. import dtypes, validation
 from ..autograd import ContrastiveStats
+from ..distributed import Ranks, engine, total
 from ..problem import Contrast
 from ._common import cross_entropy, reduced, settled, wide
 
@@ -25,39 +26,51 @@ def anchor_rows(rows: Tensor, anchors: int, scale: float | Tensor) -> Contrast:
     return Contrast(rows[:anchors], rows, scale, exclude=0)
 
 
-def with_samples(problem: Contrast, batch: int, labels: Tensor | None, among: str = "all") -> Contrast:
+def with_samples(
+    problem: Contrast, batch: int, labels: Tensor | None, among: str = "all", ranks: Ranks | None = None
+) -> Contrast:
     """The same with positives: row r belongs to sample r % batch, and its positives are the other rows of its
     label (None: of its sample)."""
+    before = 0 if ranks is None else ranks.first
     n, anchors = problem.keys.shape[0], problem.q.shape[0]
     if labels is None and n == 2 * batch and among == "all":
         partner = torch.arange(n, device=problem.q.device).roll(batch)
         return problem._replace(positive_index=partner[:anchors])
     if labels is None:
-        labels = torch.arange(batch, device=problem.q.device)
-    columns = validation.label_ids(torch.cat([labels] * (n // batch)) if n > batch else labels)
+        labels = torch.arange(before, before + batch, device=problem.q.device)
+    views = n // batch
+    columns = validation.label_ids(
+        torch.cat([labels] * views) if views > 1 else labels, before=before * views
+    )
     own = columns if anchors == n else columns[:anchors]
     return problem._replace(row_labels=own, col_labels=columns, among=among, label_positives=True)
 
 
 def outside_rows(
-    problem: Contrast, batch: int, labels: Tensor | None, mask: Tensor | None, among: str = "all"
+    problem: Contrast,
+    batch: int,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    among: str = "all",
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The "out" loss of each anchor, unscaled, and the weight of its positives (None: all have some)."""
     n = problem.keys.shape[0]
+    others = total(n, ranks) - 1
     if mask is None:
-        problem = with_samples(problem, batch, labels, among)
+        problem = with_samples(problem, batch, labels, among, ranks)
     else:
         weights = mask.to(dtypes.accumulate_dtype(problem.q.dtype))
         problem = problem._replace(positive_mask=weights)
-    stats = autograd.contrastive(problem)
+    stats = engine.contrastive(problem, ranks)
     if problem.positive_index is not None:
-        return cross_entropy(stats.lse, stats.positive_sum, n - 1), None
+        return cross_entropy(stats.lse, stats.positive_sum, others), None
     by_value = labels is not None and labels.is_floating_point()  # a NaN has no positives in other views
     if mask is None and among == "all" and n > batch and not by_value:
         loss = torch.addcdiv(stats.lse, stats.positive_sum, stats.positive_count, value=-1)
-        return settled(loss, n - 1), None
+        return settled(loss, others), None
     loss = _guarded_rows(stats)
-    return loss if among == "different" else settled(loss, n - 1, mask), stats.positive_count
+    return loss if among == "different" else settled(loss, others, mask), stats.positive_count
 
 
 def _guarded_rows(stats: ContrastiveStats) -> Tensor:
@@ -76,6 +89,7 @@ def reduce_anchors(
     no_positive: str,
     reduction: str,
     like: Tensor,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """The reduced loss times temperature / base_temperature; `count` None: every anchor has positives."""
     dtype = dtypes.accumulate_dtype(like.dtype)
@@ -83,7 +97,7 @@ def reduce_anchors(
     ratio = wide(temperature, loss) / wide(base_temperature, loss)
     compiling = torch.compiler.is_compiling()  # a comparison would make another graph
     if not (compiling or isinstance(ratio, Tensor)) and ratio == 1.0:
-        return reduced(loss, reduction, like, weight)
-    if reduction == "mean" and weight is None:
+        return reduced(loss, reduction, like, weight, ranks)
+    if reduction == "mean" and weight is None and ranks is None:
         return (loss.sum() * (ratio / loss.shape[0])).to(dtype)
-    return (validation.reduction(loss, reduction, weight) * ratio).to(dtype)
+    return (reduced(loss, reduction, loss, weight, ranks) * ratio).to(dtype)

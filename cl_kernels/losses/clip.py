@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from .. import autograd, dtypes, validation
+from .. import dtypes, validation
+from ..distributed import engine, join, total
 from ..problem import Contrast
-from ._common import cross_entropy, reduced, wide
+from ._common import Grouped, cross_entropy, reduced, wide
 
 
 @dtypes.full_precision
 def clip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, *, reduction: str = "mean"
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     r"""Mean of the cross-entropies of images over texts and of texts over images.
 
@@ -26,6 +34,8 @@ def clip_loss(
         logit_scale: s, a float or a tensor of one element (CLIP's `logit_scale.exp()`), which gets its
             gradient.
         reduction: "mean" over the pairs, "sum", or "none": [N].
+        group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
+            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 inputs).
@@ -57,14 +67,15 @@ def clip_loss(
     scale = wide(validation.scale("logit_scale", logit_scale, x), x)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
+    ranks = join(group, exchange, x, "clip_loss", y.requires_grad, reduction)
     n = x.shape[0]
     own = torch.arange(n, device=x.device)
-    stats = autograd.contrastive(Contrast(x, y, scale, positive_index=own, both_axes=True))
-    loss = cross_entropy(torch.lerp(stats.lse, stats.lse_cols, 0.5), stats.positive_sum, n)
-    return reduced(loss, reduction, x)
+    stats = engine.contrastive(Contrast(x, y, scale, positive_index=own, both_axes=True), ranks)
+    loss = cross_entropy(torch.lerp(stats.lse, stats.lse_cols, 0.5), stats.positive_sum, total(n, ranks))
+    return reduced(loss, reduction, x, ranks=ranks)
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(Grouped):
     """`clip_loss` as a module, with the constructor and the forward of open_clip's ClipLoss.
 
     It sees the features of one process: `world_size` above 1 and `use_horovod` are refused. `local_loss`,
@@ -82,8 +93,10 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
         *,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        exchange: str = "gather",
     ) -> None:
-        super().__init__()
+        super().__init__(group, exchange)
         if validation.integer("world_size", world_size, minimum=1) > 1:
             raise ValueError(
                 f"world_size must be 1, got {world_size}: features are not gathered across processes"
@@ -106,10 +119,19 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        loss = clip_loss(image_features, text_features, logit_scale, reduction=self.reduction)
+        loss = clip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            reduction=self.reduction,
+            group=self.group,
+            exchange=self.exchange,
+        )
         if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
             loss = loss + logit_bias.flatten()[:0].sum().to(loss)  # in the graph, its value left alone
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, world_size={self.world_size}, reduction={self.reduction!r}"
+        return (
+            f"rank={self.rank}, world_size={self.world_size}, reduction={self.reduction!r}{self.shown_group()}"
+        )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from .. import autograd, dtypes, validation
+from .. import dtypes, validation
+from ..distributed import Ranks, engine, gather, join, total
 from ..problem import Contrast
-from ._common import inverse, log_add, nothing, reduced, shown, unit_rows, wide
+from ._common import Grouped, inverse, log_add, nothing, reduced, shown, unit_rows, wide
 
 
 @dtypes.full_precision
@@ -18,6 +20,8 @@ def dcl_loss(
     temperature: float | Tensor = 0.1,
     sigma: float | Tensor | None = None,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     r"""DCL: NT-Xent whose denominator holds no positive, one way (the anchors are the rows of z0).
 
@@ -35,6 +39,8 @@ def dcl_loss(
         temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         sigma: :math:`\sigma > 0` of DCLW, likewise; None for DCL.
         reduction: "mean" over the N anchors, "sum", or "none": [N].
+        group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
+            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). One pair alone has no negatives: 0.
@@ -59,20 +65,29 @@ def dcl_loss(
     width = None if sigma is None else validation.temperature("sigma", sigma, z0)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    n = z0.shape[0]
+    ranks = join(group, exchange, z0, "dcl_loss", z1.requires_grad, sigma is not None, reduction)
+    n = total(z0.shape[0], ranks)
     scale = inverse(tau, z0)
-    own = torch.arange(n, device=z0.device)
-    cross = autograd.contrastive(Contrast(z0, z1, scale, exclude=0, positive_index=own))
+    own = torch.arange(z0.shape[0], device=z0.device)
+    cross = engine.contrastive(Contrast(z0, z1, scale, exclude=0, positive_index=own), ranks)
     positive = cross.positive_sum
     if width is not None:
-        positive = positive * (2.0 - n * torch.softmax(positive * (wide(tau, z0) / wide(width, z0)), 0))
+        ratio = wide(tau, z0) / wide(width, z0)
+        positive = positive * (2.0 - n * _softmax(positive * ratio, ranks))
     if n == 1:
         return reduced(nothing(positive), reduction, z0)
-    within = autograd.contrastive(Contrast(z0, None, scale, exclude=0))
-    return reduced(log_add(within.lse, cross.lse) - positive, reduction, z0)
+    within = engine.contrastive(Contrast(z0, None, scale, exclude=0), ranks)
+    return reduced(log_add(within.lse, cross.lse) - positive, reduction, z0, ranks=ranks)
 
 
-class DCLLoss(nn.Module):
+def _softmax(x: Tensor, ranks: Ranks | None) -> Tensor:
+    """Over the elements of all ranks."""
+    if ranks is None:
+        return torch.softmax(x, 0)
+    return (x - gather(x, ranks.sizes, ranks.group).logsumexp(0)).exp()
+
+
+class DCLLoss(Grouped):
     """`dcl_loss` as a module: forward(out0, out1).
 
     `normalize=True, symmetric=True` is the loss of lightly's DCLLoss: rows divided by their norms, and the
@@ -87,8 +102,10 @@ class DCLLoss(nn.Module):
         normalize: bool = False,
         symmetric: bool = False,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        exchange: str = "gather",
     ) -> None:
-        super().__init__()
+        super().__init__(group, exchange)
         self.temperature = temperature
         self.sigma = sigma
         self.normalize = validation.flag("normalize", normalize)
@@ -104,10 +121,18 @@ class DCLLoss(nn.Module):
         return 0.5 * (loss + self._one_way(out1, out0)) if self.symmetric else loss
 
     def _one_way(self, out0: Tensor, out1: Tensor) -> Tensor:
-        return dcl_loss(out0, out1, temperature=self.temperature, sigma=self.sigma, reduction=self.reduction)
+        return dcl_loss(
+            out0,
+            out1,
+            temperature=self.temperature,
+            sigma=self.sigma,
+            reduction=self.reduction,
+            group=self.group,
+            exchange=self.exchange,
+        )
 
     def extra_repr(self) -> str:
         return (
             f"temperature={shown(self.temperature)}, sigma={shown(self.sigma)}, normalize={self.normalize}, "
-            f"symmetric={self.symmetric}, reduction={self.reduction!r}"
+            f"symmetric={self.symmetric}, reduction={self.reduction!r}{self.shown_group()}"
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import autograd, dtypes, validation
+from ..distributed import engine, join, total
 from ..problem import Contrast
-from ._common import cross_entropy, inverse, own_similarity, reduced, shown
+from ._common import Grouped, cross_entropy, inverse, own_similarity, reduced, shown
 
 
 @dtypes.full_precision
@@ -19,6 +21,8 @@ def info_nce_loss(
     *,
     temperature: float | Tensor = 0.07,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     r"""InfoNCE: find the key of each query.
 
@@ -33,6 +37,8 @@ def info_nce_loss(
         queue: further negatives [K, D], which may be the transpose of a [D, K] buffer, or None.
         temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         reduction: "mean" over the queries, "sum", or "none": [N].
+        group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
+            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 inputs).
@@ -62,25 +68,43 @@ def info_nce_loss(
     tau = validation.temperature("temperature", temperature, q)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
+    agreed = "info_nce_loss", k.requires_grad, queue is not None, reduction
+    ranks = join(group, exchange, q, *agreed)
     scale = inverse(tau, q)
     if queue is None:
         own = torch.arange(q.shape[0], device=q.device)
-        stats = autograd.contrastive(Contrast(q, k, scale, positive_index=own), first_positive=0)
-        return reduced(cross_entropy(stats.lse, stats.positive_sum, q.shape[0]), reduction, q)
+        stats = engine.contrastive(Contrast(q, k, scale, positive_index=own), ranks, first_positive=0)
+        loss = cross_entropy(stats.lse, stats.positive_sum, total(q.shape[0], ranks))
+        return reduced(loss, reduction, q, ranks=ranks)
     others = autograd.contrastive(Contrast(q, queue, scale)).lse
-    return reduced(-F.logsigmoid(own_similarity(q, k, scale) - others), reduction, q)
+    return reduced(-F.logsigmoid(own_similarity(q, k, scale) - others), reduction, q, ranks=ranks)
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(Grouped):
     """`info_nce_loss` as a module: forward(q, k, queue=None)."""
 
-    def __init__(self, temperature: float | Tensor = 0.07, *, reduction: str = "mean") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        exchange: str = "gather",
+    ) -> None:
+        super().__init__(group, exchange)
         self.temperature = temperature
         self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 
     def forward(self, q: Tensor, k: Tensor, queue: Tensor | None = None) -> Tensor:
-        return info_nce_loss(q, k, queue, temperature=self.temperature, reduction=self.reduction)
+        return info_nce_loss(
+            q,
+            k,
+            queue,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            group=self.group,
+            exchange=self.exchange,
+        )
 
     def extra_repr(self) -> str:
-        return f"temperature={shown(self.temperature)}, reduction={self.reduction!r}"
+        return f"temperature={shown(self.temperature)}, reduction={self.reduction!r}{self.shown_group()}"

@@ -6,10 +6,11 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import validation
-from ._common import shown, wide
+from ._common import Grouped, shown, wide
 from .supcon import supcon_loss
 
 
@@ -21,6 +22,8 @@ def multilevel_loss(
     temperature: float | Tensor = 0.07,
     base_temperature: float | Tensor = 0.07,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     r"""Weighted sum of `supcon_loss` over levels of different width.
 
@@ -34,6 +37,8 @@ def multilevel_loss(
         temperature, base_temperature: shared by the levels; floats or tensors of one element, which get their
             gradients.
         reduction: "mean", "sum" or "none" within each level, before the weighted sum.
+        group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
+            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
 
     Returns:
         The loss in float32 (float64 if a level is float64).
@@ -54,7 +59,13 @@ def multilevel_loss(
     factors = validation.level_weights("weights", weights, len(levels), levels[0])
     losses = [
         supcon_loss(
-            level, labels, temperature=temperature, base_temperature=base_temperature, reduction=reduction
+            level,
+            labels,
+            temperature=temperature,
+            base_temperature=base_temperature,
+            reduction=reduction,
+            group=group,
+            exchange=exchange,
         )
         for level in levels
     ]
@@ -63,7 +74,7 @@ def multilevel_loss(
     return functools.reduce(torch.add, losses)
 
 
-class MultiLevelConLoss(nn.Module):
+class MultiLevelConLoss(Grouped):
     """`multilevel_loss` as a module: forward(levels, labels=None)."""
 
     def __init__(
@@ -73,8 +84,10 @@ class MultiLevelConLoss(nn.Module):
         weights: Sequence[float] | Tensor | None = None,
         *,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        exchange: str = "gather",
     ) -> None:
-        super().__init__()
+        super().__init__(group, exchange)
         self.temperature = temperature
         self.base_temperature = base_temperature
         self.weights = weights
@@ -88,10 +101,12 @@ class MultiLevelConLoss(nn.Module):
             temperature=self.temperature,
             base_temperature=self.base_temperature,
             reduction=self.reduction,
+            group=self.group,
+            exchange=self.exchange,
         )
 
     def extra_repr(self) -> str:
         return (
             f"temperature={shown(self.temperature)}, base_temperature={shown(self.base_temperature)}, "
-            f"weights={self.weights}, reduction={self.reduction!r}"
+            f"weights={self.weights}, reduction={self.reduction!r}{self.shown_group()}"
         )

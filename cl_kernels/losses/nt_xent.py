@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from .. import autograd, dtypes, validation
+from .. import dtypes, validation
+from ..distributed import engine, join, total
 from ..problem import Contrast
-from ._common import cross_entropy, inverse, reduced, shown, unit_rows
+from ._common import Grouped, cross_entropy, inverse, reduced, shown, unit_rows
 
 
 @dtypes.full_precision
 def nt_xent_loss(
-    z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.5, reduction: str = "mean"
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     r"""NT-Xent over two views of a batch.
 
@@ -26,6 +34,8 @@ def nt_xent_loss(
             has similarity 0 with everything and gets no gradient.
         temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         reduction: "mean" over the 2N rows, "sum", or "none": [2N], the rows of z0 first.
+        group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
+            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 inputs).
@@ -56,12 +66,15 @@ def nt_xent_loss(
 
     n = z0.shape[0]
     z = unit_rows(torch.cat([z0, z1]))
+    ranks = join(group, exchange, z, "nt_xent_loss", reduction, samples=n)
     partner = torch.arange(2 * n, device=z.device).roll(n)
-    stats = autograd.contrastive(Contrast(z, None, inverse(tau, z), exclude=0, positive_index=partner))
-    return reduced(cross_entropy(stats.lse, stats.positive_sum, 2 * n - 1), reduction, z)
+    problem = Contrast(z, None, inverse(tau, z), exclude=0, positive_index=partner)
+    stats = engine.contrastive(problem, ranks)
+    loss = cross_entropy(stats.lse, stats.positive_sum, total(2 * n, ranks) - 1)
+    return reduced(loss, reduction, z, ranks=ranks)
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(Grouped):
     """`nt_xent_loss` as a module, with the constructor and the forward of lightly's NTXentLoss.
 
     Negatives come from the batch: `memory_bank_size` other than 0 and `gather_distributed` are refused.
@@ -74,8 +87,10 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
         *,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        exchange: str = "gather",
     ) -> None:
-        super().__init__()
+        super().__init__(group, exchange)
         if memory_bank_size != 0:
             raise ValueError(
                 f"memory_bank_size must be 0, got {memory_bank_size!r}: info_nce_loss takes a queue"
@@ -86,7 +101,14 @@ class NTXentLoss(nn.Module):
         self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        return nt_xent_loss(out0, out1, temperature=self.temperature, reduction=self.reduction)
+        return nt_xent_loss(
+            out0,
+            out1,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            group=self.group,
+            exchange=self.exchange,
+        )
 
     def extra_repr(self) -> str:
-        return f"temperature={shown(self.temperature)}, reduction={self.reduction!r}"
+        return f"temperature={shown(self.temperature)}, reduction={self.reduction!r}{self.shown_group()}"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import autograd, dtypes, validation
+from ..distributed import Ranks, engine, join, total
 from ..problem import Contrast, SoftTarget
 from ._common import (
+    Grouped,
     at_least_zero,
     cross_entropy,
     inverse,
@@ -42,6 +45,8 @@ def sce_loss(
     rank: int = 0,
     reduction: str = "mean",
     targets: SCETargets | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     r"""Cross-entropy against a mix of the positive and the sharpened similarities of the momentum keys.
 
@@ -68,6 +73,8 @@ def sce_loss(
         targets: of the same keys, from `sce_targets`, for several student views of one batch (multi-crop):
             the target is then not computed again, and `target_temperature` and `positive_in_target` are those
             of the targets. The keys must not require a gradient.
+        group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
+            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). A row whose target has no column left takes
@@ -97,24 +104,42 @@ def sce_loss(
     Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
     2023.
     """
-    q, k, k_global, queue = validation.sce_inputs(q, k, k_global, queue, rank)
+    q, k, k_global, queue = validation.sce_inputs(q, k, _global_keys(k, k_global, rank, group), queue, rank)
     tau = validation.temperature("temperature", temperature, q)
     target_tau = validation.temperature("target_temperature", target_temperature, q)
     weight = validation.coefficient("coeff", coeff, q)
     validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
+    agreed = (
+        "sce_loss",
+        k.requires_grad,
+        queue is not None,
+        targets is not None,
+        positive_in_target,
+        reduction,
+    )
+    ranks = join(group, exchange, q, *agreed)
     if targets is not None:
         keys, positive = _keys(k, k_global, queue, rank)
         _check_targets(targets, q, k, keys)
-        rows = _to_targets(q, k, keys, positive, q.shape[0] * rank, tau, weight, targets)
+        rows = _to_targets(q, k, keys, positive, q.shape[0] * rank, tau, weight, targets, ranks)
     elif k_global is None and queue is not None:
         rows = _beside_queue(q, k, queue, tau, target_tau, weight, positive_in_target)
     else:
         rows = _among_keys(
-            q, k, k_global, queue, tau, target_tau, weight, positive_in_target, q.shape[0] * rank
+            q, k, k_global, queue, tau, target_tau, weight, positive_in_target, q.shape[0] * rank, ranks
         )
-    return reduced(rows, reduction, q)
+    return reduced(rows, reduction, q, ranks=ranks)
+
+
+def _global_keys(k: Tensor, k_global: Tensor | None, rank: int, group: Any) -> Tensor | None:
+    """With a group this rank's keys, to which the engine adds those of the others."""
+    if group is None:
+        return k_global
+    if k_global is not None or rank != 0:
+        raise ValueError("k_global and rank must not be given with a group, which gathers the keys itself")
+    return k
 
 
 @dtypes.full_precision
@@ -126,6 +151,8 @@ def sce_targets(
     target_temperature: float | Tensor = 0.07,
     positive_in_target: str = "exclude",
     rank: int = 0,
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> SCETargets:
     r"""The targets of `sce_loss`, to be shared by several student views of one batch.
 
@@ -154,13 +181,14 @@ def sce_targets(
     Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
     2023; the multi-crop there calls the loss once for each crop.
     """
-    _, k, k_global, queue = validation.sce_inputs(k, k, k_global, queue, rank)
+    _, k, k_global, queue = validation.sce_inputs(k, k, _global_keys(k, k_global, rank, group), queue, rank)
     tau = validation.temperature("target_temperature", target_temperature, k)
     validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     keys, positive = _keys(k, k_global, queue, rank)
     scale = inverse(tau, k)
     problem = SoftTarget(k, keys, k, keys, scale, scale, positive, positive_in_target)
-    lse, mean = autograd.soft_target_means(problem)
+    ranks = join(group, exchange, k.detach(), "sce_targets", queue is not None, positive_in_target)
+    lse, mean = engine.soft_target_means(problem, ranks)
     return SCETargets(lse, mean, positive_in_target)
 
 
@@ -198,10 +226,12 @@ def _to_targets(
     tau: float | Tensor,
     coeff: float | Tensor,
     targets: SCETargets,
+    ranks: Ranks | None,
 ) -> Tensor:
     """[N]: the losses by known targets."""
     scale = inverse(tau, q)
-    first = autograd.contrastive(Contrast(q, keys[0], scale, positive_index=positive), first_positive=start)
+    problem = Contrast(q, keys[0], scale, positive_index=positive)
+    first = engine.contrastive(problem, ranks, first_positive=start)
     lse = first.lse
     for part in keys[1:]:
         lse = log_add(lse, autograd.contrastive(Contrast(q, part, scale)).lse)
@@ -213,7 +243,7 @@ def _to_targets(
             cross = torch.lerp(own, cross, torch.sigmoid(targets.lse))
     elif targets.positive_in_target == "zero":
         cross = cross + (-targets.lse).exp() * own
-    columns = sum(x.shape[0] for x in keys) + int(positive is None)
+    columns = total(keys[0].shape[0], ranks) + sum(x.shape[0] for x in keys[1:]) + int(positive is None)
     return cross_entropy(lse, _mix(cross, own, coeff), columns)
 
 
@@ -227,6 +257,7 @@ def _among_keys(
     coeff: float | Tensor,
     positive_in_target: str,
     first: int,
+    ranks: Ranks | None,
 ) -> Tensor:
     """[N]: the positive is one of the keys' columns."""
     keys = [x for x in (k if k_global is None else k_global, queue) if x is not None]
@@ -234,8 +265,9 @@ def _among_keys(
     problem = SoftTarget(
         q, keys, k, keys, inverse(tau, q), inverse(target_tau, q), positive, positive_in_target
     )
-    stats = autograd.soft_target(problem, first_positive=first)
-    return cross_entropy(stats.lse, _mix(stats.cross, stats.positive_sum, coeff), problem.columns)
+    stats = engine.soft_target(problem, ranks, first_positive=first)
+    columns = total(keys[0].shape[0], ranks) + sum(part.shape[0] for part in keys[1:])
+    return cross_entropy(stats.lse, _mix(stats.cross, stats.positive_sum, coeff), columns)
 
 
 def _beside_queue(
@@ -263,7 +295,7 @@ def _mix(cross: Tensor, positive: Tensor, coeff: float | Tensor) -> Tensor:
     return torch.lerp(cross, positive, coeff)
 
 
-class SCELoss(nn.Module):
+class SCELoss(Grouped):
     """`sce_loss` as a module: forward(q, k, k_global=None, queue=None).
 
     What changes from step to step (both temperatures, `coeff`) can be given to a call; None takes the
@@ -278,8 +310,10 @@ class SCELoss(nn.Module):
         *,
         positive_in_target: str = "exclude",
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        exchange: str = "gather",
     ) -> None:
-        super().__init__()
+        super().__init__(group, exchange)
         self.temperature = temperature
         self.target_temperature = target_temperature
         self.coeff = coeff
@@ -313,11 +347,13 @@ class SCELoss(nn.Module):
             rank=rank,
             reduction=self.reduction,
             targets=targets,
+            group=self.group,
+            exchange=self.exchange,
         )
 
     def extra_repr(self) -> str:
         return (
             f"temperature={shown(self.temperature)}, target_temperature={shown(self.target_temperature)}, "
             f"coeff={shown(self.coeff)}, positive_in_target={self.positive_in_target!r}, "
-            f"reduction={self.reduction!r}"
+            f"reduction={self.reduction!r}{self.shown_group()}"
         )

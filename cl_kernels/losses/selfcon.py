@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import dtypes, validation
-from ._common import inverse, shown
+from ..distributed import join, total
+from ._common import Grouped, inverse, shown
 from ._views import anchor_rows, outside_rows, reduce_anchors, view_major
 from .supcon import CONTRAST_MODES, NO_POSITIVE
 
@@ -24,6 +26,8 @@ def selfcon_loss(
     augmentations: int = 1,
     no_positive: str = "zero",
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     r"""Supervised contrastive loss over the exits of one network, optionally over several augmentations too.
 
@@ -47,6 +51,8 @@ def selfcon_loss(
         augmentations: A.
         no_positive: whether anchors without positives count in the mean, as 0 ("zero"), or not ("drop").
         reduction: "mean" over the anchors, "sum", or "none": [anchors], view-major.
+        group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
+            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). An anchor without positives has loss and gradient 0.
@@ -68,7 +74,10 @@ def selfcon_loss(
     x = validation.views("features", features)
     validation.integer("augmentations", augmentations, minimum=1)
     batch = validation.split("features", x, augmentations)
-    labels, mask = validation.supervision(labels, mask, batch, x)
+    kinds = validation.kind(labels), validation.kind(mask)
+    agreed = "selfcon_loss", *kinds, x.shape[1], anchors, augmentations, no_positive, reduction
+    ranks = join(group, exchange, x, *agreed, samples=batch)
+    labels, mask = validation.supervision(labels, mask, batch, x, total(batch, ranks))
     tau = validation.temperature("temperature", temperature, x)
     base = validation.temperature("base_temperature", base_temperature, x)
     validation.option("anchors", anchors, ANCHORS)
@@ -79,11 +88,11 @@ def selfcon_loss(
 
     views = {"all": x.shape[1], "exits": x.shape[1] - 1, "first": 1}[anchors]
     problem = anchor_rows(view_major(x), views * x.shape[0], inverse(tau, x))
-    loss, count = outside_rows(problem, batch, labels, mask)
-    return reduce_anchors(loss, count, tau, base, no_positive, reduction, x)
+    loss, count = outside_rows(problem, batch, labels, mask, ranks=ranks)
+    return reduce_anchors(loss, count, tau, base, no_positive, reduction, x, ranks)
 
 
-class SelfConLoss(nn.Module):
+class SelfConLoss(Grouped):
     """`selfcon_loss` as a module, with the constructor and the forward of the authors' ConLoss.
 
     `supcon_s` leaves anchors without positives out of the mean; `selfcon_s_FG` and `selfcon_m_FG` take the
@@ -101,8 +110,10 @@ class SelfConLoss(nn.Module):
         augmentations: int = 1,
         no_positive: str = "zero",
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        exchange: str = "gather",
     ) -> None:
-        super().__init__()
+        super().__init__(group, exchange)
         self.temperature = temperature
         self.contrast_mode = validation.option("contrast_mode", contrast_mode, CONTRAST_MODES)
         self.base_temperature = base_temperature
@@ -136,11 +147,13 @@ class SelfConLoss(nn.Module):
             augmentations=2 if selfcon_m_FG else self.augmentations,
             no_positive="drop" if supcon_s else self.no_positive,
             reduction=self.reduction,
+            group=self.group,
+            exchange=self.exchange,
         )
 
     def extra_repr(self) -> str:
         return (
             f"temperature={shown(self.temperature)}, base_temperature={shown(self.base_temperature)}, "
             f"anchors={self.anchors!r}, augmentations={self.augmentations}, "
-            f"no_positive={self.no_positive!r}, reduction={self.reduction!r}"
+            f"no_positive={self.no_positive!r}, reduction={self.reduction!r}{self.shown_group()}"
         )

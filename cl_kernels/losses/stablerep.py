@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import dtypes, validation
-from ._common import inverse, reduced, shown, unit_rows
+from ..distributed import join
+from ._common import Grouped, inverse, reduced, shown, unit_rows
 from ._views import anchor_rows, outside_rows
 
 
 @dtypes.full_precision
 def stablerep_loss(
-    features: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean"
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     r"""Cross-entropy of each image's similarities to the others against those of its own caption.
 
@@ -26,6 +34,8 @@ def stablerep_loss(
         labels: [N] or [N, 1], integers, booleans or floats: images of equal label are of one caption.
         temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         reduction: "mean" over the images, "sum", or "none": [N].
+        group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
+            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). An image alone with its caption has loss and
@@ -54,21 +64,36 @@ def stablerep_loss(
     validation.same_device(features=features, labels=labels)
     tau = validation.temperature("temperature", temperature, features)
     validation.option("reduction", reduction, validation.REDUCTIONS)
+    ranks = join(group, exchange, features, "stablerep_loss", validation.kind(labels), reduction)
     problem = anchor_rows(unit_rows(features), n, inverse(tau, features))
-    loss, _ = outside_rows(problem, n, labels, mask=None)
-    return reduced(loss, reduction, features)
+    loss, _ = outside_rows(problem, n, labels, mask=None, ranks=ranks)
+    return reduced(loss, reduction, features, ranks=ranks)
 
 
-class StableRepLoss(nn.Module):
+class StableRepLoss(Grouped):
     """`stablerep_loss` as a module: forward(features, labels)."""
 
-    def __init__(self, temperature: float | Tensor = 0.1, *, reduction: str = "mean") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        exchange: str = "gather",
+    ) -> None:
+        super().__init__(group, exchange)
         self.temperature = temperature
         self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return stablerep_loss(features, labels, temperature=self.temperature, reduction=self.reduction)
+        return stablerep_loss(
+            features,
+            labels,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            group=self.group,
+            exchange=self.exchange,
+        )
 
     def extra_repr(self) -> str:
-        return f"temperature={shown(self.temperature)}, reduction={self.reduction!r}"
+        return f"temperature={shown(self.temperature)}, reduction={self.reduction!r}{self.shown_group()}"

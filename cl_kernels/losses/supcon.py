@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from .. import autograd, dispatch, dtypes, reference, validation
+from ..distributed import Ranks, engine, gather, join, total
 from ..problem import Contrast
-from ._common import at_least_zero, inverse, shown
+from ._common import Grouped, at_least_zero, inverse, shown
 from ._views import anchor_rows, outside_rows, reduce_anchors, view_major, with_samples
 
 CONTRAST_MODES = ("all", "one")
@@ -37,6 +39,8 @@ def supcon_loss(
     positives_cap: int | None = None,
     no_positive: str = "zero",
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     r"""Supervised contrastive loss over the views of a batch.
 
@@ -69,6 +73,8 @@ def supcon_loss(
             the others also leave the denominator. None keeps all.
         no_positive: whether anchors without positives count in the mean, as 0 ("zero"), or not ("drop").
         reduction: "mean" over the anchors, "sum", or "none": [VB] or, for "one", [B].
+        group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
+            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). An anchor without positives, or with nothing in its
@@ -92,7 +98,7 @@ def supcon_loss(
 
     The compiled kernels run "out" with denominator "all", and with labels (or without a mask) both summations
     with "all" and "only_negatives"; the other combinations walk the anchors in chunks of the reference, in
-    bounded memory.
+    bounded memory; over a group they gather under either exchange.
 
     Example:
         >>> import torch, cl_kernels as clk
@@ -106,7 +112,10 @@ def supcon_loss(
     """
     x = validation.views("features", features)
     batch, views = x.shape[:2]
-    labels, mask = validation.supervision(labels, mask, batch, x)
+    kinds = validation.kind(labels), validation.kind(mask)
+    options = contrast_mode, summation, denominator, positives_cap, no_positive, reduction
+    ranks = join(group, exchange, x, "supcon_loss", *kinds, views, *options, samples=batch)
+    labels, mask = validation.supervision(labels, mask, batch, x, total(batch, ranks))
     kept = validation.positives_cap("positives_cap", positives_cap, views)
     tau = validation.temperature("temperature", temperature, x)
     base = validation.temperature("base_temperature", base_temperature, x)
@@ -127,35 +136,36 @@ def supcon_loss(
     by_labels = mask is None and denominator != "one_positive"
     if kept is not None or not (by_labels or (summation, denominator) == ("out", "all")):
         loss, count = _chunked_rows(
-            rows,
+            x,
             anchors,
-            batch,
             scale,
             labels,
             mask,
+            ranks,
             summation=summation,
             denominator=denominator,
             kept_samples=kept,
         )
     elif summation == "out":
         among = "different" if denominator == "only_negatives" else "all"
-        loss, count = outside_rows(anchor_rows(rows, anchors, scale), batch, labels, mask, among)
+        loss, count = outside_rows(anchor_rows(rows, anchors, scale), batch, labels, mask, among, ranks)
     else:
-        loss, count = _inside_rows(anchor_rows(rows, anchors, scale), batch, labels, denominator)
-    return reduce_anchors(loss, count, tau, base, no_positive, reduction, x)
+        loss, count = _inside_rows(anchor_rows(rows, anchors, scale), batch, labels, denominator, ranks)
+    return reduce_anchors(loss, count, tau, base, no_positive, reduction, x, ranks)
 
 
 def _inside_rows(
-    problem: Contrast, batch: int, labels: Tensor | None, denominator: str
+    problem: Contrast, batch: int, labels: Tensor | None, denominator: str, ranks: Ranks | None
 ) -> tuple[Tensor, Tensor]:
     """The "in" loss of each anchor by class labels, unscaled, and the number of its positives.
 
     With p and n the logarithms of the sums over positives and over negatives, -log(e^p / (e^p + e^n)) is
     -log_sigmoid(p - n): nothing cancels in a converged model, as the whole denominator and p would.
     """
-    problem = with_samples(problem, batch, labels, among="same")
-    positives = autograd.contrastive(problem)
-    negatives = autograd.contrastive(problem._replace(among="different", label_positives=False)).lse
+    problem = with_samples(problem, batch, labels, "same", ranks)
+    positives = engine.contrastive(problem, ranks)
+    others = problem._replace(among="different", label_positives=False)
+    negatives = engine.contrastive(others, ranks).lse
     count = positives.positive_count
     alone = (positives.lse == -torch.inf) & ~negatives.isnan()
     margin = (positives.lse - negatives).masked_fill(alone, 0.0)
@@ -168,27 +178,43 @@ def _inside_rows(
 
 
 def _chunked_rows(
-    rows: Tensor,
+    features: Tensor,
     anchors: int,
-    batch: int,
     scale: float | Tensor,
     labels: Tensor | None,
     mask: Tensor | None,
+    ranks: Ranks | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`reference.supcon_rows` of chunks of the anchors, recomputed in the backward: memory stays bounded."""
     dispatch.require_engine(
         "supcon_loss with positives_cap, denominator='one_positive', or a mask beside 'out' and 'all'"
     )
-    keys = rows.to(dtypes.accumulate_dtype(rows.dtype))
+    features = features.to(dtypes.accumulate_dtype(features.dtype))
+    batch, before = features.shape[0], 0
+    if ranks is None:
+        keys = view_major(features)
+        queries = keys[:anchors]
+    else:  # the reference's keys are view-major over the samples of all
+        before = ranks.first
+        keys = view_major(gather(features, ranks.sizes, ranks.group))
+        queries = view_major(features)[:anchors]
+        labels = None if labels is None else gather(labels, ranks.sizes, ranks.group)
+    samples = keys.shape[0] // features.shape[1]
     step = max(1, CHUNK_LOGITS // keys.shape[0])
-    tensors = (keys, scale, labels, mask)
+    tensors = (queries, keys, scale, labels, mask)
 
-    def chunk(first: int, keys: Tensor, scale: Any, labels: Any, mask: Any) -> tuple[Tensor, Tensor]:
+    def chunk(
+        first: int, queries: Tensor, keys: Tensor, scale: Any, labels: Any, mask: Any
+    ) -> tuple[Tensor, Tensor]:
         own = torch.arange(first, min(first + step, anchors), device=keys.device)
         # By an op: what a compiled graph traces is multiplied in bfloat16 under autocast, in its backward.
-        logits = autograd.similarity(keys[first : first + own.shape[0]], keys, scale, normalize=False)
-        return reference.supcon_rows_of(logits, own, batch, labels=labels, mask=mask, **options)
+        logits = autograd.similarity(queries[first : first + own.shape[0]], keys, scale, normalize=False)
+        if ranks is not None:
+            own = own // batch * samples + own % batch + before
+        return reference.supcon_rows_of(
+            logits, own, samples, labels=labels, mask=mask, before=before, **options
+        )
 
     if step >= anchors:
         loss, count = chunk(0, *tensors)
@@ -203,7 +229,7 @@ def _chunked_rows(
     return loss, count
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(Grouped):
     """`supcon_loss` as a module, with the constructor and the forward of SupContrast's SupConLoss."""
 
     def __init__(
@@ -217,8 +243,10 @@ class SupConLoss(nn.Module):
         positives_cap: int | None = None,
         no_positive: str = "zero",
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        exchange: str = "gather",
     ) -> None:
-        super().__init__()
+        super().__init__(group, exchange)
         self.temperature = temperature
         self.contrast_mode = validation.option("contrast_mode", contrast_mode, CONTRAST_MODES)
         self.base_temperature = base_temperature
@@ -241,6 +269,8 @@ class SupConLoss(nn.Module):
             positives_cap=self.positives_cap,
             no_positive=self.no_positive,
             reduction=self.reduction,
+            group=self.group,
+            exchange=self.exchange,
         )
 
     def extra_repr(self) -> str:
@@ -248,5 +278,5 @@ class SupConLoss(nn.Module):
             f"temperature={shown(self.temperature)}, contrast_mode={self.contrast_mode!r}, "
             f"base_temperature={shown(self.base_temperature)}, summation={self.summation!r}, "
             f"denominator={self.denominator!r}, positives_cap={self.positives_cap}, "
-            f"no_positive={self.no_positive!r}, reduction={self.reduction!r}"
+            f"no_positive={self.no_positive!r}, reduction={self.reduction!r}{self.shown_group()}"
         )

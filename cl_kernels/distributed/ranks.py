@@ -1,0 +1,130 @@
+"""The processes that take part in a loss, and the samples of each."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import autograd, dtypes, validation
+from .collectives import all_gather, rank_in
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+EXCHANGES = ("gather", "ring")
+
+
+class Ranks(NamedTuple):
+    """The processes of a group and the samples of each, of which the tensors of a loss hold one or more rows
+    each, view by view."""
+
+    group: ProcessGroup
+    exchange: str
+    rank: int
+    sizes: tuple[int, ...]
+
+    @property
+    def world(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def first(self) -> int:
+        """The samples of the ranks before."""
+        return sum(self.sizes[: self.rank])
+
+    def views(self, rows: int) -> int:
+        """How many rows a sample has, where this rank has so many."""
+        own = self.sizes[self.rank]
+        return rows // own if own else 1
+
+    def rows(self, own: int) -> tuple[int, ...]:
+        """The rows of every rank, where this one has so many."""
+        return tuple(self.views(own) * size for size in self.sizes)
+
+
+def total(own: int, ranks: Ranks | None) -> int:
+    """The rows of all ranks, where this one has so many."""
+    return own if ranks is None else sum(ranks.rows(own))
+
+
+def join(
+    group: Any, exchange: Any, features: Tensor, *agreed: Any, samples: int | None = None
+) -> Ranks | None:
+    """The ranks that take part in a loss; None for one process.
+
+    Args:
+        group: a `torch.distributed.ProcessGroup`, or None.
+        exchange: "gather" or "ring".
+        features: what is exchanged; of one width, dtype and need of a gradient on all ranks.
+        agreed: what else must be the same on all ranks, the name of the loss first.
+        samples: how many this rank holds; None: the rows of `features`.
+
+    Raises:
+        TypeError, ValueError: for a wrong group or exchange; on every rank if what must be the same is not.
+        NotImplementedError: in transforms of torch.func.
+    """
+    validation.option("exchange", exchange, EXCHANGES)
+    if group is None:
+        return None
+    rank = rank_in(group)
+    if dist.get_world_size(group) == 1:
+        return None
+    if autograd.in_transform():
+        raise NotImplementedError("a loss over a group of processes does not run in torch.func's transforms")
+    own = _Card(
+        features.shape[0] if samples is None else samples,
+        features.shape[-1],
+        dtypes.FLOAT_DTYPES.index(features.dtype),
+        int(torch.is_grad_enabled() and features.requires_grad),
+        zlib.crc32(repr(agreed).encode()),
+    )
+    cards = _exchange_cards(own, group, features.device)
+    _check_agreement(cards, agreed)
+    return Ranks(group, exchange, rank, tuple(card.samples for card in cards))
+
+
+class _Card(NamedTuple):
+    """What the ranks tell each other before they exchange rows."""
+
+    samples: int
+    width: int
+    dtype: int  # of dtypes.FLOAT_DTYPES
+    needs_gradient: int
+    agreed: int  # a checksum
+
+
+@torch.compiler.disable
+def _exchange_cards(own: _Card, group: ProcessGroup, device: torch.device) -> list[_Card]:
+    """The cards of all ranks; over the CPU if the group has a backend for it, which waits for no kernel."""
+    if "cpu:" in dist.get_backend_config(group):
+        device = torch.device("cpu")
+    cards = all_gather(torch.tensor([own], device=device), group)
+    return [_Card(*card) for card in cards.tolist()]
+
+
+def _check_agreement(cards: Sequence[_Card], agreed: Sequence[Any]) -> None:
+    name = agreed[0] if agreed else "this"
+    told: dict[str, list[Any]] = {
+        "features of the same width": [card.width for card in cards],
+        "features of the same dtype": [dtypes.FLOAT_DTYPES[card.dtype] for card in cards],
+        "features that all require a gradient, or none": [bool(card.needs_gradient) for card in cards],
+    }
+    for wanted, values in told.items():
+        if len(set(values)) > 1:
+            raise ValueError(f"{name} must get {wanted} on every rank of the group, got {values}")
+    if len({card.agreed for card in cards}) > 1:
+        raise ValueError(
+            f"every rank of the group must call the same loss with the same options and kinds of arguments, "
+            f"but another one's differ from {', '.join(map(str, agreed))} of this one"
+        )
+
+
+def mask_columns(mask: Tensor, ranks: Ranks, owner: int, rows: slice) -> Tensor:
+    """The columns of a mask [R, samples of all ranks] that belong to rows of one rank."""
+    own = torch.arange(rows.start, rows.stop, device=mask.device) % max(ranks.sizes[owner], 1)
+    return mask.index_select(1, own + sum(ranks.sizes[:owner]))
