@@ -205,7 +205,7 @@ def labels(name: str, x: Any, n: int) -> Tensor:
 
 
 def kind(x: Any) -> str:
-    """Of labels or a mask: whether there is one, and of which kind of dtype."""
+    """The kind of dtype of labels or of a mask; "none" if there are none."""
     if not isinstance(x, Tensor):
         return "none"
     return "floats" if x.is_floating_point() else "integers"

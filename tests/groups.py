@@ -17,7 +17,8 @@ import torch.multiprocessing as mp
 def in_group(
     world: int, work: Callable[..., Any], folder: Path, *args: Any, timeout: float = 60
 ) -> list[Any]:
-    """What `work(rank, *args)` returns in each of so many processes of one group."""
+    """The results of `work(rank, *args)` in each of so many processes of one group; of one that failed, its
+    traceback."""
     context = mp.get_context("spawn")
     join_at = (str(folder / "store"), world, timeout)
     processes = [

@@ -89,7 +89,7 @@ def join(
 
 
 class _Card(NamedTuple):
-    """What the ranks tell each other before they exchange rows."""
+    """A rank's part in a loss, told to the others before rows are exchanged."""
 
     samples: int
     width: int

@@ -271,7 +271,7 @@ def _keys_to_send(problem: SoftTarget) -> list[Tensor]:
 
 
 def _merged_targets(problem: SoftTarget, ranks: Ranks, backend: str, with_means: bool) -> tuple[Tensor, ...]:
-    """What the op returns, over the keys of all ranks."""
+    """The outputs of the op over the keys of all ranks."""
     q, dtype = problem.q, dtypes.statistics_dtype(problem.q)
     lse, target_lse = (q.new_full((q.shape[0],), -torch.inf, dtype=dtype) for _ in range(2))
     cross = torch.zeros_like(lse)

@@ -133,5 +133,6 @@ class ClipLoss(Grouped):
 
     def extra_repr(self) -> str:
         return (
-            f"rank={self.rank}, world_size={self.world_size}, reduction={self.reduction!r}{self.shown_group()}"
+            f"rank={self.rank}, world_size={self.world_size}, reduction={self.reduction!r}"
+            f"{self.shown_group()}"
         )

@@ -44,8 +44,8 @@ def _tensors(n: int, seed: int = 0) -> dict[str, Tensor]:
     return {
         "features": unit(n, 2, WIDTH), "three": unit(n, 3, WIDTH), "deep": unit(n, 2, WIDTH + 3),
         "single": unit(n, 1, WIDTH), "rows": unit(n, WIDTH), "q": unit(n, WIDTH), "k": unit(n, WIDTH),
-        "queue": unit(7, WIDTH), "labels": labels, "floats": torch.where(labels == 0, torch.nan, labels * 0.5),
-        "mask": mask, "bool_mask": mask != 0,
+        "queue": unit(7, WIDTH), "labels": labels,
+        "floats": torch.where(labels == 0, torch.nan, labels * 0.5), "mask": mask, "bool_mask": mask != 0,
         "positive_mask": torch.rand(2 * WIDTH, 2 * WIDTH, generator=generator) < 0.2,
     }  # fmt: skip
 

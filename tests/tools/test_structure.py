@@ -22,7 +22,9 @@ FOLDERS = ("cl_kernels", "gates", "tests", "bench", "examples")
 MOST_PARAMETERS = 10
 MANY_KEYWORDS = {
     "cl_kernels/losses/sce.py: sce_loss",
+    "cl_kernels/losses/selfcon.py: selfcon_loss",
     "cl_kernels/losses/supcon.py: supcon_loss",
+    "cl_kernels/losses/supcon.py: __init__",
     "cl_kernels/reference.py: supcon_loss",
 }
 """The losses that have more options than a function should take; kernels are another matter."""
