@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .. import dtypes, validation
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+if TYPE_CHECKING or dist.is_available():
+    from torch.distributed import ProcessGroup as ProcessGroup
+else:
+    ProcessGroup = None
 
 
 def rank_in(group: Any) -> int:

@@ -9,7 +9,7 @@ from .. import dtypes, validation
 from ..autograd import ContrastiveStats
 from ..distributed import Ranks, engine, total
 from ..problem import Contrast
-from ._common import cross_entropy, reduced, settled, wide
+from ._common import cross_entropy, reduced, settled, warn_of_nothing, wide
 
 EMPTY_COUNT = 1e-6
 
@@ -70,7 +70,17 @@ def outside_rows(
         loss = torch.addcdiv(stats.lse, stats.positive_sum, stats.positive_count, value=-1)
         return settled(loss, others), None
     loss = _guarded_rows(stats)
-    return loss if among == "different" else settled(loss, others, mask), stats.positive_count
+    if among == "different":
+        warn_without_negatives(stats.lse)
+    else:
+        loss = settled(loss, others, mask)
+    return loss, stats.positive_count
+
+
+def warn_without_negatives(lse: Tensor) -> None:
+    """Warn where the log-sum-exp of an anchor's negatives [A] is that of nothing."""
+    if validation.readable(lse) and bool((lse == -torch.inf).any()):
+        warn_of_nothing('all rows are of its label, which denominator="only_negatives" leaves out')
 
 
 def _guarded_rows(stats: ContrastiveStats) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .. import autograd, dtypes, validation
-from ..distributed import engine, join, total
+from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
 from ._common import Grouped, cross_entropy, inverse, own_similarity, reduced, shown
 

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .. import autograd, dtypes, validation
-from ..distributed import Ranks, engine, join, total
+from ..distributed import ProcessGroup, Ranks, engine, join, total
 from ..problem import Contrast, SoftTarget
 from ._common import (
     Grouped,

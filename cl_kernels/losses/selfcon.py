@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .. import dtypes, validation
-from ..distributed import join, total
+from ..distributed import ProcessGroup, join, total
 from ._common import Grouped, inverse, shown
 from ._views import anchor_rows, outside_rows, reduce_anchors, view_major
 from .supcon import CONTRAST_MODES, NO_POSITIVE

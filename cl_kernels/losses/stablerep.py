@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .. import dtypes, validation
-from ..distributed import join
+from ..distributed import ProcessGroup, join
 from ._common import Grouped, inverse, reduced, shown, unit_rows
 from ._views import anchor_rows, outside_rows
 

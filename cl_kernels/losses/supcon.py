@@ -9,14 +9,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from .. import autograd, dispatch, dtypes, reference, validation
-from ..distributed import Ranks, engine, gather, join, total
+from ..distributed import ProcessGroup, Ranks, engine, gather, join, total
 from ..problem import Contrast
-from ._common import Grouped, at_least_zero, inverse, shown
-from ._views import anchor_rows, outside_rows, reduce_anchors, view_major, with_samples
+from ._common import Grouped, at_least_zero, inverse, shown, warn_if_alone
+from ._views import (
+    anchor_rows,
+    outside_rows,
+    reduce_anchors,
+    view_major,
+    warn_without_negatives,
+    with_samples,
+)
 
 CONTRAST_MODES = ("all", "one")
 SUMMATIONS = ("out", "in")
@@ -170,8 +176,10 @@ def _inside_rows(
     alone = (positives.lse == -torch.inf) & ~negatives.isnan()
     margin = (positives.lse - negatives).masked_fill(alone, 0.0)
     if denominator == "all":
+        warn_if_alone(total(problem.keys.shape[0], ranks) - 1)
         loss = count.log() - F.logsigmoid(margin)
     else:
+        warn_without_negatives(negatives)
         loss = count.log() - margin
         alone = alone | ((negatives == -torch.inf) & ~positives.lse.isnan())
     return loss.masked_fill(alone, 0.0), count
@@ -201,6 +209,7 @@ def _chunked_rows(
         queries = view_major(features)[:anchors]
         labels = None if labels is None else gather(labels, ranks.sizes, ranks.group)
     samples = keys.shape[0] // features.shape[1]
+    warn_if_alone(keys.shape[0] - 1)
     step = max(1, CHUNK_LOGITS // keys.shape[0])
     tensors = (queries, keys, scale, labels, mask)
 
