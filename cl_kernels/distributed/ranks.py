@@ -95,7 +95,6 @@ class _Card(NamedTuple):
     agreed: int  # a checksum
 
 
-@torch.compiler.disable
 def _exchange_cards(own: _Card, group: ProcessGroup, device: torch.device) -> list[_Card]:
     """The cards of all ranks; over the CPU if the group has a backend for it, which waits for no kernel."""
     if "cpu:" in dist.get_backend_config(group):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,23 @@ from torch import Tensor, nn
 
 from .. import dtypes, validation
 from ..distributed import EXCHANGES, ProcessGroup, Ranks, engine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def loss_function(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function` in full precision, and over a group of processes outside of compiled graphs: what ranks
+    exchange depends on their batches, and each kernel is a call of its own anyway."""
+    loss = dtypes.full_precision(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **options: P.kwargs) -> R:
+        if options.get("group") is not None and torch.compiler.is_compiling():
+            return torch.compiler.disable(loss)(*args, **options)
+        return loss(*args, **options)
+
+    return wrapper
 
 
 class EmptyContrastWarning(UserWarning):

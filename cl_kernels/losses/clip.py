@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dtypes, validation
+from .. import validation
 from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, reduced, wide
+from ._common import Grouped, cross_entropy, loss_function, reduced, wide
 
 
-@dtypes.full_precision
+@loss_function
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,

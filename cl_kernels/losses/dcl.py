@@ -5,13 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dtypes, validation
+from .. import validation
 from ..distributed import ProcessGroup, Ranks, engine, gather, join, total
 from ..problem import Contrast
-from ._common import Grouped, inverse, log_add, nothing, reduced, shown, unit_rows, warn_if_alone, wide
+from ._common import (
+    Grouped,
+    inverse,
+    log_add,
+    loss_function,
+    nothing,
+    reduced,
+    shown,
+    unit_rows,
+    warn_if_alone,
+    wide,
+)
 
 
-@dtypes.full_precision
+@loss_function
 def dcl_loss(
     z0: Tensor,
     z1: Tensor,

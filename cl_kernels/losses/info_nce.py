@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import autograd, dtypes, validation
+from .. import autograd, validation
 from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, inverse, own_similarity, reduced, shown
+from ._common import Grouped, cross_entropy, inverse, loss_function, own_similarity, reduced, shown
 
 
-@dtypes.full_precision
+@loss_function
 def info_nce_loss(
     q: Tensor,
     k: Tensor,

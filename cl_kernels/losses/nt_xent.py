@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dtypes, validation
+from .. import validation
 from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, inverse, reduced, shown, unit_rows
+from ._common import Grouped, cross_entropy, inverse, loss_function, reduced, shown, unit_rows
 
 
-@dtypes.full_precision
+@loss_function
 def nt_xent_loss(
     z0: Tensor,
     z1: Tensor,

@@ -16,6 +16,7 @@ from ._common import (
     cross_entropy,
     inverse,
     log_add,
+    loss_function,
     own_similarity,
     reduced,
     shown,
@@ -30,7 +31,7 @@ class SCETargets(NamedTuple):
     positive_in_target: str
 
 
-@dtypes.full_precision
+@loss_function
 def sce_loss(
     q: Tensor,
     k: Tensor,
@@ -141,7 +142,7 @@ def _global_keys(k: Tensor, k_global: Tensor | None, rank: int, group: Any) -> T
     return k
 
 
-@dtypes.full_precision
+@loss_function
 def sce_targets(
     k: Tensor,
     k_global: Tensor | None = None,

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import autograd, dispatch, dtypes, reference, validation
 from ..distributed import ProcessGroup, Ranks, engine, gather, join, total
 from ..problem import Contrast
-from ._common import Grouped, at_least_zero, inverse, shown, warn_if_alone
+from ._common import Grouped, at_least_zero, inverse, loss_function, shown, warn_if_alone
 from ._views import (
     anchor_rows,
     outside_rows,
@@ -31,7 +31,7 @@ NO_POSITIVE = ("zero", "drop")
 CHUNK_LOGITS = 2**22
 
 
-@dtypes.full_precision
+@loss_function
 def supcon_loss(
     features: Tensor,
     labels: Tensor | None = None,
