@@ -1,4 +1,4 @@
-"""What a loss over a group of processes costs each of them in a step, forward and backward, on paper.
+"""The cost of a loss over a group for each of its processes, in a step, forward and backward, on paper.
 
 Counted are the products of matrices as the GPU kernels do them (docs/performance.md), the bytes that
 `cl_kernels.distributed` sends, launches of Triton's kernels and of library products, and memory of the size
@@ -186,7 +186,7 @@ def backward(
 
 
 def works(problem: Problem, setup: Setup) -> dict[str, tuple[Work, Work]]:
-    """Of each pass what is done with the keys at hand, and what with those that visit.
+    """Work by pass: with the keys at hand, and with those that visit.
 
     Gathered keys are others than the queries, even of a batch with itself: the triangle is lost. On a ring
     the own block keeps it. Frozen keys that travel on one axis are visited again in the backward; soft
@@ -234,8 +234,8 @@ def _halves(rows: Sequence[int], rank: int) -> Counter[int]:
 
 
 class Traffic(NamedTuple):
-    """What one process sends, and in how many messages. A collective is counted as a ring algorithm sends it:
-    W - 1 blocks."""
+    """Bytes and messages that one process sends. A collective is counted as a ring algorithm sends it: W - 1
+    blocks."""
 
     phase: str  # "forward", "backward"
     by: str  # "all-gather", "reduce-scatter", "all-to-all", "to the next", "to the previous"
@@ -329,7 +329,8 @@ def memory(setup: Setup) -> dict[str, int]:
     blocks are put together; at the peak of the backward beside them the gradients of the keys, 2 a m D: in
     float32 and scaled, or, when the keys are gone, in float32 and as blocks to be sent. On a ring two blocks
     of keys; in the backward the own gradients, those of a visiting block, of the one before, sent, and of the
-    next, received, all in float32. Frozen keys: one or two vectors a row in place of gradients.
+    next, received, all in float32. Frozen keys: a vector a row for each softmax in place of gradients, and on
+    a ring those of the block at hand.
     """
     problems, item = setup.problems(), setup.item
     peak = max((_peak(problem, setup) for problem in problems), key=sum)
@@ -376,9 +377,11 @@ def _peak(problem: Problem, setup: Setup) -> _Peak:
     wide = not fused(problem.width, setup.dtype)
     matrix = min(n * m * item, CHUNK_BYTES) if wide else 0
     vector = n * problem.width
+    rounded = item if item < SUM else 0
+    if problem.frozen and travels(problem, setup):
+        return _Peak(vector * (5 * SUM if soft else 3 * SUM + rounded), 0, matrix)
     if problem.frozen:
         return _Peak(vector * (item + SUM * (1 + soft)), 0, matrix)
-    rounded = item if item < SUM else 0
     own = vector * (SUM + rounded)
     count = 2 if soft else 1
     if alone:
