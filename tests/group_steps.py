@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import cl_kernels as clk
+from cl_kernels.tools import cost
 from cl_kernels.tools.cost import Setup
 
 Sent = Counter[tuple[str, str, str]]
@@ -116,3 +117,14 @@ def peak(setup: Setup, group: Any) -> int:
     events = [x for x in profiled.profiler.kineto_results.events() if x.name() == "[memory]"]
     changes = [x.nbytes() for x in sorted(events, key=lambda x: x.start_ns())]
     return max(itertools.accumulate(changes))
+
+
+def held_on_cpu(setup: Setup) -> int:
+    """The estimate for `peak`: without the inputs and the matrix of a wide gradient, which the CPU's kernels
+    do not hold, and with the copies of queries and keys that they pack in float32."""
+    parts = cost.memory(setup)
+    held = sum(size for name, size in parts.items() if name not in ("inputs", "matrix of a wide gradient"))
+    for problem in setup.problems():
+        own, everyone = problem.rows[setup.rank], sum(problem.rows)
+        held += 4 * problem.width * (own + (own if setup.exchange == "ring" else everyone))
+    return held

@@ -336,10 +336,10 @@ def memory(setup: Setup) -> dict[str, int]:
     peak = max((_peak(problem, setup) for problem in problems), key=sum)
     keys = sum(_keys(problem, setup) for problem in problems)
     found = {
-        "inputs": _inputs(setup),
+        "inputs": inputs(setup),
         "statistics": sum(4 * NUMBER * problem.rows[setup.rank] for problem in problems),
         "keys of all" if setup.exchange == "gather" else "visiting keys": keys,
-        "gradients": peak.gradients + peak.buffers + (_inputs(setup) if len(problems) > 1 else 0),
+        "gradients": peak.gradients + peak.buffers + (inputs(setup) if len(problems) > 1 else 0),
         "matrix of a wide gradient": peak.matrix,
     }
     if setup.loss == "dimcl":
@@ -354,7 +354,7 @@ class _Peak(NamedTuple):
     matrix: int
 
 
-def _inputs(setup: Setup) -> int:
+def inputs(setup: Setup) -> int:
     rows = setup.own * (setup.views if setup.loss in MULTI_VIEW else 1 if setup.loss == "stablerep" else 2)
     labels = NUMBER * setup.own if setup.labels and setup.loss in (*MULTI_VIEW, "stablerep") else 0
     return (rows + setup.queue) * sum(setup.widths) * setup.item + labels

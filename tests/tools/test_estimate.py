@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from group_steps import DTYPES, Sent, peak, sent
+from group_steps import DTYPES, Sent, held_on_cpu, peak, sent
 from groups import in_group
 from processes import run_python
 
@@ -103,14 +103,9 @@ FACTOR = 1.4  # between what is held and the estimate, either way
 
 
 def test_memory_is_what_is_held(reports: list[Any]) -> None:
-    """Without the matrix of a wide gradient, which the CPU's kernels do not hold, and with the copies of
-    queries and keys that they pack in float32."""
     for rank in range(2):
         for setup, found in zip(HELD, reports[rank]["held"], strict=True):
-            parts = cost.memory(setup)
-            wanted = sum(parts.values()) - parts["inputs"] - parts.get("matrix of a wide gradient", 0)
-            keys = ROWS if setup.exchange == "ring" else 2 * ROWS
-            wanted += 4 * WIDTH * (ROWS + keys)
+            wanted = held_on_cpu(replace(setup, rank=rank))
             assert wanted / FACTOR < found < wanted * FACTOR, f"rank {rank}, {setup}: {found}, not {wanted}"
 
 

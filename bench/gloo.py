@@ -1,0 +1,103 @@
+"""Losses over Gloo processes of this machine beside their estimate: `python bench/gloo.py --json FILE`.
+
+For each loss, number of processes and exchange: the bytes that a process gives to torch.distributed in a
+step, forward and backward, and the most that its tensors hold beyond its inputs, by torch's profiler, both
+beside what `cl_kernels.tools.cost` says; and the median time of a step. The processes share the cores, one
+thread each: the times say what this machine does, nothing about GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+import group_steps
+import torch.distributed as dist
+from groups import in_group
+
+from cl_kernels.bench import machine, results
+from cl_kernels.tools import cost
+from cl_kernels.tools.cost import Setup
+
+LOSSES = {"supcon": 2, "clip": 1}  # rows of a sample
+WORLDS = (1, 2, 4)
+COMMAND = machine.command().replace("gloo.py", "bench/gloo.py")
+
+
+def setups(world: int, rows: int, width: int) -> list[Setup]:
+    return [
+        Setup(
+            loss, cost.evenly(rows // per_sample, world), (width,), dtype="float32", exchange=exchange
+        )
+        for loss, per_sample in LOSSES.items()
+        for exchange in (cost.EXCHANGES if world > 1 else cost.EXCHANGES[:1])
+    ]  # fmt: skip
+
+
+def measure(rank: int, world: int, rows: int, width: int, steps: int) -> list[tuple[int, int, float]]:
+    """Bytes sent, bytes held, seconds."""
+    found = []
+    for setup in setups(world, rows, width):
+        own, group = replace(setup, rank=rank), dist.group.WORLD
+        sent = sum(n for (*_, what), n in group_steps.sent(own, group).items() if what == "bytes")
+        held = group_steps.peak(own, group)
+        run, times = group_steps.step(own, group), []
+        for _ in range(steps):
+            dist.barrier()
+            start = time.perf_counter()
+            run().backward()
+            times.append(time.perf_counter() - start)
+        found.append((sent, held, statistics.median(times)))
+    return found
+
+
+def lines(world: int, rows: int, width: int, steps: int) -> list[dict[str, Any]]:
+    """Of the first process."""
+    with tempfile.TemporaryDirectory() as folder:
+        reports = in_group(world, measure, Path(folder), world, rows, width, steps, timeout=300)
+    if not all(isinstance(report, list) for report in reports):
+        raise RuntimeError(f"a process failed: {reports}")
+    return [
+        {
+            "loss": setup.loss, "processes": world, "exchange": setup.exchange if world > 1 else "",
+            "rows": rows, "width": width,
+            "sent": sent, "estimated_sent": sum(x.bytes for x in cost.traffic(setup)),
+            "held": held, "estimated_held": group_steps.held_on_cpu(setup), "seconds": seconds,
+        }
+        for setup, (sent, held, seconds) in zip(setups(world, rows, width), reports[0], strict=True)
+    ]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=8192, help="of all processes (default 8192)")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    args = parser.parse_args()
+    here = machine.describe("cpu") | {"threads": 1, "load_before": machine.load()}
+    found = []
+    for world in WORLDS:
+        found += lines(world, args.rows, args.width, args.steps)
+        for line in found[-len(setups(world, args.rows, args.width)) :]:
+            print(", ".join(f"{key} {value}" for key, value in line.items()), flush=True)
+    here["load_after"] = machine.load()
+    if args.json:
+        run = {"machine": here, "date": date.today().isoformat(), "command": COMMAND}
+        results.write(run | {"lines": found}, args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
