@@ -148,13 +148,16 @@ def gloo(file: str) -> str:
             x["exchange"] or "–",
             str(x["sent"]),
             str(x["estimated_sent"]),
+            figures.ratio(x["wire"] / x["estimated_all"]) if x["estimated_all"] else figures.MISSING,
             figures.size(x["held"]),
             figures.size(x["estimated_held"]),
             figures.time(x["seconds"]),
         ]
         for x in json.loads(stored(file).read_text())["lines"]
     ]
-    header = ["work", "processes", "exchange", "bytes sent", "estimated", "tensors", "estimated", "step"]
+    header = [
+        "work", "processes", "exchange", "bytes sent", "estimated", "wire", "tensors", "estimated", "step"
+    ]  # fmt: skip
     return markdown_table(header, rows, left=3)
 
 

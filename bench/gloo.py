@@ -2,8 +2,12 @@
 
 For each loss, number of processes and exchange: the bytes that a process gives to torch.distributed in a
 step, forward and backward, and the most that its tensors hold beyond its inputs, by torch's profiler, both
-beside what `cl_kernels.tools.cost` says; and the median time of a step. The processes share the cores, one
-thread each: the times say what this machine does, nothing about GPUs.
+beside what `cl_kernels.tools.cost` says; the bytes that pass the loopback in a step of all processes, headers
+and two barriers among them; and the median time of a step. The processes share the cores, one thread each:
+the times say what this machine does, nothing about GPUs. The loopback is this program's alone in a network
+namespace of its own:
+
+    unshare -n sh -c 'ip link set lo up && python bench/gloo.py --json FILE'
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -23,6 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import group_steps
 import torch.distributed as dist
 from groups import in_group
+from torch import Tensor
 
 from cl_kernels.bench import machine, results
 from cl_kernels.tools import cost
@@ -30,6 +36,7 @@ from cl_kernels.tools.cost import Setup
 
 LOSSES = {"supcon": 2, "clip": 1}  # rows of a sample
 WORLDS = (1, 2, 4)
+PAUSE = 0.3  # seconds until all has arrived
 COMMAND = machine.command().replace("gloo.py", "bench/gloo.py")
 
 
@@ -43,20 +50,41 @@ def setups(world: int, rows: int, width: int) -> list[Setup]:
     ]  # fmt: skip
 
 
-def measure(rank: int, world: int, rows: int, width: int, steps: int) -> list[tuple[int, int, float]]:
-    """Bytes sent, bytes held, seconds."""
+def loopback() -> int:
+    """Bytes that the loopback has sent; 0 where the system does not say so."""
+    path = Path("/proc/net/dev")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(x.split(":")[1].split()[8]) for x in lines if x.strip().startswith("lo:")), 0)
+
+
+def on_the_wire(run: Callable[[], Tensor]) -> int:
+    """Bytes of a step of all processes."""
+    dist.barrier()
+    time.sleep(PAUSE)
+    before = loopback()
+    time.sleep(PAUSE)
+    dist.barrier()
+    run().backward()
+    dist.barrier()
+    time.sleep(PAUSE)
+    return loopback() - before
+
+
+def measure(rank: int, world: int, rows: int, width: int, steps: int) -> list[tuple[int, int, int, float]]:
+    """Bytes sent, on the wire and held, seconds."""
     found = []
     for setup in setups(world, rows, width):
         own, group = replace(setup, rank=rank), dist.group.WORLD
         sent = sum(n for (*_, what), n in group_steps.sent(own, group).items() if what == "bytes")
         held = group_steps.peak(own, group)
         run, times = group_steps.step(own, group), []
+        wire = on_the_wire(run)
         for _ in range(steps):
             dist.barrier()
             start = time.perf_counter()
             run().backward()
             times.append(time.perf_counter() - start)
-        found.append((sent, held, statistics.median(times)))
+        found.append((sent, wire, held, statistics.median(times)))
     return found
 
 
@@ -71,9 +99,12 @@ def lines(world: int, rows: int, width: int, steps: int) -> list[dict[str, Any]]
             "loss": setup.loss, "processes": world, "exchange": setup.exchange if world > 1 else "",
             "rows": rows, "width": width,
             "sent": sent, "estimated_sent": sum(x.bytes for x in cost.traffic(setup)),
+            "wire": wire, "estimated_all": sum(
+                x.bytes for rank in range(world) for x in cost.traffic(replace(setup, rank=rank))
+            ),
             "held": held, "estimated_held": group_steps.held_on_cpu(setup), "seconds": seconds,
         }
-        for setup, (sent, held, seconds) in zip(setups(world, rows, width), reports[0], strict=True)
+        for setup, (sent, wire, held, seconds) in zip(setups(world, rows, width), reports[0], strict=True)
     ]  # fmt: skip
 
 
