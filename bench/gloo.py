@@ -89,7 +89,7 @@ def measure(rank: int, world: int, rows: int, width: int, steps: int) -> list[tu
 
 
 def lines(world: int, rows: int, width: int, steps: int) -> list[dict[str, Any]]:
-    """Of the first process."""
+    """Figures of the first process."""
     with tempfile.TemporaryDirectory() as folder:
         reports = in_group(world, measure, Path(folder), world, rows, width, steps, timeout=300)
     if not all(isinstance(report, list) for report in reports):

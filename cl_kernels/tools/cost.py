@@ -298,10 +298,7 @@ def _travelling(problem: Problem, setup: Setup) -> Iterator[Traffic]:
     for phase, (payload, sums) in payloads(problem, setup).items():
         for way, by in ((1, "to the next"), (-1, "to the previous")):
             half = [n // 2 if way == 1 else n - n // 2 for n in problem.rows]
-            for what, parts, missing in (
-                ("keys", payload, (rank + way) % world),
-                ("sums", sums, rank),
-            ):
+            for what, parts, missing in (("keys", payload, (rank + way) % world), ("sums", sums, rank)):
                 sent = [n for owner, n in enumerate(half) if owner != missing and n > 0]
                 if parts:
                     yield Traffic(phase, by, what, sum(sent) * sum(parts), len(sent) * len(parts))
@@ -333,25 +330,19 @@ def memory(setup: Setup) -> dict[str, int]:
     a ring those of the block at hand.
     """
     problems, item = setup.problems(), setup.item
-    peak = max((_peak(problem, setup) for problem in problems), key=sum)
+    gradients, matrix = max((_gradients(problem, setup) for problem in problems), key=sum)
     keys = sum(_keys(problem, setup) for problem in problems)
     found = {
         "inputs": inputs(setup),
         "statistics": sum(4 * NUMBER * problem.rows[setup.rank] for problem in problems),
         "keys of all" if setup.exchange == "gather" else "visiting keys": keys,
-        "gradients": peak.gradients + peak.buffers + (inputs(setup) if len(problems) > 1 else 0),
-        "matrix of a wide gradient": peak.matrix,
+        "gradients": gradients + (inputs(setup) if len(problems) > 1 else 0),
+        "matrix of a wide gradient": matrix,
     }
     if setup.loss == "dimcl":
         share = setup.columns()[setup.rank] * sum(setup.samples)
         found["columns"] = share * (item + SUM) + 2 * setup.own * setup.widths[0] * item
     return {name: size for name, size in found.items() if size}
-
-
-class _Peak(NamedTuple):
-    gradients: int
-    buffers: int
-    matrix: int
 
 
 def inputs(setup: Setup) -> int:
@@ -369,27 +360,28 @@ def _keys(problem: Problem, setup: Setup) -> int:
     return sum(problem.rows) * row * (1 if len(set(problem.rows)) == 1 else 2)
 
 
-def _peak(problem: Problem, setup: Setup) -> _Peak:
+def _gradients(problem: Problem, setup: Setup) -> tuple[int, int]:
+    """Those at the peak, and the matrix of a wide one; soft targets have two matrices, at any width where
+    keys get a gradient."""
     n, item = problem.rows[setup.rank], setup.item
     soft = problem.kind == "soft targets"
     alone = setup.world == 1 or not problem.exchanged
     m = problem.queue + (n if alone or setup.exchange == "ring" else sum(problem.rows))
-    wide = not fused(problem.width, setup.dtype)
-    matrix = min(n * m * item, CHUNK_BYTES) if wide else 0
+    by_matrix = not fused(problem.width, setup.dtype) or (soft and not problem.frozen)
+    matrix = (1 + soft) * min(n * m * item, CHUNK_BYTES) if by_matrix else 0
     vector = n * problem.width
     rounded = item if item < SUM else 0
     if problem.frozen and travels(problem, setup):
-        return _Peak(vector * (5 * SUM if soft else 3 * SUM + rounded), 0, matrix)
+        return vector * (5 * SUM if soft else 3 * SUM + rounded), matrix
     if problem.frozen:
-        return _Peak(vector * (item + SUM * (1 + soft)), 0, matrix)
+        return vector * (item + SUM * (1 + soft)), matrix
     own = vector * (SUM + rounded)
-    count = 2 if soft else 1
     if alone:
-        return _Peak(own * (1 if problem.kind == "self" else 2), 0, matrix)
+        return own * (1 if problem.kind == "self" else 2), matrix
     if setup.exchange == "gather":
-        return _Peak(count * own, count * sum(problem.rows) * problem.width * 2 * SUM, matrix)
+        return (1 + soft) * (own + sum(problem.rows) * problem.width * 2 * SUM), matrix
     block = max(problem.rows) * problem.width
-    return _Peak(2 * count * vector * SUM, count * block * (3 * SUM + rounded), matrix)
+    return (1 + soft) * (2 * vector * SUM + block * (3 * SUM + rounded)), matrix
 
 
 def eager_matrix(setup: Setup) -> int:
