@@ -379,7 +379,8 @@ def _gradients(problem: Problem, setup: Setup) -> tuple[int, int]:
     if alone:
         return own * (1 if problem.kind == "self" else 2), matrix
     if setup.exchange == "gather":
-        return (1 + soft) * (own + sum(problem.rows) * problem.width * 2 * SUM), matrix
+        copied = SUM if len(set(problem.rows)) > 1 else rounded
+        return (1 + soft) * (own + sum(problem.rows) * problem.width * (SUM + copied)), matrix
     block = max(problem.rows) * problem.width
     return (1 + soft) * (2 * vector * SUM + block * (3 * SUM + rounded)), matrix
 
