@@ -17,9 +17,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     std::array<bool, 3> needs) {
   const auto [needs_q, needs_k, needs_bias] = needs;
   if (problem.k && saved.residual.numel() > 0 && !needs_k && !needs_bias) {
-    const at::Tensor nothing = saved.residual.new_empty({0});
     auto [grad_q, grad_scale] = cuda::gradient_from_residual(incoming, problem, saved.residual, needs_q);
-    return {grad_q, nothing, grad_scale, nothing};
+    return {grad_q, saved.residual.new_empty({0}), grad_scale, saved.residual.new_empty({0})};
   }
   cuda::Gradients out = cuda::engine_backward(incoming, problem, saved, needs);
   return {out.q, out.k, out.scale, out.key_bias};

@@ -419,9 +419,9 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
   const auto [needs_q, needs_k, needs_bias] = needs;
   const at::ScalarType out_type = type.value_or(p.q.scalar_type());
   at::Tensor bound = make_bound(p);
-  const at::Tensor nothing = floats(p, {0});
   const at::Tensor unit = p.in_registers() ? at::Tensor() : bound;  // of chunks; the row kernels take it off
-  Gradients out{nothing, nothing, nothing, nothing};
+  const auto nothing = [&] { return floats(p, {0}); };              // of an op's outputs none may be another
+  Gradients out{nothing(), nothing(), nothing(), nothing()};
 
   const TermsMemory rows =
       make_terms(p, saved.lse, incoming.lse, incoming.positive_sum, p.index, bound, largest_weight(p));
@@ -432,7 +432,7 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
     const at::Tensor parts =
         p.in_registers() ? row_gradients(p, p.features(), both) : chunk_gradients(p, both, true, false).first;
     std::tie(out.q, out.scale) = combine(p, parts, p.q, unit, out_type, 0.5);
-    if (!needs_q) out.q = nothing;
+    if (!needs_q) out.q = nothing();
     return out;
   }
 
@@ -460,8 +460,8 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
   }
   if (into_k) std::tie(out.k, out.scale) = combine(p, by_cols, p.k, unit, out_type, 1);
   if (into_q) std::tie(out.q, out.scale) = combine(p, by_rows, p.q, unit, out_type, 1);
-  if (!needs_q) out.q = nothing;
-  if (!needs_k) out.k = nothing;
+  if (!needs_q) out.q = nothing();
+  if (!needs_k) out.k = nothing();
   return out;
 }
 

@@ -73,9 +73,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_forward(const at::Tens
   cuda::check_shapes(q, k);
   const cuda::DeviceGuard guard(q);
   const at::Tensor x = cuda::row_major(q), y = k ? cuda::row_major(*k) : x;
-  const at::Tensor nothing = cuda::empty_like_device(q, {0}, at::kFloat);
-  const at::Tensor x_rnorm = normalize ? cuda::reciprocal_norms(x) : nothing;
-  const at::Tensor y_rnorm = normalize && k ? cuda::reciprocal_norms(y) : nothing;
+  const auto nothing = [&] { return cuda::empty_like_device(q, {0}, at::kFloat); };
+  const at::Tensor x_rnorm = normalize ? cuda::reciprocal_norms(x) : nothing();
+  const at::Tensor y_rnorm = normalize && k ? cuda::reciprocal_norms(y) : nothing();
   at::Tensor out = at::empty({x.size(0), y.size(0)}, q.options());
   const cuda::SimilarityParams params{
       {x.const_data_ptr(), y.const_data_ptr(), cuda::row_stride(x), cuda::row_stride(y),
@@ -100,9 +100,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_backward(
   const cuda::DeviceGuard guard(q);
   const auto [needs_q, needs_k] = needs;
   const at::Tensor x = cuda::row_major(q), y = k ? cuda::row_major(*k) : x;
-  const at::Tensor nothing = cuda::empty_like_device(q, {0}, at::kFloat);
+  const auto nothing = [&] { return cuda::empty_like_device(q, {0}, at::kFloat); };
   auto rows = [&](const at::Tensor& z) { return normalize ? cuda::unit_rows(z) : z; };
-  at::Tensor grad_q = nothing, grad_k = nothing, grad_scale;
+  at::Tensor grad_q = nothing(), grad_k = nothing(), grad_scale;
   if (k && needs_k) {
     std::tie(grad_k, grad_scale) =
         cuda::through_rows(cuda::product(grad.t(), rows(x)), y, k_rnorm, scale, normalize, true, 1.0);

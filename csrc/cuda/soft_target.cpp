@@ -116,7 +116,7 @@ class SoftTargetEngine {
 
   Forward forward(bool save_gradient) {
     Statistics out = {of_rows(n()), of_rows(n()), of_rows(n()), of_rows(positive_.defined() ? n() : 0)};
-    at::Tensor mean_key = floats({0}), mean_target_key = mean_key;
+    at::Tensor mean_key = floats({0}), mean_target_key = floats({0});
     if (save_gradient) mean_key = floats({n(), d()}), mean_target_key = floats({n(), d()});
     if (n() > 0) {
       if (type_ != Type::kFloat && std::max(d(), e()) <= kWidestRows)
@@ -157,8 +157,12 @@ class SoftTargetEngine {
     if (needs_q) params.grad = grad.mutable_data_ptr();
     params.along = along.mutable_data_ptr<double>();
     launch_soft_target_from_means(params, type_, stream());
-    const std::vector<at::Tensor> none(k_.size(), floats({0}));
-    return {grad, none, floats({0}), none, along.sum().to(at::kFloat), zeros({})};
+    auto none = [&] {  // of an op's outputs none may be another
+      std::vector<at::Tensor> found(k_.size());
+      for (at::Tensor& x : found) x = floats({0});
+      return found;
+    };
+    return {grad, none(), floats({0}), none(), along.sum().to(at::kFloat), zeros({})};
   }
 
   Backward by_chunks(const Statistics& statistics, const RowGradients& gradients, std::array<bool, 4> needs) {
