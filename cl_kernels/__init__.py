@@ -32,6 +32,7 @@ from .primitives import (
     similarity,
     soft_target_cross_entropy,
 )
+from .queue import KeyQueue
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "DCLLoss",
     "DimCLLoss",
     "InfoNCELoss",
+    "KeyQueue",
     "MultiLevelConLoss",
     "NTXentLoss",
     "SCELoss",
