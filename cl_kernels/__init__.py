@@ -1,11 +1,12 @@
 """Exact contrastive losses for PyTorch that never hold the N x N matrix."""
 
-from . import ops, reference
+from . import distributed, ops, reference
 from .dispatch import BackendError, use_backend
 from .losses import (
     ClipLoss,
     DCLLoss,
     DimCLLoss,
+    EmptyContrastWarning,
     InfoNCELoss,
     MultiLevelConLoss,
     NTXentLoss,
@@ -41,6 +42,7 @@ __all__ = [
     "ClipLoss",
     "DCLLoss",
     "DimCLLoss",
+    "EmptyContrastWarning",
     "InfoNCELoss",
     "KeyQueue",
     "MultiLevelConLoss",
@@ -54,6 +56,7 @@ __all__ = [
     "contrastive_lse",
     "dcl_loss",
     "dimcl_loss",
+    "distributed",
     "info_nce_loss",
     "masked_log_softmax",
     "multilevel_loss",

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import validation
-from .distributed.collectives import gather, rank_in
+from .distributed import ProcessGroup, gather
+from .distributed.collectives import rank_in
 from .distributed.ranks import exchange_cards
 from .losses._common import Grouped
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class KeyQueue(Grouped):
@@ -133,8 +130,11 @@ class KeyQueue(Grouped):
         """
         if self.group is None:
             rows = self._checked(keys, labels)
-        else:
-            rows = self._of_all_ranks(self.group, keys, labels)
+        else:  # outside of compiled graphs, as the losses over a group
+            gathered = self._of_all_ranks
+            if torch.compiler.is_compiling():
+                gathered = torch.compiler.disable(gathered)
+            rows = gathered(self.group, keys, labels)
         n, size, counted = rows[0].shape[0], self.keys.shape[0], self._counted.shape[0]
         if n == 0:
             return

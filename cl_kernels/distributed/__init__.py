@@ -1,6 +1,6 @@
 """Losses over the rows of many processes."""
 
-from .collectives import all_to_all, gather, gather_rows
+from .collectives import ProcessGroup, all_to_all, gather, gather_rows
 from .ranks import EXCHANGES, Ranks, join, total
 
-__all__ = ["EXCHANGES", "Ranks", "all_to_all", "gather", "gather_rows", "join", "total"]
+__all__ = ["EXCHANGES", "ProcessGroup", "Ranks", "all_to_all", "gather", "gather_rows", "join", "total"]

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .. import dtypes, validation
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+if TYPE_CHECKING or dist.is_available():
+    from torch.distributed import ProcessGroup as ProcessGroup
+else:
+    ProcessGroup = None
 
 
 def rank_in(group: Any) -> int:
@@ -58,12 +60,13 @@ def gather_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
         raise ValueError("x must have shape [N, ...], got ()")
     if group is None or (rank_in(group) == 0 and dist.get_world_size(group) == 1):
         return x
-    sizes = _exchange_sizes(x, group)
-    return gather(x, tuple(sizes), group)
+    if torch.compiler.is_compiling():  # the sizes of the others are not known to a graph
+        return torch.compiler.disable(_gather_any)(x, group)
+    return _gather_any(x, group)
 
 
-@torch.compiler.disable
-def _exchange_sizes(x: Tensor, group: ProcessGroup) -> list[int]:
+def _gather_any(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The rows of every process, whatever their sizes."""
     rest = zlib.crc32(repr((x.shape[1:], x.dtype)).encode())
     card = torch.tensor([[x.shape[0], rest]], device=x.device)
     sizes, kinds = zip(*all_gather(card, group).tolist(), strict=True)
@@ -72,7 +75,7 @@ def _exchange_sizes(x: Tensor, group: ProcessGroup) -> list[int]:
             "x must have the same dtype and sizes but the first on every rank of the group, "
             f"got {x.dtype} {tuple(x.shape)} on this one and others elsewhere"
         )
-    return list(sizes)
+    return gather(x, sizes, group)
 
 
 def all_to_all(x: Tensor, sizes: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
-from .collectives import all_gather, rank_in
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from .collectives import ProcessGroup, all_gather, rank_in
 
 EXCHANGES = ("gather", "ring")
 
@@ -98,7 +95,6 @@ class _Card(NamedTuple):
     agreed: int  # a checksum
 
 
-@torch.compiler.disable
 def exchange_cards(own: Sequence[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
     """The cards of all ranks; over the CPU if the group has a backend for it, which waits for no kernel."""
     if "cpu:" in dist.get_backend_config(group):

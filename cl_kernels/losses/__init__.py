@@ -1,5 +1,6 @@
 """The contrastive losses, each as a function and as a module."""
 
+from ._common import EmptyContrastWarning
 from .clip import ClipLoss, clip_loss
 from .dcl import DCLLoss, dcl_loss
 from .dimcl import DimCLLoss, dimcl_loss
@@ -15,6 +16,7 @@ __all__ = [
     "ClipLoss",
     "DCLLoss",
     "DimCLLoss",
+    "EmptyContrastWarning",
     "InfoNCELoss",
     "MultiLevelConLoss",
     "NTXentLoss",

@@ -3,16 +3,64 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from .. import dtypes, validation
-from ..distributed import EXCHANGES, Ranks, engine
+from ..distributed import EXCHANGES, ProcessGroup, Ranks, engine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def loss_function(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function` in full precision, and over a group of processes outside of compiled graphs: what ranks
+    exchange depends on their batches, and each kernel is a call of its own anyway."""
+    loss = dtypes.full_precision(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **options: P.kwargs) -> R:
+        if options.get("group") is not None and torch.compiler.is_compiling():
+            return torch.compiler.disable(loss)(*args, **options)
+        return loss(*args, **options)
+
+    return wrapper
+
+
+class EmptyContrastWarning(UserWarning):
+    """Rows have nothing to contrast with: their loss and gradient are 0, and nothing is learnt from them.
+
+    Python shows it once for each line that calls a loss; compiled code says nothing.
+    """
+
+
+def warn_of_nothing(why: str) -> None:
+    """Warn on behalf of the caller of a loss or of its module."""
+    between = (__name__.partition(".")[0], "torch")
+    frame, depth = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in between:
+        frame, depth = frame.f_back, depth + 1
+    text = f"a row has nothing to contrast with, its loss and gradient are 0: {why}"
+    warnings.warn(text, EmptyContrastWarning, stacklevel=depth)
+
+
+def warn_if_alone(columns: int) -> None:
+    """Warn of denominators over so many columns if they hold a positive at most."""
+    if not torch.compiler.is_compiling() and columns <= 1:
+        warn_of_nothing("a single sample, and neither other samples nor a queue beside it")
+
+
+def warn_of_empty_queue() -> None:
+    if not torch.compiler.is_compiling():
+        warn_of_nothing("the queue is empty")
 
 
 def wide(scalar: float | Tensor, like: Tensor) -> float | Tensor:
@@ -76,6 +124,7 @@ def cross_entropy(lse: Tensor, target: Tensor, columns: int) -> Tensor:
 
 def settled(loss: Tensor, columns: int, weights: Tensor | None = None) -> Tensor:
     """A cross-entropy [N], just computed, over so many columns: `at_least_zero`, and 0 for one column."""
+    warn_if_alone(columns)
     return nothing(loss) if columns == 1 else at_least_zero(loss, weights)
 
 

@@ -9,7 +9,7 @@ from .. import autograd, dtypes, validation
 from ..autograd import ContrastiveStats
 from ..distributed import Ranks, engine, total
 from ..problem import Contrast
-from ._common import cross_entropy, log_add, reduced, settled, wide
+from ._common import cross_entropy, log_add, reduced, settled, warn_of_nothing, wide
 
 Memory = tuple[Tensor, Tensor]  # keys [K, D] and their labels [K]
 EMPTY_COUNT = 1e-6
@@ -64,6 +64,11 @@ def statistics(problem: Contrast, ranks: Ranks | None, memory: Memory | None) ->
     )
 
 
+def other_columns(problem: Contrast, ranks: Ranks | None, memory: Memory | None) -> int:
+    """How many rows there are beside an anchor."""
+    return total(problem.keys.shape[0], ranks) - 1 + (0 if memory is None else memory[0].shape[0])
+
+
 def _log_add(x: Tensor, y: Tensor) -> Tensor:
     """`log_add`, also where one or both are -inf."""
     no_x, no_y = x == -torch.inf, y == -torch.inf
@@ -82,7 +87,7 @@ def outside_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """The "out" loss of each anchor, unscaled, and the weight of its positives (None: all have some)."""
     n = problem.keys.shape[0]
-    others = total(n, ranks) - 1 + (0 if memory is None else memory[0].shape[0])
+    others = other_columns(problem, ranks, memory)
     if mask is None:
         problem = with_samples(problem, batch, labels, among, ranks)
     else:
@@ -96,7 +101,17 @@ def outside_rows(
         loss = torch.addcdiv(stats.lse, stats.positive_sum, stats.positive_count, value=-1)
         return settled(loss, others), None
     loss = _guarded_rows(stats)
-    return loss if among == "different" else settled(loss, others, mask), stats.positive_count
+    if among == "different":
+        warn_without_negatives(stats.lse)
+    else:
+        loss = settled(loss, others, mask)
+    return loss, stats.positive_count
+
+
+def warn_without_negatives(lse: Tensor) -> None:
+    """Warn where the log-sum-exp of an anchor's negatives [A] is that of nothing."""
+    if validation.readable(lse) and bool((lse == -torch.inf).any()):
+        warn_of_nothing('all rows are of its label, which denominator="only_negatives" leaves out')
 
 
 def _guarded_rows(stats: ContrastiveStats) -> Tensor:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from .. import dtypes, validation
-from ..distributed import engine, join, total
+from .. import validation
+from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, reduced, wide
+from ._common import Grouped, cross_entropy, loss_function, reduced, wide
 
 
-@dtypes.full_precision
+@loss_function
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -78,8 +77,8 @@ def clip_loss(
 class ClipLoss(Grouped):
     """`clip_loss` as a module, with the constructor and the forward of open_clip's ClipLoss.
 
-    It sees the features of one process: `world_size` above 1 and `use_horovod` are refused. `local_loss`,
-    `gather_with_grad`, `cache_labels` and `rank` change nothing then. `logit_bias` shifts every logit alike,
+    The processes are those of `group`: `world_size` above 1 and `use_horovod` are refused, and `local_loss`,
+    `gather_with_grad`, `cache_labels` and `rank` change nothing. `logit_bias` shifts every logit alike,
     which no softmax sees: the loss does not depend on it, whatever its value, and its gradient is 0.
     """
 
@@ -99,7 +98,8 @@ class ClipLoss(Grouped):
         super().__init__(group, exchange)
         if validation.integer("world_size", world_size, minimum=1) > 1:
             raise ValueError(
-                f"world_size must be 1, got {world_size}: features are not gathered across processes"
+                f"world_size must be 1, got {world_size}: give the processes as "
+                "group=torch.distributed.group.WORLD"
             )
         if use_horovod:
             raise ValueError(f"use_horovod must be False, got {use_horovod!r}: Horovod is not supported")

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from .. import dtypes, validation
-from ..distributed import Ranks, engine, gather, join, total
+from .. import validation
+from ..distributed import ProcessGroup, Ranks, engine, gather, join, total
 from ..problem import Contrast
-from ._common import Grouped, inverse, log_add, nothing, reduced, shown, unit_rows, wide
+from ._common import (
+    Grouped,
+    inverse,
+    log_add,
+    loss_function,
+    nothing,
+    reduced,
+    shown,
+    unit_rows,
+    warn_if_alone,
+    wide,
+)
 
 
-@dtypes.full_precision
+@loss_function
 def dcl_loss(
     z0: Tensor,
     z1: Tensor,
@@ -75,6 +85,7 @@ def dcl_loss(
         ratio = wide(tau, z0) / wide(width, z0)
         positive = positive * (2.0 - n * _softmax(positive * ratio, ranks))
     if n == 1:
+        warn_if_alone(n)
         return reduced(nothing(positive), reduction, z0)
     within = engine.contrastive(Contrast(z0, None, scale, exclude=0), ranks)
     return reduced(log_add(within.lse, cross.lse) - positive, reduction, z0, ranks=ranks)

@@ -6,15 +6,14 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .. import autograd, dtypes, reference, validation
-from ..distributed import Ranks, all_to_all, engine, join
+from ..distributed import ProcessGroup, Ranks, all_to_all, engine, join
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, inverse, reduced, settled, shown
+from ._common import Grouped, cross_entropy, inverse, loss_function, reduced, settled, shown
 
 
-@dtypes.full_precision
+@loss_function
 def dimcl_loss(
     z0: Tensor,
     z1: Tensor,

@@ -7,18 +7,27 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from .. import autograd, dtypes, validation
-from ..distributed import engine, join, total
+from .. import autograd, validation
+from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, inverse, nothing, own_similarity, reduced, shown
+from ._common import (
+    Grouped,
+    cross_entropy,
+    inverse,
+    loss_function,
+    nothing,
+    own_similarity,
+    reduced,
+    shown,
+    warn_of_empty_queue,
+)
 
 if TYPE_CHECKING:
     from ..queue import KeyQueue
 
 
-@dtypes.full_precision
+@loss_function
 def info_nce_loss(
     q: Tensor,
     k: Tensor,
@@ -84,6 +93,7 @@ def info_nce_loss(
         return reduced(loss, reduction, q, ranks=ranks)
     positive = own_similarity(q, k, scale)
     if queue.shape[0] == 0:
+        warn_of_empty_queue()
         return reduced(nothing(positive), reduction, q, ranks=ranks)
     others = autograd.contrastive(Contrast(q, queue, scale)).lse
     return reduced(-F.logsigmoid(positive - others), reduction, q, ranks=ranks)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .. import validation
+from ..distributed import ProcessGroup
 from ._common import Grouped, shown, wide
 from .supcon import supcon_loss
 

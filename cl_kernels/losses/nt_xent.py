@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from .. import dtypes, validation
-from ..distributed import engine, join, total
+from .. import validation
+from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, inverse, reduced, shown, unit_rows
+from ._common import Grouped, cross_entropy, inverse, loss_function, reduced, shown, unit_rows
 
 
-@dtypes.full_precision
+@loss_function
 def nt_xent_loss(
     z0: Tensor,
     z1: Tensor,
@@ -77,7 +76,8 @@ def nt_xent_loss(
 class NTXentLoss(Grouped):
     """`nt_xent_loss` as a module, with the constructor and the forward of lightly's NTXentLoss.
 
-    Negatives come from the batch: `memory_bank_size` other than 0 and `gather_distributed` are refused.
+    Negatives come from the batch, or the batches of `group`: `memory_bank_size` other than 0 and
+    `gather_distributed` are refused.
     """
 
     def __init__(
@@ -96,7 +96,10 @@ class NTXentLoss(Grouped):
                 f"memory_bank_size must be 0, got {memory_bank_size!r}: info_nce_loss takes a queue"
             )
         if gather_distributed:
-            raise ValueError(f"gather_distributed must be False, got {gather_distributed!r}: not supported")
+            raise ValueError(
+                f"gather_distributed must be False, got {gather_distributed!r}: give the processes as "
+                "group=torch.distributed.group.WORLD"
+            )
         self.temperature = temperature
         self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .. import autograd, dtypes, validation
-from ..distributed import Ranks, engine, join, total
+from ..distributed import ProcessGroup, Ranks, engine, join, total
 from ..problem import Contrast, SoftTarget
 from ._common import (
     Grouped,
@@ -17,10 +16,12 @@ from ._common import (
     cross_entropy,
     inverse,
     log_add,
+    loss_function,
     nothing,
     own_similarity,
     reduced,
     shown,
+    warn_of_empty_queue,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class SCETargets(NamedTuple):
     positive_in_target: str
 
 
-@dtypes.full_precision
+@loss_function
 def sce_loss(
     q: Tensor,
     k: Tensor,
@@ -147,7 +148,7 @@ def _global_keys(k: Tensor, k_global: Tensor | None, rank: int, group: Any) -> T
     return k
 
 
-@dtypes.full_precision
+@loss_function
 def sce_targets(
     k: Tensor,
     k_global: Tensor | None = None,
@@ -303,6 +304,7 @@ def _beside_queue(
 
 def _alone(q: Tensor, k: Tensor, scale: float | Tensor, *others: float | Tensor) -> Tensor:
     """[N]: 0, as the positive is the only key, in the graph of all that takes part."""
+    warn_of_empty_queue()
     own = own_similarity(q, k, scale)
     for other in others:
         own = own + other

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from .. import dtypes, validation
-from ..distributed import join, total
-from ._common import Grouped, inverse, shown
+from .. import validation
+from ..distributed import ProcessGroup, join, total
+from ._common import Grouped, inverse, loss_function, shown
 from ._views import anchor_rows, outside_rows, reduce_anchors, view_major
 from .supcon import CONTRAST_MODES, NO_POSITIVE
 
 ANCHORS = ("all", "exits", "first")
 
 
-@dtypes.full_precision
+@loss_function
 def selfcon_loss(
     features: Tensor,
     labels: Tensor | None = None,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from .. import dtypes, validation
-from ..distributed import join
-from ._common import Grouped, inverse, reduced, shown, unit_rows
+from .. import validation
+from ..distributed import ProcessGroup, join
+from ._common import Grouped, inverse, loss_function, reduced, shown, unit_rows
 from ._views import anchor_rows, outside_rows
 
 
-@dtypes.full_precision
+@loss_function
 def stablerep_loss(
     features: Tensor,
     labels: Tensor,

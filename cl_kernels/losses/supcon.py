@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from .. import autograd, dispatch, dtypes, reference, validation
-from ..distributed import Ranks, gather, join, total
+from ..distributed import ProcessGroup, Ranks, gather, join, total
 from ..problem import Contrast
-from ._common import Grouped, at_least_zero, inverse, shown
+from ._common import Grouped, at_least_zero, inverse, loss_function, shown, warn_if_alone
 from ._views import (
     Memory,
     anchor_rows,
+    other_columns,
     outside_rows,
     reduce_anchors,
     statistics,
     view_major,
+    warn_without_negatives,
     with_samples,
 )
 
@@ -36,7 +37,7 @@ NO_POSITIVE = ("zero", "drop")
 CHUNK_LOGITS = 2**22
 
 
-@dtypes.full_precision
+@loss_function
 def supcon_loss(
     features: Tensor,
     labels: Tensor | None = None,
@@ -208,8 +209,10 @@ def _inside_rows(
     alone = (positives.lse == -torch.inf) & ~negatives.isnan()
     margin = (positives.lse - negatives).masked_fill(alone, 0.0)
     if denominator == "all":
+        warn_if_alone(other_columns(problem, ranks, memory))
         loss = count.log() - F.logsigmoid(margin)
     else:
+        warn_without_negatives(negatives)
         loss = count.log() - margin
         alone = alone | ((negatives == -torch.inf) & ~positives.lse.isnan())
     return loss.masked_fill(alone, 0.0), count
@@ -243,6 +246,7 @@ def _chunked_rows(
     memory_labels = None
     if memory is not None:
         keys, memory_labels = torch.cat([keys, memory[0].to(keys)]), memory[1]
+    warn_if_alone(keys.shape[0] - 1)
     step = max(1, CHUNK_LOGITS // keys.shape[0])
     tensors = (queries, keys, scale, labels, mask, memory_labels)
 

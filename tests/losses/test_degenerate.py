@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -88,6 +90,55 @@ def test_one_pair_has_loss_zero() -> None:
             grads = torch.autograd.grad(loss, (x, y, learnt), allow_unused=True)
             assert all(g is None or (g == 0).all() for g in grads)
             assert any(g is not None for g in grads)
+
+
+ALONE: dict[str, Callable[[], torch.Tensor]] = {
+    "nt_xent": lambda: clk.nt_xent_loss(unit(1, 4), unit(1, 4)),
+    "info_nce": lambda: clk.info_nce_loss(unit(1, 4), unit(1, 4)),
+    "clip": lambda: clk.ClipLoss()(unit(1, 4), unit(1, 4), 2.0),
+    "sce": lambda: clk.SCELoss()(unit(1, 4), unit(1, 4)),
+    "dcl": lambda: clk.dcl_loss(unit(1, 4), unit(1, 4)),
+    "dclw": lambda: clk.dcl_loss(unit(1, 4), unit(1, 4), sigma=0.5),
+    "dimcl": lambda: clk.dimcl_loss(unit(4, 1), unit(4, 1)),
+    "simclr": lambda: clk.SupConLoss()(unit(1, 2, 4)),
+    "supcon": lambda: clk.supcon_loss(unit(1, 1, 4), torch.tensor([1])),
+    "supcon in": lambda: clk.supcon_loss(unit(2, 1, 4), torch.tensor([1, 1]), summation="in"),
+    "supcon capped": lambda: clk.supcon_loss(unit(1, 2, 4), torch.tensor([1]), positives_cap=2),
+    "only negatives": lambda: clk.supcon_loss(
+        unit(3, 2, 4), torch.ones(3), denominator="only_negatives", summation="out"
+    ),
+    "only negatives, in": lambda: clk.supcon_loss(
+        unit(3, 2, 4), torch.ones(3), denominator="only_negatives", summation="in"
+    ),
+    "selfcon": lambda: clk.selfcon_loss(unit(1, 2, 4)),
+    "stablerep": lambda: clk.stablerep_loss(unit(1, 4), torch.tensor([1])),
+    "multilevel": lambda: clk.multilevel_loss([unit(1, 2, 4)]),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_nothing_to_contrast_with_is_said(case: str) -> None:
+    """With the reason, at the line that asks for the loss, and by default once there."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            assert ALONE[case]() == 0
+    assert [x.category for x in caught] == [clk.EmptyContrastWarning]
+    assert caught[0].filename == __file__
+    assert ("only_negatives" if "negatives" in case else "single sample") in str(caught[0].message)
+
+
+def test_nothing_is_said_of_other_batches() -> None:
+    labels = torch.tensor([0, 0, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for denominator, summation in itertools.product(("all", "only_negatives"), ("out", "in")):
+            clk.supcon_loss(unit(3, 1, 4), labels, denominator=denominator, summation=summation)
+        clk.supcon_loss(unit(1, 3, 4), torch.tensor([1]))
+        clk.info_nce_loss(unit(1, 4), unit(1, 4), unit(1, 4))
+        clk.sce_loss(unit(1, 4), unit(1, 4), queue=unit(1, 4))
+        clk.clip_loss(unit(2, 4), unit(2, 4), 2.0)
+        torch.compile(clk.nt_xent_loss, fullgraph=True, backend="eager")(unit(1, 4), unit(1, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

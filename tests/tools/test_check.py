@@ -47,6 +47,12 @@ needs_cpu_kernels = pytest.mark.skipif(
 )
 
 
+def parameters(function: str) -> dict[str, inspect.Parameter]:
+    """Those of one process: tests/distributed has cases of groups."""
+    found = inspect.signature(getattr(clk, function)).parameters
+    return {name: x for name, x in found.items() if name not in ("group", "exchange")}
+
+
 def run(*arguments: str) -> int:
     return __main__.main(["check", *SMALL, *arguments])
 
@@ -74,13 +80,13 @@ def scaled(factor: float, function: Callable[..., Tensor]) -> Callable[..., Tens
 def test_every_argument_has_a_case(function: str) -> None:
     given = {name for case in CASES if case.function == function for name in case.arguments}
     scalars = Data(2, 1, "random", 0.1).scalars
-    missing = set(inspect.signature(getattr(clk, function)).parameters) - given - set(scalars)
+    missing = set(parameters(function)) - given - set(scalars)
     assert not missing, f"no case gives {function} {missing}"
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_choice_has_a_case(function: str) -> None:
-    for name, parameter in inspect.signature(getattr(clk, function)).parameters.items():
+    for name, parameter in parameters(function).items():
         if isinstance(parameter.default, str | bool):
             assert name in CHOICES, f"which values does {name} of {function} take?"
         given = [case.options.get(name, parameter.default) for case in CASES if case.function == function]
@@ -90,8 +96,7 @@ def test_every_choice_has_a_case(function: str) -> None:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_learnable_scalar_has_a_case(function: str) -> None:
     learnt = {name for case in CASES if case.function == function for name in case.named_inputs}
-    parameters = inspect.signature(getattr(clk, function)).parameters
-    assert set(check_cases.LEARNT) & set(parameters) <= learnt
+    assert set(check_cases.LEARNT) & set(parameters(function)) <= learnt
 
 
 def test_cases_are_distinct_and_named() -> None:
