@@ -137,7 +137,7 @@ def _error(
 
 
 def faults(rank: int) -> dict[str, tuple[str, bool]]:
-    """What is raised where rank 1 has something wrong, and whether the queue is what it was."""
+    """The errors where rank 1 has something wrong, and whether the queue is unchanged."""
     found = {}
     keys, labels = torch.ones(2, WIDTH), torch.arange(2)
     for name, wrong in (
