@@ -23,8 +23,9 @@ class KeyQueue(Grouped):
     .. math:: Q \leftarrow \text{the last } K \text{ rows of } [Q; k]
 
     `info_nce_loss`, `sce_loss` and `sce_targets` take it as `queue`, `supcon_loss` one with labels as
-    `memory`. Rows that nothing was enqueued into do not count: an empty queue is one of no rows. It may be
-    enqueued into between the forward and the backward of a loss.
+    `memory`. Rows that nothing was enqueued into do not count: an empty queue is one of no rows. Between the
+    forward and the backward of a loss it may be enqueued into, where the keys of the batch are a momentum
+    encoder's and get no gradient.
 
     Args:
         size: K, the rows that it has room for.
