@@ -24,7 +24,14 @@ TARGET_POSITIVES = ("exclude", "zero")
 def tensor(name: str, x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    _of_this_process(name, x, "to_local(), this process's part, and the processes as group=")
     return x
+
+
+def _of_this_process(name: str, x: Tensor, instead: str) -> None:
+    """Refuse a DTensor, and name a method that gives what can be used."""
+    if type(x) is not Tensor and hasattr(x, "to_local"):
+        raise TypeError(f"{name} must not be a DTensor: give {name}.{instead}")
 
 
 def float_dtype(name: str, dtype: Any) -> torch.dtype:
@@ -150,6 +157,7 @@ def _scalar(
     name: str, value: Any, like: Tensor, accepts: Callable[[float], bool], wanted: str
 ) -> float | Tensor:
     if isinstance(value, Tensor):
+        _of_this_process(name, value, "full_tensor(), or what a module under FSDP returns of it in forward")
         if value.dtype not in dtypes.FLOAT_DTYPES:
             raise TypeError(
                 f"{name} must be a float or a float tensor of one element, got a tensor of {value.dtype}"

@@ -1,0 +1,45 @@
+"""Small inputs of every loss and its main options, for tests of what PyTorch does with them."""
+
+from __future__ import annotations
+
+import torch
+from comparisons import Problem, unit
+
+
+def problems() -> dict[str, Problem]:
+    labels = {"labels": torch.arange(6) % 3}
+    pair = {"z0": unit(6, 4), "z1": unit(6, 4)}
+    keys = {"q": unit(6, 4), "k": unit(6, 4)}
+    queue = {"queue": unit(4, 9).T}
+    tau = {"temperature": torch.tensor(0.2)}
+    return {
+        "supcon": Problem("supcon_loss", {"features": unit(6, 2, 4)}),
+        "supcon labels": Problem("supcon_loss", {"features": unit(6, 2, 4), **labels, **tau}),
+        "supcon one": Problem("supcon_loss", {"features": unit(6, 2, 4), **labels}, {"contrast_mode": "one"}),
+        "supcon in": Problem("supcon_loss", {"features": unit(6, 2, 4), **labels}, {"summation": "in"}),
+        "supcon negatives": Problem(
+            "supcon_loss", {"features": unit(6, 1, 4), **labels}, {"denominator": "only_negatives"}
+        ),
+        "supcon mask": Problem("supcon_loss", {"features": unit(6, 2, 4), "mask": torch.rand(6, 6)}),
+        "supcon capped": Problem("supcon_loss", {"features": unit(6, 2, 4), **labels}, {"positives_cap": 2}),
+        "selfcon": Problem("selfcon_loss", {"features": unit(6, 3, 4), **labels}, {"anchors": "exits"}),
+        "multilevel": Problem(
+            "multilevel_loss", {"levels": [unit(6, 2, 4), unit(6, 2, 7)], **labels}, {"weights": [1.0, 0.2]}
+        ),
+        "stablerep": Problem("stablerep_loss", {"features": unit(6, 4), **labels, **tau}),
+        "nt_xent": Problem("nt_xent_loss", {**pair, **tau}),
+        "info_nce": Problem("info_nce_loss", keys),
+        "info_nce queue": Problem("info_nce_loss", {**keys, **queue, **tau}),
+        "clip": Problem(
+            "clip_loss",
+            {"image_features": unit(6, 4), "text_features": unit(6, 4), "logit_scale": torch.tensor(10.0)},
+        ),
+        "dcl": Problem("dcl_loss", pair),
+        "dclw": Problem("dcl_loss", pair, {"sigma": 0.5}),
+        "dimcl": Problem("dimcl_loss", pair),
+        "sce": Problem("sce_loss", {**keys, "coeff": torch.tensor(0.3)}),
+        "sce queue": Problem("sce_loss", {**keys, **queue}, {"positive_in_target": "zero"}),
+        "sce momentum": Problem(
+            "sce_loss", {**keys, "k_global": keys["k"], **queue}, frozen=("k", "k_global", "queue")
+        ),
+    }
