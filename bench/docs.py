@@ -7,6 +7,10 @@ A block between `<!-- figures: NAME ARGUMENTS -->` and `<!-- end -->` is generat
     machine FILE        a sentence: on what, when, by which command
     acceptance FILE     the judged measures of bench/acceptance.py
     model               bench/model.py
+    estimate LOSS       `python -m cl_kernels estimate LOSS` for many processes and batches
+    hidden LOSS         the fewest rows of a process from which on the ring hides its traffic
+    gloo FILE           bytes, memory and times of bench/gloo.py
+    gloo_machine FILE   on what, when, by which command
     kernels triton      registers and memory of Triton's kernels, from gates; likewise kernels cuda
 """
 
@@ -24,9 +28,11 @@ import model
 
 from cl_kernels.bench import figures, tables
 from cl_kernels.bench.results import Results, load
+from cl_kernels.tools import cost
+from cl_kernels.tools import estimate as paper
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "scaling.md")
 BLOCK = re.compile(r"(<!-- figures: (?P<name>\w+) ?(?P<argument>\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -108,8 +114,67 @@ def acceptance(file: str) -> str:
     return markdown_table(["work", "measure", "value", "target", ""], rows, left=2)
 
 
+ESTIMATED = ["--batch", "64k", "1M", "16M", "--processes", "8", "64", "256", "1024"]
+
+
+def estimates(*arguments: str) -> list[paper.Estimate]:
+    """As the command makes them."""
+    parser = argparse.ArgumentParser()
+    paper.add_arguments(parser)
+    return paper.estimates(parser.parse_args(arguments))
+
+
+def estimate(loss: str) -> str:
+    return markdown_table(paper.HEADER, paper.table(estimates(loss, *ESTIMATED)), left=3)
+
+
+def hidden(loss: str) -> str:
+    rows = []
+    for name, device in paper.DEVICES.items():
+        inside, across = estimates(loss, "--device", name, "--exchange", "ring", "--processes", "8", "64")
+        fewest = [str(cost.smallest_hidden(x.setup, x.rates)) for x in (inside, across)]
+        links = [paper.quantity(x.rates.ring, "B/s") for x in (inside, across)]
+        speed = paper.quantity(inside.rates.flops, "FLOP/s")
+        rows.append([f"`{name}`: {device.name}", speed, links[0], fewest[0], links[1], fewest[1]])
+    header = ["device", "products", "link in a node", "samples", "across nodes", "samples"]
+    return markdown_table(header, rows, left=1)
+
+
+def gloo(file: str) -> str:
+    rows = [
+        [
+            f"{x['loss']} {x['rows']}² × {x['width']}",
+            str(x["processes"]),
+            x["exchange"] or "–",
+            str(x["sent"]),
+            str(x["estimated_sent"]),
+            figures.ratio(x["wire"] / x["estimated_all"]) if x["estimated_all"] else figures.MISSING,
+            figures.size(x["held"]),
+            figures.size(x["estimated_held"]),
+            figures.time(x["seconds"]),
+        ]
+        for x in json.loads(stored(file).read_text())["lines"]
+    ]
+    header = [
+        "work", "processes", "exchange", "bytes sent", "estimated", "wire", "tensors", "estimated", "step"
+    ]  # fmt: skip
+    return markdown_table(header, rows, left=3)
+
+
+def gloo_machine(file: str) -> str:
+    found = json.loads(stored(file).read_text())
+    here = found["machine"]
+    return (
+        f"Machine: {here['device']}, {here['cores']} cores, one thread a process, {here['capability']}; "
+        f"load {here['load_before']} before and {here['load_after']} after; torch {here['torch']}; "
+        f"{found['date']}. "
+        f"Command: `{found['command']}`; all figures: `bench/results/{file}`."
+    )
+
+
 BLOCKS: dict[str, Callable[..., str]] = {
     "speed": speed, "accuracy": accuracy, "machine": machine, "acceptance": acceptance,
+    "estimate": estimate, "hidden": hidden, "gloo": gloo, "gloo_machine": gloo_machine,
     "model": lambda _: model.table(), "kernels": lambda which: kernels.TABLES[which](),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 `python -m cl_kernels bench`: measures the losses beside other implementations, and writes a report.
 `python -m cl_kernels compare`: what became slower between two of its results.
 `python -m cl_kernels check`: every loss and option on this machine's backends against float64.
+`python -m cl_kernels estimate`: what a loss over many processes costs each of them; needs no GPU.
 `python -m cl_kernels tune`: times launch shapes on this machine's GPU.
 """
 
@@ -15,6 +16,7 @@ import sys
 COMMANDS = {
     "info": (".tools.info", "versions, the build, and which backend serves which op, and why"),
     "check": (".tools.check", "compare every loss and option with float64"),
+    "estimate": (".tools.estimate", "operations, bytes, memory and times of a loss over many processes"),
     "tune": (".tools.tune", "time launch shapes on this machine's GPU"),
     "bench": (".bench.cli", "measure the losses beside others; write a report"),
     "compare": (".bench.compare", "what became slower between two bench results"),

@@ -112,9 +112,10 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: ProcessGroup) -> Tensor:
         ctx.sizes, ctx.group = sizes, group
         most, own = max(sizes), sizes[dist.get_rank(group)]
-        blocks = [_padded(block, most) for block in x.to(dtypes.accumulate_dtype(x.dtype)).split(sizes)]
-        total = _reduce_scatter(torch.cat(blocks), most, group)
-        return total[:own].to(x.dtype)
+        parts = x.to(dtypes.accumulate_dtype(x.dtype))
+        if min(sizes) < most:
+            parts = torch.cat([_padded(block, most) for block in parts.split(sizes)])
+        return _reduce_scatter(parts.contiguous(), most, group)[:own].to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -39,7 +39,7 @@ def own(x: Tensor, rank: int) -> Tensor:
 
 
 def ratio(found: Tensor, wanted: Tensor) -> float:
-    """The ratio of their lengths, or infinity where they differ by more than rounding."""
+    """Quotient of their lengths; infinity where they differ by more than rounding."""
     if (found - wanted).abs().max() > 1e-12 * wanted.abs().max():
         return float("inf")
     return (found.norm() / wanted.norm()).item()

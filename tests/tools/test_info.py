@@ -38,7 +38,7 @@ print("imported:", *sys.modules)
 """
 
 
-@pytest.mark.parametrize("command", ["info", "check --losses clip --rows 3 --dtype float64"])
+@pytest.mark.parametrize("command", ["info", "check --losses clip --rows 3 --dtype float64", "estimate clip"])
 def test_a_command_imports_no_benchmark(command: str) -> None:
     done = run_python("-c", LISTED, *command.split(), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
