@@ -33,6 +33,7 @@ from .primitives import (
     similarity,
     soft_target_cross_entropy,
 )
+from .queue import KeyQueue
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "DimCLLoss",
     "EmptyContrastWarning",
     "InfoNCELoss",
+    "KeyQueue",
     "MultiLevelConLoss",
     "NTXentLoss",
     "SCELoss",

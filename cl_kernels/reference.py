@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from . import dtypes
 from . import validation as check
 from .dtypes import accumulate_dtype, full_precision
 from .problem import Contrast, SoftTarget
+
+if TYPE_CHECKING:
+    from .queue import KeyQueue
 
 INF = float("inf")
 Scalar = float | Tensor
@@ -301,14 +304,15 @@ def supcon_rows_of(
     labels: Tensor | None = None,  # [samples], int64 or floating-point
     mask: Tensor | None = None,  # [samples, samples], or its rows of the samples from `before` on
     before: int = 0,
+    memory_labels: Tensor | None = None,  # [K]
     summation: str = "out",
     denominator: str = "all",
     kept_samples: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses [R], without the factor τ/τ_base, and weights of positives [R] of some of the anchors.
 
-    The M keys are view-major: row r is a view of sample r % samples. With w_ij the weight of the pair,
-    |P_i| = Σ_j w_ij, S = scale q kᵀ and Den_ij the denominator:
+    The M keys are view-major: row r is a view of sample r % samples; the last K are those of a memory. With
+    w_ij the weight of the pair, |P_i| = Σ_j w_ij, S = scale q kᵀ and Den_ij the denominator:
 
         out: Σ_j w_ij (log Den_ij - S_ij) / |P_i|       in: -log (Σ_j w_ij exp(S_ij) / Den_ij) + log |P_i|
 
@@ -317,14 +321,16 @@ def supcon_rows_of(
     rest, from Den too.
     A row without positives, or with an empty denominator, has loss 0; NaN if a logit that it looks at is.
     """
-    keys = logits.shape[1]
-    own = _one_hot(rows, keys)
+    own = _one_hot(rows, logits.shape[1])
     per_sample = _sample_weights(rows % samples, samples, labels, mask, before, logits)
-    copies = keys // samples
-    negatives = (per_sample == 0).repeat(1, copies) & ~own
+    stored = None
+    if labels is not None and memory_labels is not None:
+        stored = (labels[rows % samples][:, None] == memory_labels).to(logits)
+    weights = _column_weights(per_sample, stored, logits.shape[1])
+    negatives = (weights == 0) & ~own
     if kept_samples is not None:
-        per_sample = _cap(per_sample, rows % samples, kept_samples)
-    weights = per_sample.repeat(1, copies).masked_fill(own, 0.0)
+        weights = _column_weights(_cap(per_sample, rows % samples, kept_samples), stored, logits.shape[1])
+    weights = weights.masked_fill(own, 0.0)
     positives = weights != 0
     total = weights.sum(dim=1)
 
@@ -375,6 +381,14 @@ def _sample_weights(
     return (labels[anchor][:, None] == labels).to(like)
 
 
+def _column_weights(per_sample: Tensor, stored: Tensor | None, columns: int) -> Tensor:
+    """Weights [R, columns] of the views of each sample, then of the rows of a memory."""
+    if stored is None:
+        return per_sample.repeat(1, columns // per_sample.shape[1])
+    copies = (columns - stored.shape[1]) // per_sample.shape[1]
+    return torch.cat([per_sample.repeat(1, copies), stored], dim=1)
+
+
 def _cap(per_sample: Tensor, anchor: Tensor, kept: int) -> Tensor:
     """Keep the anchor's own sample and the `kept` heaviest others, the first of equals; zero the rest."""
     own = _one_hot(anchor, per_sample.shape[1])
@@ -396,14 +410,18 @@ def supcon_loss(
     denominator: str = "all",
     positives_cap: int | None = None,
     no_positive: str = "zero",
+    memory: KeyQueue | Sequence[Tensor] | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """(τ/τ_base) L_i of `supcon_rows` for features [B, V, D]; anchors are all views, or view 0 ("one").
 
+    The keys [K, D] of a memory are further columns, positives by its labels [K].
     Khosla et al., Supervised Contrastive Learning, the losses "out" and "in".
     """
     features = check.views("features", features)
     samples, views, _ = features.shape
+    check.not_both("memory", memory, "positives_cap", positives_cap)
+    features, labels, stored = check.memory(memory, features, labels, mask)
     labels, mask = check.supervision(labels, mask, samples, features)
     check.option("contrast_mode", contrast_mode, ("all", "one"))
     check.option("summation", summation, ("out", "in"))
@@ -412,7 +430,7 @@ def supcon_loss(
     anchors = samples * (views if contrast_mode == "all" else 1)
     return _supcon(
         features, samples, anchors, labels, mask, temperature, base_temperature, no_positive, reduction,
-        summation=summation, denominator=denominator, kept_samples=kept,
+        memory=stored, summation=summation, denominator=denominator, kept_samples=kept,
     )  # fmt: skip
 
 
@@ -457,6 +475,7 @@ def _supcon(
     base_temperature: Scalar,
     no_positive: str,
     reduction: str,
+    memory: tuple[Tensor, Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
     """`supcon_rows` of the first `anchors` rows of the view-major features, scaled and reduced."""
@@ -467,8 +486,11 @@ def _supcon(
 
     keys = _accumulate(features.transpose(0, 1).flatten(0, 1))
     rows = torch.arange(anchors, device=keys.device)
+    queries = keys[:anchors]
+    if memory is not None:
+        keys, options["memory_labels"] = torch.cat([keys, _accumulate(memory[0])]), memory[1]
     loss, positives = supcon_rows(
-        keys[:anchors], keys, rows, samples,
+        queries, keys, rows, samples,
         scale=_inverse(temperature, keys), labels=labels, mask=mask, **options,
     )  # fmt: skip
     loss = loss * (_scalar(temperature, keys) * _inverse(base_temperature, keys))
@@ -526,7 +548,7 @@ def sce_loss(
     q: Tensor,
     k: Tensor,
     k_global: Tensor | None = None,
-    queue: Tensor | None = None,
+    queue: Tensor | KeyQueue | None = None,
     *,
     temperature: Scalar = 0.1,
     target_temperature: Scalar = 0.07,
@@ -577,7 +599,7 @@ def sce_loss(
 def info_nce_loss(
     q: Tensor,
     k: Tensor,
-    queue: Tensor | None = None,
+    queue: Tensor | KeyQueue | None = None,
     *,
     temperature: Scalar = 0.07,
     reduction: str = "mean",

@@ -34,14 +34,22 @@ def _of_this_process(name: str, x: Tensor, instead: str) -> None:
         raise TypeError(f"{name} must not be a DTensor: give {name}.{instead}")
 
 
-def features(name: str, x: Any, ranks: Container[int] = (2,), shape: str = "[N, D]") -> Tensor:
-    """A non-empty floating-point tensor of one of the given ranks; `shape` describes it in the message."""
+def float_dtype(name: str, dtype: Any) -> torch.dtype:
+    if dtype not in dtypes.FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
+    return dtype
+
+
+def features(
+    name: str, x: Any, ranks: Container[int] = (2,), shape: str = "[N, D]", empty: bool = False
+) -> Tensor:
+    """A floating-point tensor of one of the given ranks, not empty unless it may be; `shape` describes it in
+    the message."""
     tensor(name, x)
-    if x.dtype not in dtypes.FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    float_dtype(name, x.dtype)
     if x.dim() not in ranks:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-    if x.numel() == 0:
+    if x.numel() == 0 and not empty:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
     return x
 
@@ -288,8 +296,7 @@ def _saveable(x: Tensor) -> Tensor:
 def key_bias(name: str, x: Any, m: int) -> Tensor:
     """A floating-point bias [m], one for each key."""
     tensor(name, x)
-    if x.dtype not in dtypes.FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    float_dtype(name, x.dtype)
     if not has_shape(x, m):
         raise ValueError(f"{name} must have shape [{m}], got {tuple(x.shape)}")
     return x
@@ -352,12 +359,47 @@ def pair(first: str, x: Any, second: str, y: Any) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def is_key_queue(x: Any) -> bool:
+    """Whether x is a `KeyQueue`, whose rows that count, maybe none, are `x.filled`."""
+    return isinstance(getattr(x, "filled", None), Tensor)
+
+
+def memory(
+    x: Any, like: Tensor, supervised: Any, weights: Any
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """Features [B, V, D], their labels, and the keys [K, D] and labels [K] of the argument `memory`, features
+    and keys in one dtype, and so the labels; None for an empty KeyQueue as for None."""
+    if x is None:
+        return like, supervised, None
+    not_both("mask", weights, "memory", x)
+    if supervised is None:
+        raise ValueError("labels must be given with memory, got None")
+    if is_key_queue(x):
+        keys, marks = x.filled, x.filled_labels
+        if marks is None:
+            raise ValueError("memory must be a KeyQueue with labels=True, got one without labels")
+    else:
+        if not isinstance(x, list | tuple) or len(x) != 2:
+            got = type(x).__name__
+            raise TypeError(f"memory must be a KeyQueue or a pair of keys [K, D] and labels [K], got {got}")
+        keys = features("memory[0]", x[0], shape="[K, D]")
+        marks = labels("memory[1]", x[1], keys.shape[0])
+    same_device(features=like, memory=[keys, marks])
+    same_width(features=like, memory=keys)
+    if keys.shape[0] == 0:
+        return like, supervised, None
+    like, keys = dtypes.promote(like, keys)
+    supervised, marks = comparable(labels("labels", supervised, like.shape[0]), marks)
+    return like, supervised, (keys, marks)
+
+
 def pair_and_queue(q: Any, k: Any, queue: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q, k [N, D] and an optional queue [K, D] on one device, in their common dtype."""
+    """q, k [N, D] and the rows [K, D] of an optional queue, on one device and in their common dtype; K is 0
+    for an empty KeyQueue only."""
     q, k = pair("q", q, "k", k)
     if queue is None:
         return q, k, None
-    features("queue", queue, shape="[K, D]")
+    queue = queue.filled if is_key_queue(queue) else features("queue", queue, shape="[K, D]")
     same_device(q=q, queue=queue)
     same_width(q=q, queue=queue)
     q, k, queue = dtypes.promote(q, k, queue)
@@ -423,12 +465,18 @@ def contrast(
     return Contrast(q, k, factor, offset, row_labels, col_labels, among, key_bias=bias, both_axes=both_axes)
 
 
+def comparable(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of labels in one dtype."""
+    if x.dtype == y.dtype:
+        return x, y
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return x.to(wide), y.to(wide)
+
+
 def _label_pair(row_labels: Tensor, col_labels: Tensor, own_excluded: bool) -> tuple[Tensor, Tensor]:
     """Ids of the labels of rows and of columns; one tensor for both where these are the same labels and a row
     leaves its own column out."""
-    if row_labels.dtype != col_labels.dtype:
-        wide = torch.float32 if row_labels.device.type == "mps" else torch.float64
-        row_labels, col_labels = row_labels.to(wide), col_labels.to(wide)
+    row_labels, col_labels = comparable(row_labels, col_labels)
     if own_excluded:
         ids = label_ids(row_labels)
         return ids, ids
@@ -438,7 +486,8 @@ def _label_pair(row_labels: Tensor, col_labels: Tensor, own_excluded: bool) -> t
 def sce_inputs(
     q: Any, k: Any, k_global: Any, queue: Any, rank: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`pair_and_queue` and the gathered keys [M, D], which must hold the N keys of `rank`."""
+    """`pair_and_queue` and the gathered keys [M, D], which must hold the N keys of `rank`; beside these an
+    empty queue is none."""
     integer("rank", rank, 0)
     q, k, queue = pair_and_queue(q, k, queue)
     n = q.shape[0]
@@ -450,6 +499,8 @@ def sce_inputs(
     same_device(q=q, k_global=k_global)
     same_width(q=q, k_global=k_global)
     minimum_rows("k_global", k_global, n * (rank + 1))
+    if queue is not None and queue.shape[0] == 0:
+        queue = None
     dtype = torch.promote_types(q.dtype, k_global.dtype)
     return q.to(dtype), k.to(dtype), k_global.to(dtype), None if queue is None else queue.to(dtype)
 

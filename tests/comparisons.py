@@ -114,6 +114,10 @@ def problems(kind: str, n: int, d: int) -> list[Problem]:
         Problem("supcon_loss", {"features": features, "labels": labels}, {"denominator": "only_negatives"}),
         Problem("supcon_loss", {"features": features, "labels": labels}, {"summation": "in"}),
         Problem("supcon_loss", {"features": features, "mask": weights}),
+        Problem(
+            "supcon_loss",
+            {"features": features, "labels": labels, "memory": [queue, torch.arange(len(queue)) % (n + 1)]},
+        ),
         Problem("selfcon_loss", {"features": features, "labels": labels}, {"anchors": "exits"}),
         Problem("multilevel_loss", {"levels": [features, wider], "labels": labels}, {"weights": [1.0, 0.5]}),
         Problem("stablerep_loss", {"features": features[:, 0], "labels": labels}),

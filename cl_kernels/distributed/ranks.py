@@ -80,7 +80,7 @@ def join(
         int(torch.is_grad_enabled() and features.requires_grad),
         zlib.crc32(repr(agreed).encode()),
     )
-    cards = _exchange_cards(own, group, features.device)
+    cards = [_Card(*card) for card in exchange_cards(own, group, features.device)]
     _check_agreement(cards, agreed)
     return Ranks(group, exchange, rank, tuple(card.samples for card in cards))
 
@@ -95,12 +95,11 @@ class _Card(NamedTuple):
     agreed: int  # a checksum
 
 
-def _exchange_cards(own: _Card, group: ProcessGroup, device: torch.device) -> list[_Card]:
+def exchange_cards(own: Sequence[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
     """The cards of all ranks; over the CPU if the group has a backend for it, which waits for no kernel."""
     if "cpu:" in dist.get_backend_config(group):
         device = torch.device("cpu")
-    cards = all_gather(torch.tensor([own], device=device), group)
-    return [_Card(*card) for card in cards.tolist()]
+    return all_gather(torch.tensor([own], device=device), group).tolist()
 
 
 def _check_agreement(cards: Sequence[_Card], agreed: Sequence[Any]) -> None:

@@ -58,6 +58,11 @@ def warn_if_alone(columns: int) -> None:
         warn_of_nothing("a single sample, and neither other samples nor a queue beside it")
 
 
+def warn_of_empty_queue() -> None:
+    if not torch.compiler.is_compiling():
+        warn_of_nothing("the queue is empty")
+
+
 def wide(scalar: float | Tensor, like: Tensor) -> float | Tensor:
     """A float as it is, a tensor in the accumulation dtype of `like`."""
     # torch 2.11 compiles anew for each quotient of floats.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dtypes, validation
+from .. import autograd, dtypes, validation
 from ..autograd import ContrastiveStats
 from ..distributed import Ranks, engine, total
 from ..problem import Contrast
-from ._common import cross_entropy, reduced, settled, warn_of_nothing, wide
+from ._common import cross_entropy, log_add, reduced, settled, warn_of_nothing, wide
 
+Memory = tuple[Tensor, Tensor]  # keys [K, D] and their labels [K]
 EMPTY_COUNT = 1e-6
 
 
@@ -46,6 +47,35 @@ def with_samples(
     return problem._replace(row_labels=own, col_labels=columns, among=among, label_positives=True)
 
 
+def statistics(problem: Contrast, ranks: Ranks | None, memory: Memory | None) -> ContrastiveStats:
+    """Those of anchors with positives by label or among some labels, over the rows of all ranks and over a
+    memory, which is the same on each."""
+    stats = engine.contrastive(problem, ranks)
+    if memory is None:
+        return stats
+    keys, labels = memory
+    beside = autograd.contrastive(
+        problem._replace(k=keys, exclude=None, col_labels=validation.label_ids(labels, columns=True))
+    )
+    return stats._replace(
+        lse=_log_add(stats.lse, beside.lse),
+        positive_sum=stats.positive_sum + beside.positive_sum,
+        positive_count=stats.positive_count + beside.positive_count,
+    )
+
+
+def other_columns(problem: Contrast, ranks: Ranks | None, memory: Memory | None) -> int:
+    """How many rows there are beside an anchor."""
+    return total(problem.keys.shape[0], ranks) - 1 + (0 if memory is None else memory[0].shape[0])
+
+
+def _log_add(x: Tensor, y: Tensor) -> Tensor:
+    """`log_add`, also where one or both are -inf."""
+    no_x, no_y = x == -torch.inf, y == -torch.inf
+    both = log_add(x.masked_fill(no_x, 0.0), y.masked_fill(no_y, 0.0))
+    return torch.where(no_x, y, torch.where(no_y, x, both))
+
+
 def outside_rows(
     problem: Contrast,
     batch: int,
@@ -53,16 +83,17 @@ def outside_rows(
     mask: Tensor | None,
     among: str = "all",
     ranks: Ranks | None = None,
+    memory: Memory | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The "out" loss of each anchor, unscaled, and the weight of its positives (None: all have some)."""
     n = problem.keys.shape[0]
-    others = total(n, ranks) - 1
+    others = other_columns(problem, ranks, memory)
     if mask is None:
         problem = with_samples(problem, batch, labels, among, ranks)
     else:
         weights = mask.to(dtypes.accumulate_dtype(problem.q.dtype))
         problem = problem._replace(positive_mask=weights)
-    stats = engine.contrastive(problem, ranks)
+    stats = statistics(problem, ranks, memory)
     if problem.positive_index is not None:
         return cross_entropy(stats.lse, stats.positive_sum, others), None
     by_value = labels is not None and labels.is_floating_point()  # a NaN has no positives in other views

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,14 +11,27 @@ from torch import Tensor
 from .. import autograd, validation
 from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, inverse, loss_function, own_similarity, reduced, shown
+from ._common import (
+    Grouped,
+    cross_entropy,
+    inverse,
+    loss_function,
+    nothing,
+    own_similarity,
+    reduced,
+    shown,
+    warn_of_empty_queue,
+)
+
+if TYPE_CHECKING:
+    from ..queue import KeyQueue
 
 
 @loss_function
 def info_nce_loss(
     q: Tensor,
     k: Tensor,
-    queue: Tensor | None = None,
+    queue: Tensor | KeyQueue | None = None,
     *,
     temperature: float | Tensor = 0.07,
     reduction: str = "mean",
@@ -33,7 +48,8 @@ def info_nce_loss(
     Args:
         q, k: queries and their keys, [N, D], float16, bfloat16, float32 or float64; used as they come, not
             normalised.
-        queue: further negatives [K, D], which may be the transpose of a [D, K] buffer, or None.
+        queue: further negatives, a `KeyQueue` or [K, D], which may be the transpose of a [D, K] buffer; None.
+            Beside an empty queue the own key is alone, and the loss 0.
         temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         reduction: "mean" over the queries, "sum", or "none": [N].
         group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
@@ -75,8 +91,12 @@ def info_nce_loss(
         stats = engine.contrastive(Contrast(q, k, scale, positive_index=own), ranks, first_positive=0)
         loss = cross_entropy(stats.lse, stats.positive_sum, total(q.shape[0], ranks))
         return reduced(loss, reduction, q, ranks=ranks)
+    positive = own_similarity(q, k, scale)
+    if queue.shape[0] == 0:
+        warn_of_empty_queue()
+        return reduced(nothing(positive), reduction, q, ranks=ranks)
     others = autograd.contrastive(Contrast(q, queue, scale)).lse
-    return reduced(-F.logsigmoid(own_similarity(q, k, scale) - others), reduction, q, ranks=ranks)
+    return reduced(-F.logsigmoid(positive - others), reduction, q, ranks=ranks)
 
 
 class InfoNCELoss(Grouped):
@@ -94,7 +114,7 @@ class InfoNCELoss(Grouped):
         self.temperature = temperature
         self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    def forward(self, q: Tensor, k: Tensor, queue: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, queue: Tensor | KeyQueue | None = None) -> Tensor:
         return info_nce_loss(
             q,
             k,

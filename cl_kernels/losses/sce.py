@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,15 @@ from ._common import (
     inverse,
     log_add,
     loss_function,
+    nothing,
     own_similarity,
     reduced,
     shown,
+    warn_of_empty_queue,
 )
+
+if TYPE_CHECKING:
+    from ..queue import KeyQueue
 
 
 class SCETargets(NamedTuple):
@@ -36,7 +41,7 @@ def sce_loss(
     q: Tensor,
     k: Tensor,
     k_global: Tensor | None = None,
-    queue: Tensor | None = None,
+    queue: Tensor | KeyQueue | None = None,
     *,
     temperature: float | Tensor = 0.1,
     target_temperature: float | Tensor = 0.07,
@@ -62,7 +67,8 @@ def sce_loss(
         q: online queries, [N, D], float16, bfloat16, float32 or float64; used as they come, not normalised.
         k: their momentum keys, [N, D].
         k_global: the gathered keys [G, D] with :math:`G \ge N (\mathrm{rank} + 1)`, or None.
-        queue: earlier keys [K, D], which may be the transpose of a [D, K] buffer (it is not copied), or None.
+        queue: earlier keys, a `KeyQueue` or [K, D], which may be the transpose of a [D, K] buffer (it is not
+            copied); None. Beside an empty queue, and without `k_global`, the own key is alone and the loss 0.
         temperature, target_temperature: :math:`\tau, \tau_m > 0`, floats or tensors of one element, which get
             their gradients.
         coeff: :math:`\lambda \in [0, 1]`, likewise.
@@ -146,7 +152,7 @@ def _global_keys(k: Tensor, k_global: Tensor | None, rank: int, group: Any) -> T
 def sce_targets(
     k: Tensor,
     k_global: Tensor | None = None,
-    queue: Tensor | None = None,
+    queue: Tensor | KeyQueue | None = None,
     *,
     target_temperature: float | Tensor = 0.07,
     positive_in_target: str = "exclude",
@@ -188,6 +194,10 @@ def sce_targets(
     scale = inverse(tau, k)
     problem = SoftTarget(k, keys, k, keys, scale, scale, positive, positive_in_target)
     ranks = join(group, exchange, k.detach(), "sce_targets", queue is not None, positive_in_target)
+    if keys[0].shape[0] == 0:
+        lse = k.new_full(k.shape[:1], -torch.inf, dtype=dtypes.statistics_dtype(k))
+        mean = torch.zeros_like(k, dtype=dtypes.accumulate_dtype(k.dtype))
+        return SCETargets(lse, mean, positive_in_target)
     lse, mean = engine.soft_target_means(problem, ranks)
     return SCETargets(lse, mean, positive_in_target)
 
@@ -230,6 +240,8 @@ def _to_targets(
 ) -> Tensor:
     """[N]: the losses by known targets."""
     scale = inverse(tau, q)
+    if keys[0].shape[0] == 0:
+        return _alone(q, k, scale, coeff)
     problem = Contrast(q, keys[0], scale, positive_index=positive)
     first = engine.contrastive(problem, ranks, first_positive=start)
     lse = first.lse
@@ -281,11 +293,22 @@ def _beside_queue(
 ) -> Tensor:
     """[N]: the positive is a column of its own beside the queue's."""
     scale = inverse(tau, q)
+    if queue.shape[0] == 0:
+        return _alone(q, k, scale, coeff, inverse(target_tau, q))
     stats = autograd.soft_target(SoftTarget(q, [queue], k, [queue], scale, inverse(target_tau, q)))
     positive, cross = own_similarity(q, k, scale).to(stats.lse.dtype), stats.cross
     if positive_in_target == "zero":
         cross = torch.lerp(positive, cross, torch.sigmoid(stats.target_lse))
     return at_least_zero(log_add(stats.lse, positive) - _mix(cross, positive, coeff))
+
+
+def _alone(q: Tensor, k: Tensor, scale: float | Tensor, *others: float | Tensor) -> Tensor:
+    """[N]: 0, as the positive is the only key, in the graph of all that takes part."""
+    warn_of_empty_queue()
+    own = own_similarity(q, k, scale)
+    for other in others:
+        own = own + other
+    return nothing(own)
 
 
 def _mix(cross: Tensor, positive: Tensor, coeff: float | Tensor) -> Tensor:
@@ -327,7 +350,7 @@ class SCELoss(Grouped):
         q: Tensor,
         k: Tensor,
         k_global: Tensor | None = None,
-        queue: Tensor | None = None,
+        queue: Tensor | KeyQueue | None = None,
         *,
         temperature: float | Tensor | None = None,
         target_temperature: float | Tensor | None = None,

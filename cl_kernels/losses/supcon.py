@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import autograd, dispatch, dtypes, reference, validation
-from ..distributed import ProcessGroup, Ranks, engine, gather, join, total
+from ..distributed import ProcessGroup, Ranks, gather, join, total
 from ..problem import Contrast
 from ._common import Grouped, at_least_zero, inverse, loss_function, shown, warn_if_alone
 from ._views import (
+    Memory,
     anchor_rows,
+    other_columns,
     outside_rows,
     reduce_anchors,
+    statistics,
     view_major,
     warn_without_negatives,
     with_samples,
 )
+
+if TYPE_CHECKING:
+    from ..queue import KeyQueue
 
 CONTRAST_MODES = ("all", "one")
 SUMMATIONS = ("out", "in")
@@ -44,6 +50,7 @@ def supcon_loss(
     denominator: str = "all",
     positives_cap: int | None = None,
     no_positive: str = "zero",
+    memory: KeyQueue | tuple[Tensor, Tensor] | None = None,
     reduction: str = "mean",
     group: ProcessGroup | None = None,
     exchange: str = "gather",
@@ -58,6 +65,8 @@ def supcon_loss(
             \Big( \log \sum_{j \in Den(i)} e^{S_{ij}} - S_{ip} \Big), \qquad |P(i)| = \sum_p w_{ip} \\
         \text{in:}\quad \ell_i &= -\frac{\tau}{\tau_0} \log \frac{1}{|P(i)|} \sum_{p \in P(i)} w_{ip}
             \frac{e^{S_{ip}}}{\sum_{j \in Den(i)} e^{S_{ij}}}
+
+    The rows of a memory are further rows j and p of every anchor, without being anchors themselves.
 
     Args:
         features: [B, V, D], further dimensions are flattened; float16, bfloat16, float32 or float64; used as
@@ -78,6 +87,9 @@ def supcon_loss(
             of the first positives_cap / V other samples (by index; for a float mask by descending weight);
             the others also leave the denominator. None keeps all.
         no_positive: whether anchors without positives count in the mean, as 0 ("zero"), or not ("drop").
+        memory: earlier keys with their labels, a `KeyQueue` with labels or a pair of keys [K, D] and labels
+            [K]; the keys get a gradient if they require one, else they may be changed in place before the
+            backward. Only with labels and without positives_cap; over a group the same on every rank.
         reduction: "mean" over the anchors, "sum", or "none": [VB] or, for "one", [B].
         group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
             and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
@@ -98,7 +110,8 @@ def supcon_loss(
     input         gradient
     ============  ==================================================================================
     logits        :math:`G_{ij} = g_i \tau / \tau_0\, (\mathrm{softmax}_{Den(i)}(S_i)_j - W_{ij})`
-    features      :math:`dz = (G + G^\top) z / \tau`
+    features      :math:`dz = (G + G^\top) z / \tau`, and :math:`G m / \tau` for keys m of the memory
+    memory        :math:`dm = G^\top z / \tau`
     temperature   :math:`\sum_i g_i \ell_i / \tau - \sum_{ij} G_{ij} S_{ij} / \tau`
     ============  ==================================================================================
 
@@ -118,8 +131,11 @@ def supcon_loss(
     """
     x = validation.views("features", features)
     batch, views = x.shape[:2]
+    validation.not_both("memory", memory, "positives_cap", positives_cap)
+    x, labels, stored = validation.memory(memory, x, labels, mask)
     kinds = validation.kind(labels), validation.kind(mask)
-    options = contrast_mode, summation, denominator, positives_cap, no_positive, reduction
+    stored_rows = 0 if stored is None else stored[0].shape[0]
+    options = contrast_mode, summation, denominator, positives_cap, no_positive, reduction, stored_rows
     ranks = join(group, exchange, x, "supcon_loss", *kinds, views, *options, samples=batch)
     labels, mask = validation.supervision(labels, mask, batch, x, total(batch, ranks))
     kept = validation.positives_cap("positives_cap", positives_cap, views)
@@ -134,6 +150,8 @@ def supcon_loss(
     rows = view_major(x)
     anchors = rows.shape[0] if contrast_mode == "all" else batch
     scale = inverse(tau, x)
+    if stored is not None:
+        stored = _unchanging(*stored)
     if labels is None and mask is None:
         kept = None
         if views == 2 and denominator != "only_negatives":
@@ -148,20 +166,35 @@ def supcon_loss(
             labels,
             mask,
             ranks,
+            stored,
             summation=summation,
             denominator=denominator,
             kept_samples=kept,
         )
     elif summation == "out":
         among = "different" if denominator == "only_negatives" else "all"
-        loss, count = outside_rows(anchor_rows(rows, anchors, scale), batch, labels, mask, among, ranks)
+        problem = anchor_rows(rows, anchors, scale)
+        loss, count = outside_rows(problem, batch, labels, mask, among, ranks, stored)
     else:
-        loss, count = _inside_rows(anchor_rows(rows, anchors, scale), batch, labels, denominator, ranks)
+        problem = anchor_rows(rows, anchors, scale)
+        loss, count = _inside_rows(problem, batch, labels, denominator, ranks, stored)
     return reduce_anchors(loss, count, tau, base, no_positive, reduction, x, ranks)
 
 
+def _unchanging(keys: Tensor, labels: Tensor) -> Memory:
+    """Copies of frozen keys and their labels, which the backward reads: a queue may have changed by then."""
+    if torch.is_grad_enabled() and not keys.requires_grad:
+        return keys.clone(), labels.clone()
+    return keys, labels
+
+
 def _inside_rows(
-    problem: Contrast, batch: int, labels: Tensor | None, denominator: str, ranks: Ranks | None
+    problem: Contrast,
+    batch: int,
+    labels: Tensor | None,
+    denominator: str,
+    ranks: Ranks | None,
+    memory: Memory | None,
 ) -> tuple[Tensor, Tensor]:
     """The "in" loss of each anchor by class labels, unscaled, and the number of its positives.
 
@@ -169,14 +202,14 @@ def _inside_rows(
     -log_sigmoid(p - n): nothing cancels in a converged model, as the whole denominator and p would.
     """
     problem = with_samples(problem, batch, labels, "same", ranks)
-    positives = engine.contrastive(problem, ranks)
+    positives = statistics(problem, ranks, memory)
     others = problem._replace(among="different", label_positives=False)
-    negatives = engine.contrastive(others, ranks).lse
+    negatives = statistics(others, ranks, memory).lse
     count = positives.positive_count
     alone = (positives.lse == -torch.inf) & ~negatives.isnan()
     margin = (positives.lse - negatives).masked_fill(alone, 0.0)
     if denominator == "all":
-        warn_if_alone(total(problem.keys.shape[0], ranks) - 1)
+        warn_if_alone(other_columns(problem, ranks, memory))
         loss = count.log() - F.logsigmoid(margin)
     else:
         warn_without_negatives(negatives)
@@ -192,6 +225,7 @@ def _chunked_rows(
     labels: Tensor | None,
     mask: Tensor | None,
     ranks: Ranks | None,
+    memory: Memory | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`reference.supcon_rows` of chunks of the anchors, recomputed in the backward: memory stays bounded."""
@@ -209,12 +243,15 @@ def _chunked_rows(
         queries = view_major(features)[:anchors]
         labels = None if labels is None else gather(labels, ranks.sizes, ranks.group)
     samples = keys.shape[0] // features.shape[1]
+    memory_labels = None
+    if memory is not None:
+        keys, memory_labels = torch.cat([keys, memory[0].to(keys)]), memory[1]
     warn_if_alone(keys.shape[0] - 1)
     step = max(1, CHUNK_LOGITS // keys.shape[0])
-    tensors = (queries, keys, scale, labels, mask)
+    tensors = (queries, keys, scale, labels, mask, memory_labels)
 
     def chunk(
-        first: int, queries: Tensor, keys: Tensor, scale: Any, labels: Any, mask: Any
+        first: int, queries: Tensor, keys: Tensor, scale: Any, labels: Any, mask: Any, memory_labels: Any
     ) -> tuple[Tensor, Tensor]:
         own = torch.arange(first, min(first + step, anchors), device=keys.device)
         # By an op: what a compiled graph traces is multiplied in bfloat16 under autocast, in its backward.
@@ -222,7 +259,14 @@ def _chunked_rows(
         if ranks is not None:
             own = own // batch * samples + own % batch + before
         return reference.supcon_rows_of(
-            logits, own, samples, labels=labels, mask=mask, before=before, **options
+            logits,
+            own,
+            samples,
+            labels=labels,
+            mask=mask,
+            memory_labels=memory_labels,
+            before=before,
+            **options,
         )
 
     if step >= anchors:
@@ -239,7 +283,8 @@ def _chunked_rows(
 
 
 class SupConLoss(Grouped):
-    """`supcon_loss` as a module, with the constructor and the forward of SupContrast's SupConLoss."""
+    """`supcon_loss` as a module, with the constructor and the forward of SupContrast's SupConLoss; memory is
+    an argument of the forward."""
 
     def __init__(
         self,
@@ -265,7 +310,13 @@ class SupConLoss(Grouped):
         self.no_positive = validation.option("no_positive", no_positive, NO_POSITIVE)
         self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        memory: KeyQueue | tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         return supcon_loss(
             features,
             labels,
@@ -277,6 +328,7 @@ class SupConLoss(Grouped):
             denominator=self.denominator,
             positives_cap=self.positives_cap,
             no_positive=self.no_positive,
+            memory=memory,
             reduction=self.reduction,
             group=self.group,
             exchange=self.exchange,

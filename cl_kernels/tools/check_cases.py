@@ -170,6 +170,13 @@ class Data:
         return torch.arange(len(self.keys)) % max(1, self.rows // 3)
 
     @_drawn
+    def memory(self) -> list[Tensor]:
+        """Keys of the classes of `labels` and of others, with their labels."""
+        stored = near(self.features[:, 0]) if self.inputs == "converged" else unit(self.rows, self.width)
+        others = torch.arange(self.rows // 2 + 1) + self.rows
+        return [torch.cat([stored, unit(len(others), self.width)]), torch.cat([self.labels, others])]
+
+    @_drawn
     def key_bias(self) -> Tensor:
         """Log-weights, and one key dropped."""
         bias = torch.randn(len(self.keys))
@@ -312,6 +319,11 @@ CASES = [
     Case("supcon_loss", LABELLED, {"base_temperature": 0.2}),
     Case("supcon_loss", ALONE, {"no_positive": "zero"}),
     Case("supcon_loss", ALONE, {"no_positive": "drop"}),
+    Case("supcon_loss", LABELLED + " memory"),
+    Case("supcon_loss", LABELLED + " memory", {"contrast_mode": "one"}, ("memory",)),
+    Case("supcon_loss", LABELLED + " memory", {"summation": "in"}, ("memory",)),
+    Case("supcon_loss", LABELLED + " memory", {"denominator": "only_negatives"}),
+    Case("supcon_loss", ALONE + " memory temperature"),
     Case("supcon_loss", LABELLED, {"reduction": "sum"}),
     Case("supcon_loss", LABELLED, {"reduction": "none"}),
     Case("supcon_loss", LABELLED + BOTH_TEMPERATURES),

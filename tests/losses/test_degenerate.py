@@ -111,6 +111,8 @@ ALONE: dict[str, Callable[[], torch.Tensor]] = {
         unit(3, 2, 4), torch.ones(3), denominator="only_negatives", summation="in"
     ),
     "selfcon": lambda: clk.selfcon_loss(unit(1, 2, 4)),
+    "empty queue": lambda: clk.info_nce_loss(unit(3, 4), unit(3, 4), clk.KeyQueue(8, 4)),
+    "empty queue, sce": lambda: clk.sce_loss(unit(3, 4), unit(3, 4), queue=clk.KeyQueue(8, 4)),
     "stablerep": lambda: clk.stablerep_loss(unit(1, 4), torch.tensor([1])),
     "multilevel": lambda: clk.multilevel_loss([unit(1, 2, 4)]),
 }
@@ -125,7 +127,8 @@ def test_nothing_to_contrast_with_is_said(case: str) -> None:
             assert ALONE[case]() == 0
     assert [x.category for x in caught] == [clk.EmptyContrastWarning]
     assert caught[0].filename == __file__
-    assert ("only_negatives" if "negatives" in case else "single sample") in str(caught[0].message)
+    reasons = {"only negatives": "only_negatives", "empty queue": "the queue is empty"}
+    assert reasons.get(case.partition(",")[0], "single sample") in str(caught[0].message)
 
 
 def test_nothing_is_said_of_other_batches() -> None:
@@ -135,6 +138,8 @@ def test_nothing_is_said_of_other_batches() -> None:
         for denominator, summation in itertools.product(("all", "only_negatives"), ("out", "in")):
             clk.supcon_loss(unit(3, 1, 4), labels, denominator=denominator, summation=summation)
         clk.supcon_loss(unit(1, 3, 4), torch.tensor([1]))
+        for options in ({}, {"summation": "in"}, {"denominator": "one_positive"}):
+            clk.supcon_loss(unit(1, 1, 4), labels[:1], memory=(unit(2, 4), labels[1:]), **options)
         clk.info_nce_loss(unit(1, 4), unit(1, 4), unit(1, 4))
         clk.sce_loss(unit(1, 4), unit(1, 4), queue=unit(1, 4))
         clk.clip_loss(unit(2, 4), unit(2, 4), 2.0)

@@ -9,13 +9,12 @@ import pytest
 
 import cl_kernels as clk
 
-FUNCTIONS = [name for name in clk.__all__ if inspect.isfunction(getattr(clk, name))]
+NAMES = [name for name in clk.__all__ if inspect.isfunction(getattr(clk, name)) or name == "KeyQueue"]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_example(name: str) -> None:
-    function = getattr(clk, name)
-    (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
+    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(clk, name), name, globs={})
     assert example.examples, f"{name} has no example"
     output: list[str] = []
     assert doctest.DocTestRunner().run(example, out=output.append).failed == 0, "".join(output)
