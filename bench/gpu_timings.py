@@ -29,8 +29,8 @@ import torch
 from emulator import build
 
 from cl_kernels.bench import machine, report, results, run, timing, variants
-from cl_kernels.bench.peers import COMPILED, PEERS
 from cl_kernels.bench.results import Line, Results
+from cl_kernels.bench.variants import COMPILED, PEERS
 from cl_kernels.bench.workloads import Workload, differentiate
 
 REHEARSAL = "--rehearse" in sys.argv

@@ -11,7 +11,7 @@ import torch
 
 from ..dispatch import BACKENDS, obstacle
 from . import compare, report, results, run, terminal, variants, workloads
-from .peers import COMPILED, PEERS
+from .variants import COMPILED, PEERS
 from .workloads import LOSSES, STANDARD
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -17,11 +17,31 @@ TARGET_TEMPERATURE = 0.07
 COEFF = 0.5
 
 
+# The rows [N, D] of a loss, the second half the other views of the first
+
+
+def views(features: Tensor, labels: Tensor) -> Tensor:
+    """Those of features [B, V, D]."""
+    return features.transpose(0, 1).flatten(0, 1)
+
+
+def units(z0: Tensor, z1: Tensor) -> Tensor:
+    return F.normalize(torch.cat((z0, z1)), dim=1)
+
+
+def columns(z0: Tensor, z1: Tensor) -> Tensor:
+    """The features of two views [N, D], standardised over the batch, as unit rows [2D, N]."""
+    standard = [(z - z.mean(0)) / z.std(0, correction=0) for z in (z0, z1)]
+    return F.normalize(torch.cat(standard, 1).T, dim=1)
+
+
+# The losses
+
+
 def supcon(temperature: float, features: Tensor, labels: Tensor) -> Tensor:
     """Khosla et al., 2020, equation 2; features [B, V, D], labels [B]."""
-    views = features.shape[1]
-    rows = features.transpose(0, 1).flatten(0, 1)  # [N, D]
-    same = torch.eq(labels[:, None], labels[None, :]).to(rows.dtype).repeat(views, views)  # [N, N]
+    rows, count = views(features, labels), features.shape[1]
+    same = torch.eq(labels[:, None], labels[None, :]).to(rows.dtype).repeat(count, count)  # [N, N]
     others = 1 - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     positives = same * others
 
@@ -41,20 +61,13 @@ def multilevel(temperature: float, *levels_and_labels: Tensor) -> Tensor:
 
 def nt_xent(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
     """Chen et al., 2020, equation 1."""
-    return nt_xent_of(temperature, F.normalize(torch.cat((z0, z1)), dim=1))
+    return nt_xent_of(temperature, units(z0, z1))
 
 
 def nt_xent_of(temperature: float, z: Tensor) -> Tensor:
-    """The loss of unit rows, the second half the other views of the first."""
     own = torch.arange(len(z), device=z.device)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, own.roll(len(z) // 2))
-
-
-def columns(z0: Tensor, z1: Tensor) -> Tensor:
-    """The features of two views [N, D], standardised over the batch, as unit rows [2D, N]."""
-    standard = [(z - z.mean(0)) / z.std(0, correction=0) for z in (z0, z1)]
-    return F.normalize(torch.cat(standard, 1).T, dim=1)
 
 
 def dimcl(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from . import exact, fresh, machine, timing, variants
-from .peers import PEERS, Truth
 from .results import FLOOR, Accuracy, Line, Results
+from .variants import PEERS
 from .workloads import LOSSES, Inputs, Workload, differentiate
 
 LARGEST_TRUTH = {"cpu": 1 << 28, "cuda": 1 << 35}
@@ -113,7 +113,7 @@ def checked(plan: Plan, work: Workload) -> list[Line]:
     """A line for each variant, with memory and errors, and the reason if it gets no time."""
     inputs = work.inputs(plan.device)
     moved = float(sum(x.nbytes for x in (*inputs.leaves, *inputs.leaves, *inputs.rest)))
-    truths: dict[Truth, exact.Result] = {}
+    truths: dict[exact.Truth, exact.Result] = {}
     lines = []
     for name, note in variants_of(plan, work):
         line = line_of(work, name, bytes=moved, note=note)
@@ -156,7 +156,7 @@ def variants_of(plan: Plan, work: Workload) -> Iterator[tuple[str, str]]:
 
 
 def _checked(
-    plan: Plan, work: Workload, line: Line, inputs: Inputs, truths: dict[Truth, exact.Result]
+    plan: Plan, work: Workload, line: Line, inputs: Inputs, truths: dict[exact.Truth, exact.Result]
 ) -> Line:
     """The line with memory and errors, and the reason if it gets no time."""
     missing = PEERS[line.variant].missing(plan.device) if line.variant in PEERS else None
