@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import itertools
 import math
@@ -27,10 +28,11 @@ GRAPH_ROWS = 4096
 """Rows up to which a step is also replayed from a CUDA graph: larger ones are not bound by launches."""
 
 STUDY_ROWS, STUDY_WIDTH = 512, 128
+STUDY_DTYPES = ("float32", "bfloat16", "float16")
 STUDY_TEMPERATURES = (0.5, 0.1, 0.07, 0.01)
+STUDY_INPUTS = ("random", "converged")
 VANISHED = 1e-6
 """A loss below which nothing is left to learn."""
-STUDY_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,19 @@ def run(
     dtypes = tuple(dict.fromkeys(work.dtype for work in plan.workloads))
     here = machine.describe(plan.device) | {"load_before": machine.load()}
     found = Results(here, machine.command(), now())
-    study = _study(plan) if plan.study else []
+    studied = dict.fromkeys(work.loss for work in plan.workloads) if plan.study else ()
+    study = list(itertools.product(studied, STUDY_DTYPES, STUDY_TEMPERATURES, STUDY_INPUTS))
     total = len(plan.workloads) + len(study) + 1
-    shares = sum(3 if work.headline else 1 for work in plan.workloads)  # headlines get three times the time
+    shares = [3 if work.headline else 1 for work in plan.workloads]  # of the time
     progress("what this machine reaches", 0, total)
     found.ceilings = timing.ceilings(plan.device, dtypes)
-    for i, work in enumerate(plan.workloads):
-        progress(work.name, 1 + i, total)
-        found.lines += measure(plan, work, plan.seconds * (3 if work.headline else 1) / shares)
+    for i, (work, share) in enumerate(zip(plan.workloads, shares, strict=True), 1):
+        progress(work.name, i, total)
+        found.lines += measure(plan, work, plan.seconds * share / sum(shares))
         found.seconds = time.monotonic() - started
         keep(found)
-    for i, (loss, dtype, temperature, inputs) in enumerate(study):
-        progress(f"errors of {LOSSES[loss].title}, {dtype}", 1 + len(plan.workloads) + i, total)
+    for i, (loss, dtype, temperature, inputs) in enumerate(study, 1 + len(plan.workloads)):
+        progress(f"errors of {LOSSES[loss].title}, {dtype}", i, total)
         found.accuracy += errors(plan, loss, dtype, temperature, inputs)
     found.machine["load_after"] = machine.load()
     found.seconds = time.monotonic() - started
@@ -113,12 +116,19 @@ def checked(plan: Plan, work: Workload) -> list[Line]:
     """A line for each variant, with memory and errors, and the reason if it gets no time."""
     inputs = work.inputs(plan.device)
     moved = float(sum(x.nbytes for x in (*inputs.leaves, *inputs.leaves, *inputs.rest)))
-    truths: dict[exact.Truth, exact.Result] = {}
-    lines = []
-    for name, note in variants_of(plan, work):
-        line = line_of(work, name, bytes=moved, note=note)
-        lines.append(line if name == FLOOR else _checked(plan, work, line, inputs, truths))
-    return lines
+    lines = [line_of(work, name, bytes=moved, note=note) for name, note in variants_of(plan, work)]
+    truth_of = _truths(work, inputs)
+    return [x if x.variant == FLOOR else _checked(plan, work, x, inputs, truth_of) for x in lines]
+
+
+def _truths(work: Workload, inputs: Inputs) -> Callable[[str], exact.Result]:
+    """The loss and gradients that a variant is held to, each computed once."""
+
+    @functools.cache
+    def computed(truth: exact.Truth) -> exact.Result:
+        return truth(work.temperature, *inputs.leaves, *inputs.rest)
+
+    return lambda variant: computed(variants.truth(variant, work.loss))
 
 
 def steps_of(plan: Plan, work: Workload, name: str, copies: Sequence[Inputs]) -> timing.Step:
@@ -132,12 +142,11 @@ def timed(plan: Plan, work: Workload, line: Line, samples: Sequence[timing.Sampl
     if line.variant == FLOOR:
         return line
     forward, backward = zip(*samples, strict=True)
-    line = replace(line, forward=forward, backward=backward)
+    graph: Sequence[float] = ()
     if plan.device == "cuda" and work.rows <= GRAPH_ROWS and line.is_ours:
         implementation = variants.implementation(line.variant, work.loss)
         graph = timing.graph_samples(implementation, work, plan.device, plan.rounds)
-        line = replace(line, graph=tuple(graph))
-    return line
+    return replace(line, forward=forward, backward=backward, graph=tuple(graph))
 
 
 def line_of(work: Workload, variant: str, **fields: Any) -> Line:
@@ -156,9 +165,8 @@ def variants_of(plan: Plan, work: Workload) -> Iterator[tuple[str, str]]:
 
 
 def _checked(
-    plan: Plan, work: Workload, line: Line, inputs: Inputs, truths: dict[exact.Truth, exact.Result]
+    plan: Plan, work: Workload, line: Line, inputs: Inputs, truth_of: Callable[[str], exact.Result]
 ) -> Line:
-    """The line with memory and errors, and the reason if it gets no time."""
     missing = PEERS[line.variant].missing(plan.device) if line.variant in PEERS else None
     if missing:
         return replace(line, status=missing)
@@ -178,10 +186,7 @@ def _checked(
         line = replace(line, memory=peak)
     if work.rows * work.columns > LARGEST_TRUTH[plan.device]:
         return replace(line, note="; ".join(filter(None, (line.note, "too large to be held to float64"))))
-    truth = variants.truth(line.variant, work.loss)
-    if truth not in truths:
-        truths[truth] = truth(work.temperature, *inputs.leaves, *inputs.rest)
-    return _judged(line, result, truths[truth])
+    return _judged(line, result, truth_of(line.variant))
 
 
 Answer = tuple[Tensor, list[Tensor | None]]
@@ -243,36 +248,26 @@ def _judged(line: Line, result: Answer, truth: exact.Result) -> Line:
     return line
 
 
-Study = tuple[str, str, float, str]
-"""Loss, dtype, temperature, and which inputs."""
-
-
-def _study(plan: Plan) -> list[Study]:
-    losses = dict.fromkeys(work.loss for work in plan.workloads)
-    return list(itertools.product(losses, STUDY_DTYPES, STUDY_TEMPERATURES, ("random", "converged")))
-
-
 def errors(plan: Plan, loss: str, dtype: str, temperature: float, kind: str) -> list[Accuracy]:
     """The errors of every variant that runs, on small inputs; none where the loss has vanished: relative
     errors of nothing mean nothing."""
     columns = LOSSES[loss].shape(STUDY_ROWS, STUDY_ROWS)[1]
-    work = Workload(loss, STUDY_ROWS, columns, STUDY_WIDTH, dtype, temperature)
+    work = Workload(loss, STUDY_ROWS, columns, STUDY_WIDTH, dtype, temperature, headline=False)
     inputs = work.inputs(plan.device, converged=kind == "converged")
-    found, truths = [], {}
-    for name, _ in variants_of(replace(plan, static_curves=False), replace(work, headline=False)):
+    truth_of = _truths(work, inputs)
+    found = []
+    for name, _ in variants_of(replace(plan, static_curves=False), work):
         if name == FLOOR or (name in PEERS and PEERS[name].missing(plan.device)):
             continue
-        truth = variants.truth(name, loss)
-        if truth not in truths:
-            truths[truth] = truth(temperature, *inputs.leaves, *inputs.rest)
-        if float(truths[truth][0].abs()) < VANISHED:
+        truth = truth_of(name)
+        if float(truth[0].abs()) < VANISHED:
             continue
         try:
             step = differentiate(variants.implementation(name, loss), temperature, inputs)
-            both = errors_of(step(), truths[truth])
+            both = errors_of(step(), truth)
         except Exception:  # such as a peer that does not take the dtype
             continue
         known = [x if math.isfinite(x) else None for x in both]
-        title, shape = LOSSES[loss].title, (work.rows, work.width)
-        found.append(Accuracy(loss, title, *shape, name, dtype, temperature, kind, *known))
+        shape = work.rows, work.width
+        found.append(Accuracy(loss, work.spec.title, *shape, name, dtype, temperature, kind, *known))
     return found

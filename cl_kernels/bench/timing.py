@@ -22,7 +22,6 @@ COPIES = 16
 FEWEST = 3
 """Rounds of even the slowest variant."""
 
-
 MATRIX = 1 << 30
 """Bytes of a result of the floor's products, at most."""
 
@@ -54,7 +53,7 @@ def steps(implementation: Implementation, temperature: float, copies: Sequence[I
 def products(work: Workload, device: str) -> Step:
     """The floor: plain products N x D · D x M into memory that is there, as many as the fewest operations are
     worth, by chunks of rows where the result would be large."""
-    sizes = ((rows, work.contraction) for rows in (work.rows, work.columns))
+    sizes = ((rows, sum(work.widths)) for rows in (work.rows, work.columns))
     left, right = (torch.randn(size, device=device).to(work.torch_dtype) for size in sizes)
     chunks = left.split(min(max(1, MATRIX // (work.columns * left.element_size())), work.rows))
     out = torch.empty(len(chunks[0]), work.columns, device=device, dtype=work.torch_dtype)
@@ -93,50 +92,40 @@ def interleaved(
     samples: dict[str, list[Sample]] = {name: [] for name in variants}
     spent = dict.fromkeys(variants, 0.0)
     repeats: dict[str, int] = {}
+    compared = [name for name in variants if name in often]
     others = [name for name in variants if name not in often]
 
     def sample(name: str) -> Sample:
         take = _sample_gpu if device == "cuda" else _sample_cpu
-        if name not in repeats:
-            once = take(variants[name], 1)
-            repeats[name] = max(1, min(100, round(at_least / max(sum(once), 1e-7))))
-            if repeats[name] == 1:
-                return once
-        return take(variants[name], repeats[name])
+        if name in repeats:
+            return take(variants[name], repeats[name])
+        once = take(variants[name], 1)
+        repeats[name] = max(1, min(100, round(at_least / max(sum(once), 1e-7))))
+        return once if repeats[name] == 1 else sample(name)
 
     for turn in range(rounds):
         if turn >= FEWEST:
             others = [name for name in others if spent[name] < seconds / len(variants)]
-            if sum(spent.values()) >= seconds or not (others or set(variants) <= set(often)):
+            if sum(spent.values()) >= seconds or not (others or len(compared) == len(variants)):
                 break
-        left = [name for name in variants if name in often or name in others]
-        found: dict[str, list[Sample]] = {name: [] for name in left}
-        for name in _order(left, often, backwards=turn % 2 == 1):
+        order = [*compared, *(name for other in others for name in (other, *compared))]
+        found: dict[str, list[Sample]] = {name: [] for name in order}
+        for name in reversed(order) if turn % 2 else order:
             found[name].append(sample(name))
             spent[name] += sum(found[name][-1]) * repeats[name]
-        for name in left:
-            samples[name].append(sorted(found[name], key=sum)[len(found[name]) // 2])
+        for name, taken in found.items():
+            samples[name].append(sorted(taken, key=sum)[len(taken) // 2])
     return samples
-
-
-def _order(names: Sequence[str], often: Collection[str], backwards: bool) -> list[str]:
-    """Each name once, and those of `often` around each of the others."""
-    compared = [name for name in names if name in often]
-    order = list(compared)
-    for name in names:
-        if name not in often:
-            order += [name, *compared]
-    return order[::-1] if backwards else order
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if enabled:
+        if collecting:
             gc.enable()
 
 
@@ -181,16 +170,25 @@ def _sample_gpu(steps: Step, repeats: int) -> Sample:
     return forward / repeats, backward / repeats
 
 
+def _seconds_on_gpu(queue: Callable[[], object]) -> float:
+    """The time between two events around what is queued."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    queue()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
 @functools.cache
 def _clock_rate() -> float:
     """Cycles a second of the GPU's clock, as `_sleep` counts them."""
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cycles = 10_000_000
-    first.record()
-    torch.cuda._sleep(cycles)
-    last.record()
-    last.synchronize()
-    return cycles / (first.elapsed_time(last) / 1e3)
+    return cycles / _seconds_on_gpu(lambda: torch.cuda._sleep(cycles))
+
+
+REPLAYS = 20
+"""Replays of a CUDA graph in a sample."""
 
 
 def graph_samples(implementation: Implementation, work: Workload, device: str, rounds: int) -> list[float]:
@@ -210,16 +208,15 @@ def graph_samples(implementation: Implementation, work: Workload, device: str, r
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+
+    def replays() -> None:
+        for _ in range(REPLAYS):
+            graph.replay()
+
     found = []
     for _ in range(rounds):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(int(1e-3 * _clock_rate()))
-        first.record()
-        for _ in range(20):
-            graph.replay()
-        last.record()
-        last.synchronize()
-        found.append(first.elapsed_time(last) / 1e3 / 20)
+        found.append(_seconds_on_gpu(replays) / REPLAYS)
     return found
 
 

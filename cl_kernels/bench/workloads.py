@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Implementation = Callable[..., Tensor]
 @dataclass(frozen=True)
 class Inputs:
     leaves: tuple[Tensor, ...]  # what gets a gradient
-    rest: tuple[Tensor, ...]
+    rest: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,25 @@ class Workload:
         return f"{self.spec.title} {self.rows} × {self.columns} × {self.width} {self.dtype}"
 
     @property
-    def contraction(self) -> int:
-        """Features summed over by all products."""
-        return sum(_levels(self.width)) if self.loss == "multilevel" else self.width
+    def widths(self) -> list[int]:
+        """Features of each level."""
+        shares = LEVELS if self.loss == "multilevel" else (1.0,)
+        return [max(1, round(self.width * share)) for share in shares]
 
     @property
     def flops(self) -> float:
         """The fewest that loss and gradients can be had with, as docs/benchmarking.md counts them."""
-        return 2.0 * self.spec.products * self.rows * self.columns * self.contraction
+        return 2.0 * self.spec.products * self.rows * self.columns * sum(self.widths)
 
     def inputs(self, device: str = "cpu", seed: int = 0, converged: bool = False) -> Inputs:
         """The same for the same seed and device."""
         generator = torch.Generator(device).manual_seed(seed)
         made = self.spec.inputs(self, Maker(generator, converged))
-        cast = self.torch_dtype
 
-        def moved(x: Tensor) -> Tensor:
-            wanted = cast if x.is_floating_point() and x.dim() > 0 else x.dtype
-            return x.to(device=device, dtype=wanted)
+        def cast(x: Tensor) -> Tensor:  # the scale stays float32
+            return x.to(device, self.torch_dtype if x.is_floating_point() and x.dim() else x.dtype)
 
-        return Inputs(tuple(map(moved, made.leaves)), tuple(map(moved, made.rest)))
+        return Inputs(tuple(map(cast, made.leaves)), tuple(map(cast, made.rest)))
 
 
 @dataclass(frozen=True)
@@ -99,50 +98,36 @@ class Maker:
         across = F.normalize(other - (other * x).sum(1, keepdim=True) * x, dim=1)
         return F.normalize(COSINE * x + math.sqrt(1 - COSINE**2) * across, dim=1)
 
-    def labels(self, rows: int) -> Tensor:
-        device = self.generator.device
-        return torch.randint(LABELS, (rows,), generator=self.generator, device=device)
-
-    def of_classes(self, labels: Tensor, width: int) -> Tensor:
-        """Two views [B, 2, D]; converged ones are near the centre of their class."""
-        centres = self.unit(LABELS, width)[labels]
-        return torch.stack((self.near(centres), self.near(centres)), 1)
+    def pair(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
+        first = self.unit(rows, width)
+        return first, self.near(first)
 
 
-def _supcon_inputs(work: Workload, make: Maker) -> Inputs:
-    labels = make.labels(work.rows // 2)
-    return Inputs((make.of_classes(labels, work.width),), (labels,))
-
-
-def _levels(width: int) -> list[int]:
-    return [max(1, round(width * share)) for share in LEVELS]
-
-
-def _multilevel_inputs(work: Workload, make: Maker) -> Inputs:
-    labels = make.labels(work.rows // 2)
-    return Inputs(tuple(make.of_classes(labels, width) for width in _levels(work.width)), (labels,))
+def _class_inputs(work: Workload, make: Maker) -> Inputs:
+    """Two views [B, 2, D] of each level; converged ones are near the centre of their class."""
+    generator = make.generator
+    labels = torch.randint(LABELS, (work.rows // 2,), generator=generator, device=generator.device)
+    centres = (make.unit(LABELS, width)[labels] for width in work.widths)
+    return Inputs(tuple(torch.stack((make.near(x), make.near(x)), 1) for x in centres), (labels,))
 
 
 def _pair_inputs(work: Workload, make: Maker) -> Inputs:
-    first = make.unit(work.rows // 2, work.width)
-    return Inputs((first, make.near(first)), ())
+    return Inputs(make.pair(work.rows // 2, work.width))
 
 
 def _one_way_inputs(work: Workload, make: Maker) -> Inputs:
-    first = make.unit(work.rows, work.width)
-    return Inputs((first, make.near(first)), ())
+    return Inputs(make.pair(work.rows, work.width))
 
 
 def _dimcl_inputs(work: Workload, make: Maker) -> Inputs:
-    first = make.unit(work.rows // 2, work.width)
-    views = (first, make.near(first))
-    return Inputs(tuple(math.sqrt(work.width) * x.T.contiguous() for x in views), ())
+    views = make.pair(work.rows // 2, work.width)
+    return Inputs(tuple(math.sqrt(work.width) * x.T.contiguous() for x in views))
 
 
 def _queue_inputs(work: Workload, make: Maker) -> Inputs:
     """The own key of a row is one of its columns."""
-    q = make.unit(work.rows, work.width)
-    return Inputs((q,), (make.near(q), make.unit(work.columns - 1, work.width)))
+    q, k = make.pair(work.rows, work.width)
+    return Inputs((q,), (k, make.unit(work.columns - 1, work.width)))
 
 
 def _multicrop_inputs(work: Workload, make: Maker) -> Inputs:
@@ -153,8 +138,7 @@ def _multicrop_inputs(work: Workload, make: Maker) -> Inputs:
 
 
 def _clip_inputs(work: Workload, make: Maker) -> Inputs:
-    image = make.unit(work.rows, work.width)
-    return Inputs((image, make.near(image), torch.tensor(1 / work.temperature)), ())
+    return Inputs((*make.pair(work.rows, work.width), torch.tensor(1 / work.temperature)))
 
 
 # Ours, with the arguments of an Implementation.
@@ -170,8 +154,8 @@ def _multilevel(*levels_and_labels: Tensor, temperature: float) -> Tensor:
 
 
 def _sce(q: Tensor, k: Tensor, queue: Tensor, **options: Any) -> Tensor:
-    sharp: dict[str, Any] = {} if "targets" in options else {"target_temperature": eager.TARGET_TEMPERATURE}
-    return losses.sce_loss(q, k, queue=queue, coeff=eager.COEFF, **sharp, **options)
+    fixed: dict[str, Any] = {"coeff": eager.COEFF, "target_temperature": eager.TARGET_TEMPERATURE}
+    return losses.sce_loss(q, k, queue=queue, **fixed, **options)
 
 
 def _sce_multicrop(*views_k_queue: Tensor, temperature: float) -> Tensor:
@@ -197,14 +181,14 @@ _square, _queued = (lambda rows, queue: (rows, rows)), (lambda rows, queue: (row
 """Each row against each other; against its own key and those of the queue."""
 
 LOSSES: dict[str, Loss] = {
-    "supcon": Loss("SupCon", _ours(losses.supcon_loss), _supcon_inputs, 2, _square),
+    "supcon": Loss("SupCon", _ours(losses.supcon_loss), _class_inputs, 2, _square),
     "nt_xent": Loss("NT-Xent", _ours(losses.nt_xent_loss), _pair_inputs, 2, _square),
     "sce": Loss("SCE", _ours(_sce), _queue_inputs, 4, _queued),
     "dimcl": Loss("DimCL", _ours(losses.dimcl_loss), _dimcl_inputs, 2, _square),
     "clip": Loss("CLIP", _clip, _clip_inputs, 4, _square),
     "sce_multicrop": Loss("SCE multi-crop", _ours(_sce_multicrop), _multicrop_inputs, 2 + 2 * VIEWS, _queued),
-    "selfcon": Loss("SelfCon", _ours(losses.selfcon_loss), _supcon_inputs, 2, _square),
-    "multilevel": Loss("Multi-level", _ours(_multilevel), _multilevel_inputs, 2, _square),
+    "selfcon": Loss("SelfCon", _ours(losses.selfcon_loss), _class_inputs, 2, _square),
+    "multilevel": Loss("Multi-level", _ours(_multilevel), _class_inputs, 2, _square),
     "info_nce": Loss("InfoNCE", _ours(losses.info_nce_loss), _queue_inputs, 2, _queued),
     "dcl": Loss("DCL", _ours(losses.dcl_loss), _one_way_inputs, 3, lambda rows, queue: (rows, 2 * rows)),
 }
@@ -263,15 +247,15 @@ def planned(
     """Headlines first, of every loss and dtype, then the rest of the curves; given sizes replace the standard
     ones. Raises ValueError where a size makes no sense."""
     found = []
-    for loss, dtype in ((loss, dtype) for dtype in dtypes for loss in losses):
+    for dtype, loss in itertools.product(dtypes, losses):
         sizes, spec = SIZES[kind][loss], LOSSES[loss]
         chosen = sorted(rows or sizes.rows)
         for n in chosen:
             if n < 2 or n % 2:
                 raise ValueError(f"rows must be even and at least 2 (two views), got {n}")
             shape = spec.shape(n, queue or sizes.queue)
-            made = Workload(loss, *shape, width or sizes.width, dtype, temperature, headline=n == chosen[-1])
-            found.append(made)
+            work = Workload(loss, *shape, width or sizes.width, dtype, temperature, n == chosen[-1])
+            found.append(work)
     return sorted(found, key=lambda work: not work.headline)
 
 
@@ -280,12 +264,11 @@ def differentiate(
 ) -> Callable[[], tuple[Tensor, list[Tensor | None]]]:
     """Forward and backward: a step that gives the loss and the gradients of the leaves."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs.leaves]
-    of_leaves = functools.partial(implementation, temperature)
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
         for leaf in leaves:
             leaf.grad = None
-        loss = of_leaves(*leaves, *inputs.rest)
+        loss = implementation(temperature, *leaves, *inputs.rest)
         loss.backward()
         return loss.detach(), [leaf.grad for leaf in leaves]
 
