@@ -34,8 +34,7 @@ PALETTE = {
 _MARKERS = (("s", 6.5), ("^", 8.0), ("D", 6.5), ("v", 8.0), ("P", 9.0), ("X", 8.5), ("8", 7.5), ("*", 11.0),
             ("h", 8.0), ("<", 8.0), (">", 8.0))  # fmt: skip
 _KNOWN = ("eager", "torch.compile", "pytorch-metric-learning", "lightly", "linear_cross_entropy")
-_TEXT = 11.5
-_RAIL = 0.065  # a row above the axes, of their height
+_TOP, _RAIL = 1.02, 0.065  # where rows above the axes begin, and how high one is, of the axes' height
 
 Ink = Mapping[str, str]
 """The palette on one kind of paper."""
@@ -63,6 +62,7 @@ class Style:
 
 
 Styles = Mapping[str, Style]
+"""By variant."""
 
 
 def styles(variants: Iterable[str]) -> dict[str, Style]:
@@ -84,23 +84,27 @@ def styles(variants: Iterable[str]) -> dict[str, Style]:
 
 
 class Panel:
-    """One figure, as SVG images on light and on dark paper; a point of it is a pixel of the page."""
+    """One figure, as SVG images on light and on dark paper; a point of it is a pixel of the page. `styles` are
+    those that a legend has to name."""
 
-    def __init__(self, title: str, what: str, variants: Iterable[str], draw: Draw, *size: float) -> None:
-        self.title, self.variants = title, frozenset(variants)
+    def __init__(
+        self, title: str, what: str, draw: Draw, styles: Iterable[Style] = (),
+        size: tuple[float, float] = (380, 290),
+    ) -> None:  # fmt: skip
+        self.title, self.styles = title, frozenset(styles)
         self.description = f"{what}. The tables have its figures." if what else ""
         inks = ({name: colors[i] for name, colors in PALETTE.items()} for i in range(2))
-        self.images = [_image(draw, ink, *(size or (380, 290))) for ink in inks]
+        self.images = [_image(draw, ink, *size) for ink in inks]
 
 
 def _image(draw: Draw, ink: Ink, width: float, height: float) -> str:
     """A URI with the figure in it."""
     file = io.BytesIO()
     settings: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "cl_kernels", "text.parse_math": False, "font.size": _TEXT,
-        "text.color": ink["soft"], "axes.titlecolor": ink["soft"], "axes.edgecolor": ink["soft"],
-        "axes.labelcolor": ink["soft"], "xtick.color": ink["soft"], "ytick.color": ink["soft"],
-        "axes.titlesize": _TEXT, "axes.titlelocation": "left", "axes.spines.top": False,
+        "svg.fonttype": "none", "svg.hashsalt": "cl_kernels", "text.parse_math": False, "font.size": 11.5,
+        "text.color": ink["soft"], "axes.edgecolor": ink["soft"], "axes.labelcolor": ink["soft"],
+        "xtick.color": ink["soft"], "ytick.color": ink["soft"], "axes.titlesize": "medium",
+        "axes.titlelocation": "left", "axes.titley": _TOP, "axes.spines.top": False,
         "axes.spines.right": False, "axes.axisbelow": True, "grid.color": ink["grid"],
     }  # fmt: skip
     with matplotlib.rc_context(settings):
@@ -119,7 +123,7 @@ def key(style: Style) -> Panel:
         axes.set_position((0, 0, 1, 1))  # and not as the layout would have it
         axes.plot([0, 1, 2], [0, 0, 0], **style.line(ink), markevery=[1])
 
-    return Panel("", "", (), draw, 34, 14)
+    return Panel("", "", draw, size=(34, 14))
 
 
 # What the panels have in common
@@ -135,32 +139,33 @@ def log_axis(axis: Any, low: float, high: float, text: Any) -> None:
 
 
 def note(
-    axes: Axes, text: str, at: tuple[float, float], color: str, offset: tuple[float, float] = (0, 0),
-    align: str = "left center_baseline", where: tuple[Any, Any] = ("axes fraction", "data"),
+    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float] = (0, 0),
+    align: str = "left center_baseline", where: Any = ("axes fraction", "data"), **other: Any,
 ) -> None:  # fmt: skip
     """Words at a share of the width and a height of the data."""
     horizontal, vertical = align.split()
-    axes.annotate(text, at, offset, where, "offset points", color=color, ha=horizontal, va=vertical)
+    axes.annotate(text, at, offset, where, "offset points", ha=horizontal, va=vertical, **other)
 
 
 def level(axes: Axes, y: float, label: str, ink: Ink, dashes: str = "-", side: str = "bottom") -> None:
     axes.axhline(y, color=ink["soft"], linewidth=1.0, linestyle=dashes, zorder=1)
-    note(axes, label, (0, y), ink["soft"], (4, 3 if side == "bottom" else -3), f"left {side}")
+    note(axes, label, (0, y), (4, 3 if side == "bottom" else -3), f"left {side}")
 
 
 def heading(
-    axes: Axes, text: str, rails: Mapping[str, Sequence[float]], label: str, x: float, all_styles: Styles,
-    ink: Ink, **mark: Any,
+    axes: Axes, text: str, rails: Mapping[Style, Sequence[float]], label: str, x: float, ink: Ink,
+    **mark: Any,
 ) -> None:  # fmt: skip
     """Says above the y axis what it shows; between them are rows for what has no place in the axes: where
-    each variant of `rails` was lost, and from `x` on why."""
-    for i, (variant, xs) in enumerate(rails.items()):
-        low, style = 1.02 + _RAIL * i, all_styles[variant]
+    each of `rails` was lost, and from `x` on why."""
+    for i, (style, xs) in enumerate(rails.items()):
+        low = _TOP + _RAIL * i
         band: dict[str, Any] = {"transform": axes.transAxes, "color": ink["band"], "clip_on": False}
         axes.add_patch(Rectangle((0, low), 1, _RAIL, linewidth=0, **band))
-        color = {"markeredgecolor": ink[style.color]} if mark else {}
+        if mark:
+            mark["markeredgecolor"] = ink[style.color]
         where = [low + _RAIL / 2] * len(xs)
-        axes.plot(xs, where, transform=axes.get_xaxis_transform(), **style.mark(ink, **mark, **color))
+        axes.plot(xs, where, transform=axes.get_xaxis_transform(), **style.mark(ink, **mark))
     if rails:
-        axes.text(x, 1.02 + _RAIL / 2, label, transform=axes.transAxes, va="center_baseline")
-    axes.set_title(text, y=1.02 + _RAIL * len(rails), pad=6.0)
+        axes.text(x, _TOP + _RAIL / 2, label, transform=axes.transAxes, va="center_baseline")
+    axes.set_title(text, y=_TOP + _RAIL * len(rails))

@@ -75,9 +75,9 @@ def _sections(results: Results) -> list[dict[str, Any]]:
     ]
     filled = []
     for name, title, groups in sections:
-        shown = {variant for panels in groups.values() for panel in panels for variant in panel.variants}
-        named = name == "speed"  # there, names stand beside the marks
-        legend = {} if named else {v: key(style) for v, style in known.items() if v in shown}
-        if shown:
+        panels = [panel for group in groups.values() for panel in group]
+        shown = {style for panel in panels for style in panel.styles}
+        legend = {variant: key(style) for variant, style in known.items() if style in shown}
+        if panels:
             filled.append({"name": name, "title": title, "groups": groups, "legend": legend})
     return filled

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -222,27 +223,22 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def errors_of(result: Answer, truth: exact.Result) -> tuple[float, float]:
-    """The relative errors of the loss and, the largest, of the gradients; one that an implementation does not
-    have is left out."""
+    """The relative errors of the loss and, the largest, of the gradients that an implementation has."""
     gradients = [relative_error(x, y) for x, y in zip(result[1], truth[1], strict=True) if x is not None]
-    largest = math.nan if any(map(math.isnan, gradients)) else max(gradients)
-    return relative_error(result[0], truth[0]), largest
+    return relative_error(result[0], truth[0]), float(np.max(gradients))
 
 
-def allowed(dtype: str, temperature: float) -> tuple[float, float]:
-    """Relative errors of loss and gradients up to which an answer is right.
+def _judged(line: Line, result: Answer, truth: exact.Result) -> Line:
+    """The line with its errors, and with the reason if one is too large.
 
     A logit of up to 1 / temperature that is rounded to eps moves a probability by eps / temperature; four
     times that is granted, since the published formulas round logits to the dtype of their inputs.
     """
-    rounding = 4 * torch.finfo(getattr(torch, dtype)).eps / temperature
-    return max(1e-5, rounding), max(1e-4, 2 * rounding)
-
-
-def _judged(line: Line, result: Answer, truth: exact.Result) -> Line:
-    found, limits = errors_of(result, truth), allowed(line.dtype, line.temperature)
-    line = replace(line, loss_error=found[0], gradient_error=found[1])
-    for what, error, limit in zip(("loss", "gradient"), found, limits, strict=True):
+    loss, gradients = errors_of(result, truth)
+    line = replace(line, loss_error=loss, gradient_error=gradients)
+    rounding = 4 * torch.finfo(getattr(torch, line.dtype)).eps / line.temperature
+    limits = max(1e-5, rounding), max(1e-4, 2 * rounding)
+    for what, error, limit in zip(("loss", "gradient"), (loss, gradients), limits, strict=True):
         if not error <= limit:
             return replace(line, status=f"wrong answer: relative error of the {what} is {error:.1e}")
     return line

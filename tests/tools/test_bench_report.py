@@ -496,12 +496,6 @@ def test_figures() -> None:
     assert [figures.size(x) for x in (42.1e6, 999.9e6, 0, 12)] == ["42.1 MB", "1.00 GB", "0 B", "12.0 B"]
     assert figures.ratio(12.23) == "12.2×"
     assert figures.error(3.14e-7) == "3.1e-07"
-    assert figures.error(None, "NaN") == "NaN"
-    assert [figures.short(x) for x in ("1.00 ms", "0.100", "1000", "1.50×")] == [
-        "1 ms",
-        "0.1",
-        "1000",
-        "1.5×",
-    ]
+    assert [figures.plain(x) for x in (0.1, 1000.0, 1.5, 1.23e7)] == ["0.1", "1000", "1.5", "1.23e+07"]
     for of in (figures.time, figures.rate, figures.bandwidth, figures.size, figures.ratio, figures.error):
         assert {of(None), of(math.nan), of(math.inf)} == {figures.MISSING}
