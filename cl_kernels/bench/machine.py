@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -54,16 +55,10 @@ def describe(device: str) -> dict[str, Any]:
 def commit() -> str:
     """The commit of the checkout that the package is imported from; empty for an installed one."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=, with changes"]
+    if not (root / ".git").exists() or not shutil.which("git"):
         return ""
-    try:
-        head, changed = (
-            subprocess.run(["git", "-C", str(root), *x], capture_output=True, text=True).stdout.strip()
-            for x in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except OSError:
-        return ""
-    return head + (", with changes" if changed else "")
+    return subprocess.run(describe, cwd=root, capture_output=True, text=True).stdout.strip()
 
 
 def command() -> str:

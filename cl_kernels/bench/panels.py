@@ -84,8 +84,8 @@ def styles(variants: Iterable[str]) -> dict[str, Style]:
 
 
 class Panel:
-    """One figure, as SVG images on light and on dark paper; a point of it is a pixel of the page. `styles` are
-    those that a legend has to name."""
+    """One figure, as SVG images on light and on dark paper; a point of it is a pixel of the page. `styles`
+    are those that a legend has to name."""
 
     def __init__(
         self, title: str, what: str, draw: Draw, styles: Iterable[Style] = (),

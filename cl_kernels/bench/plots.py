@@ -212,7 +212,7 @@ def errors(found: pd.DataFrame, all_styles: Styles, which: str) -> dict[str, lis
     """The error of `which`, "gradient" or "loss", against temperature: by kind of inputs, a panel a dtype."""
     found = found.assign(error=found[f"{which}_error"])
     panels: dict[str, list[Panel]] = {}
-    for dtype, every in _dtypes(found):
+    for _, every in _dtypes(found):
         for kind, here in every.groupby("inputs", observed=True):
             panels.setdefault(str(kind), []).append(_errors(f"error of the {which}", here, every, all_styles))
     return panels
@@ -236,8 +236,8 @@ def _errors(name: str, here: pd.DataFrame, every: pd.DataFrame, all_styles: Styl
         axes.grid(axis="y")
         for style, points in series.items():
             for _, loss in points.groupby("title"):
-                thin = {"color": ink[style.color], "linewidth": 0.8, "alpha": 0.4, "zorder": 1}
-                axes.plot(loss.temperature, loss.shown, **thin)
+                color = ink[style.color]
+                axes.plot(loss.temperature, loss.shown, color=color, linewidth=0.8, alpha=0.4, zorder=1)
             worst = points.groupby("temperature").shown.max().dropna()
             axes.plot(worst.index, worst, **style.line(ink))
         if epsilon:
