@@ -45,8 +45,8 @@ Draw = Callable[[Axes, Ink], None]
 class Style:
     color: str  # of PALETTE
     marker: str
-    width: float
     size: float
+    width: float = 1.5
     dashes: str = "-"
     order: int = 3
 
@@ -65,22 +65,16 @@ Styles = Mapping[str, Style]
 """By variant."""
 
 
-def styles(variants: Iterable[str]) -> dict[str, Style]:
+def styles(variants: Sequence[str]) -> dict[str, Style]:
     """One colour and marker a variant. Well-known peers have the same ones in every report."""
-    found: dict[str, Style] = {}
-    mine, others = 0, len(_KNOWN)
-    for variant in variants:
-        if variant.split(" ")[0] == OURS:
-            found[variant] = Style(f"ours-{mine % 3 + 1}", ("o", "H", "p")[mine % 3], 2.8, 8.5, order=5)
-            mine += 1
-        elif variant == FLOOR:
-            found[variant] = Style("floor", "d", 1.3, 6.5, "--", 2)
-        else:
-            slot = _KNOWN.index(variant) if variant in _KNOWN else others
-            others += variant not in _KNOWN
-            marker, size = _MARKERS[slot % len(_MARKERS)]
-            found[variant] = Style(f"series-{slot % 7 + 1}", marker, 1.5, size)
-    return found
+    ours = [x for x in variants if x.split(" ")[0] == OURS]
+    others = [*_KNOWN, *(x for x in variants if x not in (*ours, *_KNOWN, FLOOR))]
+    found = {FLOOR: Style("floor", "d", 6.5, 1.3, "--", 2)}
+    for i, variant in enumerate(ours):
+        found[variant] = Style(f"ours-{i % 3 + 1}", "oHp"[i % 3], 8.5, 2.8, order=5)
+    for i, variant in enumerate(others):
+        found[variant] = Style(f"series-{i % 7 + 1}", *_MARKERS[i % len(_MARKERS)])
+    return {variant: found[variant] for variant in variants}
 
 
 class Panel:

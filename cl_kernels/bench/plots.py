@@ -40,22 +40,20 @@ def speedups(found: pd.DataFrame, all_styles: Styles) -> list[Panel]:
 
 
 def _ratios(work: pd.DataFrame, all_styles: Styles, span: tuple[float, float]) -> Panel:
-    mine, others = work[work.mine].iloc[0], work[~work.mine]
-    order = {variant: i for i, variant in enumerate(all_styles)}
-    rows = list(enumerate(others.sort_values("variant", key=lambda x: x.map(order)).itertuples()))
+    mine, others = work[work.mine].iloc[0], _by_style(work[~work.mine], all_styles)
     title = f"{mine.work}, {mine['dtype']}"
 
     def draw(axes: Axes, ink: Ink) -> None:
-        axes.set(xscale="log", xlim=span, ylim=(len(rows) - 0.5, -0.5))
+        axes.set(xscale="log", xlim=span, ylim=(len(others) - 0.5, -0.5))
         axes.set_xlabel(f"time ÷ time of {mine.variant}")
         log_axis(axes.xaxis, *span, "{x:g}×")
         axes.axvline(1.0, color=ink["ink"], linewidth=1.1, zorder=2)
         axes.spines["left"].set_visible(False)
-        names = [x.variant if len(x.variant) <= 24 else x.variant[:23] + "…" for _, x in rows]
-        axes.set_yticks(range(len(rows)), names)
+        names = [x.variant.iloc[0] for x in others.values()]
+        axes.set_yticks(range(len(names)), [x if len(x) <= 24 else x[:23] + "…" for x in names])
         axes.tick_params("y", length=0, labelcolor=ink["ink"])
-        for i, x in rows:
-            style = all_styles[x.variant]
+        for i, (style, lines) in enumerate(others.items()):
+            (x,) = lines.itertuples()
             if x.why:
                 note(axes, x.why.split(":")[0], (1.0, i), (8, 0), where="data")
                 continue
@@ -64,8 +62,8 @@ def _ratios(work: pd.DataFrame, all_styles: Styles, span: tuple[float, float]) -
             axes.plot([x.ratio], [i], **style.mark(ink))
             note(axes, figures.ratio(x.ratio), (1.2, i), align="right center_baseline", color=ink["ink"])
 
-    size = 380, 48 + 24.0 * len(rows)
-    return Panel(title, f"{title}: time over that of {mine.variant}", draw, size=size)
+    what = f"{title}: time over that of {mine.variant}"
+    return Panel(title, what, draw, size=(380, 48 + 24.0 * len(others)))
 
 
 # Curves over the rows

@@ -28,16 +28,16 @@ def _written(template: str, results: Results, finalize: Any = None, **more: obje
     environment.filters["plain"] = figures.plain
     found = tables.lines(results)
     errors = tables.errors(tables.accuracy(results))
-    headlines, timed, rest = tables.measured(found)
-    everything, _, _ = tables.measured(found, everything=True)
+    text, timed, rest = tables.measured(found)
+    everything = [work.to_dict("records") for _, work in text.groupby("key", sort=False)]
     return environment.get_template(template).render(
         summary=tables.summary(found),
         machine=tables.machine(results),
         busy=tables.busy(results),
         timed=timed,
         rest=rest,
-        headlines=[x.to_dict("records") for _, x in headlines.groupby("key", sort=False)],
-        everything=[x.to_dict("records") for _, x in everything.groupby("key", sort=False)],
+        headlines=[work for work in everything if work[0]["headline"]],
+        everything=everything,
         untimed=tables.untimed(found),
         temperatures=list(errors.columns),
         errors=errors.reset_index().to_numpy().tolist(),

@@ -73,25 +73,22 @@ def variants(results: Results) -> list[str]:
 # Tables of text
 
 
-def measured(found: pd.DataFrame, everything: bool = False) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """The headlines among lines (`everything`: all) with columns of text; the names of the columns that need
-    a time, and of those that do not."""
-    headlines = found[found.headline]
-    text: dict[str, tuple[str, Callable[[Any], str]]] = {phase: (phase, _samples) for phase in PHASES}
-    if headlines.graph.astype(bool).any():
-        text["CUDA graph"] = ("graph", _samples)
-    text["speed-up"] = ("ratio", lambda x: figures.ratio(x) if figures.known(x) else "")
-    text["rate"] = ("rate", figures.rate)
-    text["of torch.mm"] = ("share", figures.number)
+def measured(found: pd.DataFrame) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """Lines with columns of text; the names of the columns that need a time, and of those that do not."""
+    timed: dict[str, tuple[str, Callable[[Any], str]]] = {phase: (phase, _samples) for phase in PHASES}
+    if found.graph[found.headline].astype(bool).any():
+        timed["CUDA graph"] = ("graph", _samples)
+    timed["speed-up"] = ("ratio", lambda x: figures.ratio(x) if figures.known(x) else "")
+    timed["rate"] = ("rate", figures.rate)
+    timed["of torch.mm"] = ("share", figures.number)
     rest = {
         "peak memory": ("memory", figures.size),
         "loss error": ("loss_error", figures.error),
         "gradient error": ("gradient_error", figures.error),
     }
-    chosen = found if everything else headlines
-    shown = {name: chosen[column].map(write) for name, (column, write) in (text | rest).items()}
-    kept = chosen[["key", "work", "dtype", "temperature", "variant", "note", "ours", "why"]]
-    return kept.assign(**shown), list(text), list(rest)
+    text = {name: found[column].map(write) for name, (column, write) in (timed | rest).items()}
+    kept = found[["key", "work", "dtype", "temperature", "headline", "variant", "note", "ours", "why"]]
+    return kept.assign(**text), list(timed), list(rest)
 
 
 def _samples(samples: Sequence[float]) -> str:

@@ -390,8 +390,8 @@ def test_what_was_not_timed(results: Results, page: Page) -> None:
     assert "out of memory" in drawn(page, "SupCon, float32, D = 128: forward + backward")[0]
     assert "wrong answer" in drawn(page, "SCE 512 × 65537 × 256, float32: time over")[0]
     assert all("NaN" in found for found in drawn(page, "inputs: error of the"))
-    headlines, timed, _ = tables.measured(tables.lines(results))
-    wrong = headlines[headlines.why.str.startswith("wrong")]
+    found, timed, _ = tables.measured(tables.lines(results))
+    wrong = found[found.headline & found.why.str.startswith("wrong")]
     assert len(wrong) == 1 and set(wrong[timed].to_numpy().ravel()) <= {"", figures.MISSING}
 
 
@@ -462,8 +462,8 @@ def test_cuda_graphs_have_a_column() -> None:
 
 def test_markdown_has_the_same_figures(results: Results, page: Page) -> None:
     written = report.markdown(results).replace("\\", "")
-    headlines, timed, rest = tables.measured(tables.lines(results))
-    for row in headlines.to_dict("records"):
+    found, timed, rest = tables.measured(tables.lines(results))
+    for row in found[found.headline].to_dict("records"):
         assert f"| {row['work']} | {row['dtype']} | cl_kernels |" in written and row["why"] in written
         for column in rest if row["why"] else (*timed, *rest):
             cell, _, spread = row[column].partition("\n")
