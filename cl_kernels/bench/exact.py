@@ -19,8 +19,7 @@ Result = tuple[Tensor, list[Tensor]]
 """A loss and its gradients."""
 Truth = Callable[..., Result]
 
-ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Elements of a chunk of the matrix of similarities, by kind of machine."""
+ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of a chunk of the matrix of similarities
 
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:

@@ -26,8 +26,7 @@ import torch
 from . import variants
 from .workloads import Workload, differentiate
 
-MEMORY = "out of memory"
-"""The status of what does not fit."""
+MEMORY = "out of memory"  # the status of what does not fit
 
 
 def message(error: Exception) -> str:

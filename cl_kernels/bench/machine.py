@@ -118,11 +118,4 @@ def cache(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = (path.read_text().strip() for path in files)
-    return max((int(size.rstrip("KMG")) * units.get(size[-1], 1) for size in sizes), default=0)
-
-
-def same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether ratios measured on two machines can be expected to agree."""
-    return all(one.get(key) == other.get(key) for key in ("kind", "device", "capability", "threads"))
+    return max((int(path.read_text().strip().removesuffix("K")) << 10 for path in files), default=0)

@@ -132,18 +132,15 @@ def log_axis(axis: Any, low: float, high: float, text: Any) -> None:
     axis.set_major_formatter(text)
 
 
-def note(
-    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float] = (0, 0),
-    align: str = "left center_baseline", where: Any = ("axes fraction", "data"), **other: Any,
-) -> None:  # fmt: skip
-    """Words at a share of the width and a height of the data."""
-    horizontal, vertical = align.split()
-    axes.annotate(text, at, offset, where, "offset points", ha=horizontal, va=vertical, **other)
+def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **other: Any) -> None:
+    """Words at a share of the width and a height of the data, unless `xycoords` says otherwise."""
+    usual = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center_baseline"}
+    axes.annotate(text, at, offset, **(usual | other))
 
 
-def level(axes: Axes, y: float, label: str, ink: Ink, dashes: str = "-", side: str = "bottom") -> None:
+def level(axes: Axes, y: float, label: str, ink: Ink, dashes: str = "-", va: str = "bottom") -> None:
     axes.axhline(y, color=ink["soft"], linewidth=1.0, linestyle=dashes, zorder=1)
-    note(axes, label, (0, y), (4, 3 if side == "bottom" else -3), f"left {side}")
+    note(axes, label, (0, y), (4, 3 if va == "bottom" else -3), va=va)
 
 
 def heading(

@@ -25,9 +25,6 @@ def _dtypes(found: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return sorted(groups, key=lambda group: group[0] != "float32")
 
 
-# Ratios
-
-
 def speedups(found: pd.DataFrame, all_styles: Styles) -> list[Panel]:
     """Each variant's time over ours, a panel a workload of the headlines."""
     groups = found[found.headline].groupby("key", sort=False)
@@ -55,18 +52,15 @@ def _ratios(work: pd.DataFrame, all_styles: Styles, span: tuple[float, float]) -
         for i, (style, lines) in enumerate(others.items()):
             (x,) = lines.itertuples()
             if x.why:
-                note(axes, x.why.split(":")[0], (1.0, i), (8, 0), where="data")
+                note(axes, x.why.split(":")[0], (1.0, i), (8, 0), xycoords="data")
                 continue
             axes.plot([1.0, x.ratio], [i, i], color=ink["grid"], linewidth=1.0, zorder=1)
             axes.plot([x.low, x.high], [i, i], color=ink[style.color], linewidth=2.2, zorder=2)
             axes.plot([x.ratio], [i], **style.mark(ink))
-            note(axes, figures.ratio(x.ratio), (1.2, i), align="right center_baseline", color=ink["ink"])
+            note(axes, figures.ratio(x.ratio), (1.2, i), (0, 0), ha="right", color=ink["ink"])
 
     what = f"{title}: time over that of {mine.variant}"
     return Panel(title, what, draw, size=(380, 48 + 24.0 * len(others)))
-
-
-# Curves over the rows
 
 
 def times(found: pd.DataFrame, all_styles: Styles) -> list[Panel]:
@@ -143,9 +137,6 @@ def _end(lines: pd.DataFrame, limit: float | None) -> tuple[float, float, float]
     return (end, last, rate * last**2) if end > last else None
 
 
-# The roofline
-
-
 def rooflines(found: pd.DataFrame, all_styles: Styles, ceilings: Mapping[str, float]) -> list[Panel]:
     """Rates on the fewest operations against operations a byte, under what this machine reached; a panel a
     dtype."""
@@ -178,12 +169,13 @@ def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], al
             roof = [low * copy if copy else peak, peak, peak]
             axes.plot([low, ridge, high], roof, color=ink["ink"], linewidth=1.3, zorder=2)
             label = f"torch.mm, {figures.rate(peak)}"
-            note(axes, label, (1.0, peak), (0, 4), "right bottom", color=ink["ink"])
+            note(axes, label, (1.0, peak), (0, 4), ha="right", va="bottom", color=ink["ink"])
         if peak and copy:
             label, at = f"copy, {figures.bandwidth(copy)}", (2 * low, 2 * low * copy)
-            note(axes, label, at, (8, -4), "left top", "data", color=ink["ink"])
+            note(axes, label, at, (8, -4), va="top", xycoords="data", color=ink["ink"])
         for x, row, label in zip(works.intensity, levels, labels, strict=True):
-            note(axes, label, (x, 0), (0, 14 * row + 4), "center bottom", ("data", "axes fraction"))
+            where = ("data", "axes fraction")
+            note(axes, label, (x, 0), (0, 14 * row + 4), ha="center", va="bottom", xycoords=where)
             axes.axvline(x, color=ink["grid"], linewidth=1.0, zorder=0)
         for style, points in series.items():
             axes.plot(points.intensity, points.rate, **style.mark(ink))
@@ -201,9 +193,6 @@ def _staggered(xs: Sequence[float], labels: Sequence[str], pixel: float) -> list
         ends[row : row + 1] = [x + half]
         found.append(row)
     return found
-
-
-# Errors
 
 
 def errors(found: pd.DataFrame, all_styles: Styles, which: str) -> dict[str, list[Panel]]:

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 PHASES = ("forward", "backward", "both")
-OURS = "cl_kernels"
-"""The name of our variants, alone or followed by a backend."""
-FLOOR = "floor"
-"""The name of the variant that is only as many plain products as the fewest operations are worth."""
+OURS = "cl_kernels"  # the name of our variants, alone or followed by a backend
+FLOOR = "floor"  # that of the variant that is only as many plain products as the fewest operations are worth
 FORMAT = 2
 
 
@@ -108,9 +106,6 @@ def median(samples: Sequence[float]) -> float:
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     """The median of the ratios round by round; what slows a whole round down does not count."""
     return median([a / b for a, b in zip(over, under, strict=False)])
-
-
-# Files
 
 
 def save(results: Results, path: Path) -> None:

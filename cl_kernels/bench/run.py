@@ -22,18 +22,14 @@ from .results import FLOOR, Accuracy, Line, Results
 from .variants import PEERS
 from .workloads import LOSSES, Inputs, Workload, differentiate
 
+# Pairs up to which a workload is held to float64; beyond, that would take longer than all the rest.
 LARGEST_TRUTH = {"cpu": 1 << 28, "cuda": 1 << 35}
-"""Pairs up to which a workload is held to float64; beyond, that would take longer than all the rest."""
-
-GRAPH_ROWS = 4096
-"""Rows up to which a step is also replayed from a CUDA graph: larger ones are not bound by launches."""
-
+GRAPH_ROWS = 4096  # up to which a step is also replayed from a CUDA graph: larger ones hide their launches
 STUDY_ROWS, STUDY_WIDTH = 512, 128
 STUDY_DTYPES = ("float32", "bfloat16", "float16")
 STUDY_TEMPERATURES = (0.5, 0.1, 0.07, 0.01)
 STUDY_INPUTS = ("random", "converged")
-VANISHED = 1e-6
-"""A loss below which nothing is left to learn."""
+VANISHED = 1e-6  # a loss below which nothing is left to learn
 
 
 @dataclass(frozen=True)
@@ -95,9 +91,10 @@ def measure(plan: Plan, work: Workload, seconds: float) -> list[Line]:
     try:
         return _measured(plan, work, seconds)
     except Exception as error:  # such as inputs or a truth that do not fit; the other workloads go on
-        _free(plan.device)
         status = fresh.message(error)
         return [line_of(work, name, status=status, note=note) for name, note in variants_of(plan, work)]
+    finally:
+        _free(plan.device)
 
 
 def _measured(plan: Plan, work: Workload, seconds: float) -> list[Line]:
@@ -106,11 +103,7 @@ def _measured(plan: Plan, work: Workload, seconds: float) -> list[Line]:
     steps = {name: steps_of(plan, work, name, copies) for name, line in lines.items() if line.status == "ok"}
     often = [name for name, line in lines.items() if line.is_ours or name == FLOOR]
     found = timing.interleaved(steps, plan.device, plan.rounds, seconds=seconds, often=often)
-    for name, samples in found.items():
-        lines[name] = timed(plan, work, lines[name], samples)
-    del steps, copies
-    _free(plan.device)
-    return list(lines.values())
+    return [timed(plan, work, line, found[name]) if name in found else line for name, line in lines.items()]
 
 
 def checked(plan: Plan, work: Workload) -> list[Line]:

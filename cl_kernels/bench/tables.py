@@ -16,8 +16,7 @@ import pandas as pd
 from . import figures
 from .results import FLOOR, OURS, PHASES, Accuracy, Line, Results, median
 
-BUSY = 0.25
-"""The load a core, before the first measurement, from which on a machine counts as busy."""
+BUSY = 0.25  # the load a core, before the first measurement, from which on a machine counts as busy
 QUARTILES = (0.25, 0.5, 0.75)
 _NUMBERS = ("flops", "bytes", "memory", "loss_error", "gradient_error")
 _FIRST = ("device", "kind", "cores", "threads", "memory_bytes", "governor", "load_before", "load_after",
@@ -68,9 +67,6 @@ def variants(results: Results) -> list[str]:
     """Ours first, the floor last, the others as they came."""
     found = dict.fromkeys([x.variant for x in results.lines] + [x.variant for x in results.accuracy])
     return sorted(found, key=lambda name: (name == FLOOR) - (name.split(" ")[0] == OURS))
-
-
-# Tables of text
 
 
 def measured(found: pd.DataFrame) -> tuple[pd.DataFrame, list[str], list[str]]:
@@ -126,9 +122,6 @@ def _worst(found: pd.Series) -> str:
     if lost == len(found):
         return "NaN"
     return figures.error(found.max()) + (f"\nNaN in {lost} of {len(found)}" if lost else "")
-
-
-# Words
 
 
 def summary(found: pd.DataFrame) -> str:

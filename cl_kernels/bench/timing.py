@@ -16,14 +16,11 @@ from torch import Tensor
 
 from .workloads import Implementation, Inputs, Workload
 
-COPIES = 16
-"""Copies of the inputs, at most."""
-
-FEWEST = 3
-"""Rounds of even the slowest variant."""
-
-MATRIX = 1 << 30
-"""Bytes of a result of the floor's products, at most."""
+COPIES = 16  # of the inputs, at most
+FEWEST = 3  # rounds of even the slowest variant
+MATRIX = 1 << 30  # bytes of a result of the floor's products, at most
+HOLD = 1.5  # how long the GPU is held before a sample: over the time that its launches take the host
+REPLAYS = 20  # of a CUDA graph in a sample
 
 Sample = tuple[float, float]
 """Seconds of a forward and of a backward."""
@@ -38,16 +35,8 @@ class Step(NamedTuple):
 
 def steps(implementation: Implementation, temperature: float, copies: Sequence[Inputs]) -> Step:
     """The steps of one variant, each on the next copy of the inputs."""
-    leaves = [tuple(x.detach().clone().requires_grad_() for x in copy.leaves) for copy in copies]
-    turns = itertools.cycle([Inputs(x, copy.rest) for x, copy in zip(leaves, copies, strict=True)])
-
-    def forward() -> Tensor:
-        inputs = next(turns)
-        for leaf in inputs.leaves:
-            leaf.grad = None
-        return implementation(temperature, *inputs.leaves, *inputs.rest)
-
-    return Step(forward, Tensor.backward)
+    turns = itertools.cycle([copy.requiring_gradients() for copy in copies])
+    return Step(lambda: next(turns).forward(implementation, temperature), Tensor.backward)
 
 
 def products(work: Workload, device: str) -> Step:
@@ -143,10 +132,6 @@ def _sample_cpu(steps: Step, repeats: int) -> Sample:
     return forward / repeats, backward / repeats
 
 
-HOLD = 1.5
-"""How long the GPU is held before a sample, as a multiple of the time that its launches take the host."""
-
-
 def _sample_gpu(steps: Step, repeats: int) -> Sample:
     """Between events on the GPU, which is held until all is queued, so that no gap of the host's is timed."""
     torch.cuda.synchronize()
@@ -187,17 +172,12 @@ def _clock_rate() -> float:
     return cycles / _seconds_on_gpu(lambda: torch.cuda._sleep(cycles))
 
 
-REPLAYS = 20
-"""Replays of a CUDA graph in a sample."""
-
-
 def graph_samples(implementation: Implementation, work: Workload, device: str, rounds: int) -> list[float]:
     """Seconds of forward and backward by replay of a CUDA graph, one sample a round."""
-    inputs = work.inputs(device)
-    leaves = [x.detach().clone().requires_grad_() for x in inputs.leaves]
+    inputs = work.inputs(device).requiring_gradients()
 
     def step() -> None:
-        torch.autograd.grad(implementation(work.temperature, *leaves, *inputs.rest), leaves)
+        torch.autograd.grad(inputs.forward(implementation, work.temperature), inputs.leaves)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -220,24 +200,20 @@ def graph_samples(implementation: Implementation, work: Workload, device: str, r
     return found
 
 
-# What this machine reaches
-
-
-def rate(operation: Callable[[], object], work: float, device: str, samples: int = 5) -> float:
-    """`work` a second, by the fastest of some samples: a ceiling."""
-    found = interleaved({"": Step(operation)}, device, samples, at_least=0.02)
-    return work / min(map(sum, found[""]))
-
-
 def ceilings(device: str, dtypes: Sequence[str]) -> dict[str, float]:
-    """Operations a second of a square `torch.mm` by dtype, and "copy": bytes a second, read and written."""
+    """The most that this machine reaches, by the fastest of some samples: operations a second of a square
+    `torch.mm` by dtype, and "copy": bytes a second, read and written."""
+
+    def rate(operation: Callable[[], object], work: float) -> float:
+        return work / min(map(sum, interleaved({"": Step(operation)}, device, 5, at_least=0.02)[""]))
+
     found = {}
     n = 8192 if device == "cuda" else 2048
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
         out = torch.empty_like(a)
-        found[dtype] = rate(functools.partial(torch.mm, a, b, out=out), 2.0 * n**3, device)
+        found[dtype] = rate(functools.partial(torch.mm, a, b, out=out), 2.0 * n**3)
     source = torch.zeros(1 << 31 if device == "cuda" else 1 << 28, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    found["copy"] = rate(functools.partial(target.copy_, source), 2.0 * source.numel(), device)
+    found["copy"] = rate(functools.partial(target.copy_, source), 2.0 * source.numel())
     return found

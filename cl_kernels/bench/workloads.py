@@ -29,6 +29,15 @@ class Inputs:
     leaves: tuple[Tensor, ...]  # what gets a gradient
     rest: tuple[Tensor, ...] = ()
 
+    def requiring_gradients(self) -> Inputs:
+        return Inputs(tuple(x.detach().clone().requires_grad_() for x in self.leaves), self.rest)
+
+    def forward(self, implementation: Implementation, temperature: float) -> Tensor:
+        """The loss, with no gradients from before."""
+        for leaf in self.leaves:
+            leaf.grad = None
+        return implementation(temperature, *self.leaves, *self.rest)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -206,32 +215,19 @@ class Sizes:
     queue: int = 0
 
 
-SIZES: dict[str, dict[str, Sizes]] = {
-    "cpu": {
-        "supcon": Sizes((1024, 2048, 4096, 8192), 128),
-        "nt_xent": Sizes((1024, 2048, 4096, 8192), 128),
-        "sce": Sizes((128, 256, 512), 256, 65536),
-        "dimcl": Sizes((1024, 2048, 4096), 256),
-        "clip": Sizes((1024, 2048, 4096), 512),
-        "sce_multicrop": Sizes((32, 64), 256, 16384),
-        "selfcon": Sizes((512, 1024, 2048, 4096), 128),
-        "multilevel": Sizes((512, 1024, 2048, 4096), 256),
-        "info_nce": Sizes((64, 128, 256), 128, 65536),
-        "dcl": Sizes((512, 1024, 2048, 4096), 128),
-    },
-    "cuda": {
-        "supcon": Sizes((2048, 4096, 8192, 12288, 32768), 128),
-        "nt_xent": Sizes((256, 1024, 4096, 16384, 65536, 131072), 128),
-        "sce": Sizes((64, 256, 512), 256, 65536),
-        "dimcl": Sizes((512, 4096, 16384), 256),
-        "clip": Sizes((2048, 8192, 32768), 512),
-        "sce_multicrop": Sizes((64, 256), 256, 65536),
-        "selfcon": Sizes((2048, 4096), 128),
-        "multilevel": Sizes((2048, 8192), 256),
-        "info_nce": Sizes((256, 1024), 128, 65536),
-        "dcl": Sizes((2048, 8192), 128),
-    },
+_SIZES = {  # on a CPU, on a GPU
+    "supcon": (Sizes((1024, 2048, 4096, 8192), 128), Sizes((2048, 4096, 8192, 12288, 32768), 128)),
+    "nt_xent": (Sizes((1024, 2048, 4096, 8192), 128), Sizes((256, 1024, 4096, 16384, 65536, 131072), 128)),
+    "sce": (Sizes((128, 256, 512), 256, 65536), Sizes((64, 256, 512), 256, 65536)),
+    "dimcl": (Sizes((1024, 2048, 4096), 256), Sizes((512, 4096, 16384), 256)),
+    "clip": (Sizes((1024, 2048, 4096), 512), Sizes((2048, 8192, 32768), 512)),
+    "sce_multicrop": (Sizes((32, 64), 256, 16384), Sizes((64, 256), 256, 65536)),
+    "selfcon": (Sizes((512, 1024, 2048, 4096), 128), Sizes((2048, 4096), 128)),
+    "multilevel": (Sizes((512, 1024, 2048, 4096), 256), Sizes((2048, 8192), 256)),
+    "info_nce": (Sizes((64, 128, 256), 128, 65536), Sizes((256, 1024), 128, 65536)),
+    "dcl": (Sizes((512, 1024, 2048, 4096), 128), Sizes((2048, 8192), 128)),
 }
+SIZES = {kind: {loss: both[i] for loss, both in _SIZES.items()} for i, kind in enumerate(("cpu", "cuda"))}
 """The sizes by kind of machine: those of the papers (docs/benchmarking.md), as far as they take seconds."""
 
 
@@ -263,13 +259,11 @@ def differentiate(
     implementation: Implementation, temperature: float, inputs: Inputs
 ) -> Callable[[], tuple[Tensor, list[Tensor | None]]]:
     """Forward and backward: a step that gives the loss and the gradients of the leaves."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs.leaves]
+    own = inputs.requiring_gradients()
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
-        for leaf in leaves:
-            leaf.grad = None
-        loss = implementation(temperature, *leaves, *inputs.rest)
+        loss = own.forward(implementation, temperature)
         loss.backward()
-        return loss.detach(), [leaf.grad for leaf in leaves]
+        return loss.detach(), [leaf.grad for leaf in own.leaves]
 
     return step
