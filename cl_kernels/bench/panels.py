@@ -99,7 +99,8 @@ def _image(draw: Draw, ink: Ink, width: float, height: float) -> str:
         "text.color": ink["soft"], "axes.edgecolor": ink["soft"], "axes.labelcolor": ink["soft"],
         "xtick.color": ink["soft"], "ytick.color": ink["soft"], "axes.titlesize": "medium",
         "axes.titlelocation": "left", "axes.titley": _TOP, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.axisbelow": True, "grid.color": ink["grid"],
+        "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True,
+        "axes.grid.axis": "y", "grid.color": ink["grid"],
     }  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure((width / 72, height / 72), layout="constrained")
@@ -118,9 +119,6 @@ def key(style: Style) -> Panel:
         axes.plot([0, 1, 2], [0, 0, 0], **style.line(ink), markevery=[1])
 
     return Panel("", "", draw, size=(34, 14))
-
-
-# What the panels have in common
 
 
 def log_axis(axis: Any, low: float, high: float, text: Any) -> None:

@@ -46,6 +46,7 @@ def _ratios(work: pd.DataFrame, all_styles: Styles, span: tuple[float, float]) -
         log_axis(axes.xaxis, *span, "{x:g}×")
         axes.axvline(1.0, color=ink["ink"], linewidth=1.1, zorder=2)
         axes.spines["left"].set_visible(False)
+        axes.grid(False)
         names = [x.variant.iloc[0] for x in others.values()]
         axes.set_yticks(range(len(names)), [x if len(x) <= 24 else x[:23] + "…" for x in names])
         axes.tick_params("y", length=0, labelcolor=ink["ink"])
@@ -99,7 +100,6 @@ def _curve(
     def draw(axes: Axes, ink: Ink) -> None:
         axes.set(xscale="log", yscale="log", xlabel="rows N")
         axes.margins(0.04, 0.08)
-        axes.grid(axis="y")
         for style, points in series.items():
             axes.plot(points.rows, points.value, **style.line(ink))
         if end:
@@ -145,7 +145,7 @@ def rooflines(found: pd.DataFrame, all_styles: Styles, ceilings: Mapping[str, fl
 
 
 def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], all_styles: Styles) -> Panel:
-    peak, copy = ceilings.get(dtype), ceilings.get("copy")
+    peak, copy = ceilings.get(dtype, 0.0), ceilings.get("copy", 0.0)
     low, high = lines.intensity.min() / 2, lines.intensity.max() * 2
     if peak and copy:
         low = min(low, peak / copy / 10)
@@ -153,24 +153,20 @@ def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], al
     several = works.title.duplicated(keep=False)
     labels = works.title.mask(several, works.title + " " + works.rows.astype(str))
     levels = _staggered([math.log(x) for x in works.intensity], labels, math.log(high / low) / 300)
-    top = max(lines.rate.max(), peak or 0.0) * 1.5
-    least = min([lines.rate.min() / 1.4, *([low * copy] if peak and copy else [])])
+    top, least = max(lines.rate.max(), peak) * 1.5, min(lines.rate.min() / 1.4, low * copy or math.inf)
     bottom = top * (least / top) ** (1 / (1 - (14 * max(levels) + 22) / 240))  # with room for the labels
     series = _by_style(lines, all_styles)
 
     def draw(axes: Axes, ink: Ink) -> None:
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top), xlabel="operations a byte")
-        axes.grid(axis="y")
         axes.set_title("FLOP/s, on the fewest operations")
         log_axis(axes.xaxis, low, high, lambda x, _: figures.plain(x))
         log_axis(axes.yaxis, least, top, EngFormatter())
-        if peak:
-            ridge = peak / copy if copy else low
-            roof = [low * copy if copy else peak, peak, peak]
-            axes.plot([low, ridge, high], roof, color=ink["ink"], linewidth=1.3, zorder=2)
+        if peak and copy:
+            roof = [low * copy, peak, peak]
+            axes.plot([low, peak / copy, high], roof, color=ink["ink"], linewidth=1.3, zorder=2)
             label = f"torch.mm, {figures.rate(peak)}"
             note(axes, label, (1.0, peak), (0, 4), ha="right", va="bottom", color=ink["ink"])
-        if peak and copy:
             label, at = f"copy, {figures.bandwidth(copy)}", (2 * low, 2 * low * copy)
             note(axes, label, at, (8, -4), va="top", xycoords="data", color=ink["ink"])
         for x, row, label in zip(works.intensity, levels, labels, strict=True):
@@ -195,13 +191,14 @@ def _staggered(xs: Sequence[float], labels: Sequence[str], pixel: float) -> list
     return found
 
 
-def errors(found: pd.DataFrame, all_styles: Styles, which: str) -> dict[str, list[Panel]]:
-    """The error of `which`, "gradient" or "loss", against temperature: by kind of inputs, a panel a dtype."""
-    found = found.assign(error=found[f"{which}_error"])
+def errors(found: pd.DataFrame, all_styles: Styles) -> dict[str, list[Panel]]:
+    """Errors against temperature: of gradients and losses, by kind of inputs, a panel a dtype."""
     panels: dict[str, list[Panel]] = {}
-    for _, every in _dtypes(found):
-        for kind, here in every.groupby("inputs", observed=True):
-            panels.setdefault(str(kind), []).append(_errors(f"error of the {which}", here, every, all_styles))
+    for which in ("gradient", "loss"):
+        for _, every in _dtypes(found.assign(error=found[f"{which}_error"])):
+            for kind, here in every.groupby("inputs", observed=True):
+                panel = _errors(f"error of the {which}", here, every, all_styles)
+                panels.setdefault(f"The {which}, {kind} inputs", []).append(panel)
     return panels
 
 
@@ -220,7 +217,6 @@ def _errors(name: str, here: pd.DataFrame, every: pd.DataFrame, all_styles: Styl
 
     def draw(axes: Axes, ink: Ink) -> None:
         axes.set(xscale="log", yscale="log", xlabel="temperature", ylim=(least / 1.6, most * 1.6))
-        axes.grid(axis="y")
         for style, points in series.items():
             for _, loss in points.groupby("title"):
                 color = ink[style.color]

@@ -59,19 +59,14 @@ def _escaped(value: object) -> Markup:
 
 def _sections(results: Results) -> list[dict[str, Any]]:
     """Panels by heading, and the entries of a legend by variant; the template has what is said of them."""
-    found, accuracy, known = tables.lines(results), tables.accuracy(results), styles(tables.variants(results))
-    errors = {
-        f"The {which}, {kind} inputs": panels
-        for which in ("gradient", "loss")
-        for kind, panels in plots.errors(accuracy, known, which).items()
-    }
+    found, known = tables.lines(results), styles(tables.variants(results))
     limit = results.machine.get("memory_bytes")
     sections: list[tuple[str, str, dict[str, list[Panel]]]] = [
         ("speed", "Speed at the headline workloads", {"": plots.speedups(found, known)}),
         ("time", "Time", {"": plots.times(found, known)}),
         ("memory", "Memory", {"": plots.memories(found, known, limit)}),
         ("roofline", "Roofline", {"": plots.rooflines(found, known, results.ceilings)}),
-        ("errors", "Accuracy", errors),
+        ("errors", "Accuracy", plots.errors(tables.accuracy(results), known)),
     ]
     filled = []
     for name, title, groups in sections:

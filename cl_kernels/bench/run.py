@@ -210,15 +210,15 @@ def _free(device: str) -> None:
 # Errors
 
 
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """In the Euclidean norm; NaN and infinity where the value is not finite."""
-    return float((value.double() - truth).norm() / truth.norm().clamp(min=1e-300))
-
-
 def errors_of(result: Answer, truth: exact.Result) -> tuple[float, float]:
-    """The relative errors of the loss and, the largest, of the gradients that an implementation has."""
-    gradients = [relative_error(x, y) for x, y in zip(result[1], truth[1], strict=True) if x is not None]
-    return relative_error(result[0], truth[0]), float(np.max(gradients))
+    """The errors of the loss and, the largest, of the gradients that an implementation has, relative in the
+    Euclidean norm; NaN and infinity where a value is not finite."""
+
+    def error(value: Tensor, exactly: Tensor) -> float:
+        return float((value.double() - exactly).norm() / exactly.norm().clamp(min=1e-300))
+
+    gradients = [error(x, y) for x, y in zip(result[1], truth[1], strict=True) if x is not None]
+    return error(result[0], truth[0]), float(np.max(gradients))
 
 
 def _judged(line: Line, result: Answer, truth: exact.Result) -> Line:
