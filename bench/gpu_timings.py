@@ -78,7 +78,7 @@ def plan_for(id: str, budget: float) -> run.Plan:
     compiled = id in COMPILES and not REHEARSAL
     peers = [name for name in PEERS if name != COMPILED or compiled]
     rounds = 1 if REHEARSAL else 7
-    return run.Plan((), DEVICE, BACKENDS, peers, rounds, budget, memory=not REHEARSAL, static_curves=True)
+    return run.Plan((), DEVICE, BACKENDS, peers, rounds, budget, memory=not REHEARSAL, compile_all=True)
 
 
 def unmeasured(id: str, work: Workload) -> list[Line]:

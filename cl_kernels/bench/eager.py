@@ -17,15 +17,13 @@ TARGET_TEMPERATURE = 0.07
 COEFF = 0.5
 
 
-# The rows [N, D] of a loss, the second half the other views of the first
-
-
 def views(features: Tensor, labels: Tensor) -> Tensor:
-    """Those of features [B, V, D]."""
+    """Features [B, V, D] as rows [V * B, D], a view after the other."""
     return features.transpose(0, 1).flatten(0, 1)
 
 
 def units(z0: Tensor, z1: Tensor) -> Tensor:
+    """Two views [N, D] as unit rows [2N, D]."""
     return F.normalize(torch.cat((z0, z1)), dim=1)
 
 
@@ -33,9 +31,6 @@ def columns(z0: Tensor, z1: Tensor) -> Tensor:
     """The features of two views [N, D], standardised over the batch, as unit rows [2D, N]."""
     standard = [(z - z.mean(0)) / z.std(0, correction=0) for z in (z0, z1)]
     return F.normalize(torch.cat(standard, 1).T, dim=1)
-
-
-# The losses
 
 
 def supcon(temperature: float, features: Tensor, labels: Tensor) -> Tensor:
@@ -55,8 +50,7 @@ def supcon(temperature: float, features: Tensor, labels: Tensor) -> Tensor:
 
 def multilevel(temperature: float, *levels_and_labels: Tensor) -> Tensor:
     *levels, labels = levels_and_labels
-    losses = [supcon(temperature, level, labels) for level in levels]
-    return torch.stack(losses).sum()
+    return torch.stack([supcon(temperature, level, labels) for level in levels]).sum()
 
 
 def nt_xent(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:

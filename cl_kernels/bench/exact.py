@@ -15,8 +15,7 @@ from torch import Tensor
 
 from . import eager
 
-Result = tuple[Tensor, list[Tensor]]
-"""A loss and its gradients."""
+Result = tuple[Tensor, list[Tensor]]  # a loss and its gradients
 Truth = Callable[..., Result]
 
 ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of a chunk of the matrix of similarities

@@ -83,7 +83,7 @@ def _measured(task: Task) -> Measurement:
 
     step = step_of(work)
     # What is set up once is not the loss's: libraries, their threads, and what is compiled for this size.
-    warm = step if variants.is_static(task.variant) else step_of(_small(work))
+    warm = step if task.variant == variants.COMPILED else step_of(_small(work))
     warm()
     torch.mm(torch.ones(1024, 1024), torch.ones(1024, 1024))
     _give_back()

@@ -78,8 +78,7 @@ def cpu_name() -> str:
 
 def capability(device: str) -> str:
     if device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        return f"sm_{major}{minor}"
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
     return extension.cpu.build_info().get("cpu_capability") or torch.backends.cpu.get_cpu_capability().lower()
 
 

@@ -36,8 +36,7 @@ _MARKERS = (("s", 6.5), ("^", 8.0), ("D", 6.5), ("v", 8.0), ("P", 9.0), ("X", 8.
 _KNOWN = ("eager", "torch.compile", "pytorch-metric-learning", "lightly", "linear_cross_entropy")
 _TOP, _RAIL = 1.02, 0.065  # where rows above the axes begin, and how high one is, of the axes' height
 
-Ink = Mapping[str, str]
-"""The palette on one kind of paper."""
+Ink = Mapping[str, str]  # the palette on one kind of paper
 Draw = Callable[[Axes, Ink], None]
 
 
@@ -61,8 +60,7 @@ class Style:
         return self.line(ink, linestyle="", **other)
 
 
-Styles = Mapping[str, Style]
-"""By variant."""
+Styles = Mapping[str, Style]  # by variant
 
 
 def styles(variants: Sequence[str]) -> dict[str, Style]:
@@ -134,11 +132,6 @@ def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, fl
     """Words at a share of the width and a height of the data, unless `xycoords` says otherwise."""
     usual = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center_baseline"}
     axes.annotate(text, at, offset, **(usual | other))
-
-
-def level(axes: Axes, y: float, label: str, ink: Ink, dashes: str = "-", va: str = "bottom") -> None:
-    axes.axhline(y, color=ink["soft"], linewidth=1.0, linestyle=dashes, zorder=1)
-    note(axes, label, (0, y), (4, 3 if va == "bottom" else -3), va=va)
 
 
 def heading(

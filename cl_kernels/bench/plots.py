@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from . import figures
-from .panels import Ink, Panel, Style, Styles, heading, level, log_axis, note
+from .panels import Ink, Panel, Style, Styles, heading, log_axis, note
 
 _EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -109,7 +109,8 @@ def _curve(
             axes.plot([n], [limit or 0.0], "o", markersize=7, markerfacecolor="none", color=eager)
         heading(axes, about, rails, "out of memory", 0.02, ink, marker="x", markeredgewidth=2.0)
         if limit:
-            level(axes, limit, f"this machine’s memory, {figures.size(limit)}", ink)
+            axes.axhline(limit, color=ink["soft"], linewidth=1.0, zorder=1)
+            note(axes, f"this machine’s memory, {figures.size(limit)}", (0, limit), (4, 3), va="bottom")
             axes.set_ylim(top=max(axes.get_ylim()[1], 3 * limit))
         log_axis(axes.yaxis, *axes.get_ylim(), ticks)
         axes.xaxis.set_major_locator(LogLocator(base=2, numticks=7))
@@ -224,7 +225,8 @@ def _errors(name: str, here: pd.DataFrame, every: pd.DataFrame, all_styles: Styl
             worst = points.groupby("temperature").shown.max().dropna()
             axes.plot(worst.index, worst, **style.line(ink))
         if epsilon:
-            level(axes, epsilon, f"unit roundoff of {dtype}", ink, ":", "top")
+            axes.axhline(epsilon, color=ink["soft"], linewidth=1.0, linestyle=":", zorder=1)
+            note(axes, f"unit roundoff of {dtype}", (0, epsilon), (4, -3), va="top")
         heading(axes, f"relative {name}", rails, "NaN", 0.9, ink)
         log_axis(axes.yaxis, *axes.get_ylim(), _power)
         log_axis(axes.xaxis, every.temperature.min(), every.temperature.max(), lambda x, _: figures.plain(x))

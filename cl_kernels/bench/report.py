@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -51,10 +52,8 @@ def _escaped(value: object) -> Markup:
     if isinstance(value, Markup):
         return value
     text, _, spread = str(value).partition("\n")
-    text = " ".join(f"{text} ({spread})".split() if spread else text.split()).replace("\\", "\\\\")
-    for mark in "|*_`<[":
-        text = text.replace(mark, "\\" + mark)
-    return Markup(text)
+    text = " ".join(f"{text} ({spread})".split() if spread else text.split())
+    return Markup(re.sub(r"([\\|*_`<\[])", r"\\\1", text))
 
 
 def _sections(results: Results) -> list[dict[str, Any]]:

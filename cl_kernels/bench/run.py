@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import exact, fresh, machine, timing, variants
 from .results import FLOOR, Accuracy, Line, Results
-from .variants import PEERS
+from .variants import COMPILED, PEERS
 from .workloads import LOSSES, Inputs, Workload, differentiate
 
 # Pairs up to which a workload is held to float64; beyond, that would take longer than all the rest.
@@ -44,11 +44,10 @@ class Plan:
     seconds: float = 120.0
     memory: bool = True
     study: bool = True  # errors over temperatures and dtypes
-    static_curves: bool = False  # what compiles for every size also at the sizes that are not headlines
+    compile_all: bool = False  # torch.compile also at the sizes that are not headlines
 
 
-Progress = Callable[[str, int, int], None]
-"""Takes what is being done, steps done and steps in all."""
+Progress = Callable[[str, int, int], None]  # takes what is being done, steps done and steps in all
 
 
 def now() -> str:
@@ -81,9 +80,6 @@ def run(
     found.seconds = time.monotonic() - started
     progress("done", total, total)
     return found
-
-
-# One workload
 
 
 def measure(plan: Plan, work: Workload, seconds: float) -> list[Line]:
@@ -152,9 +148,9 @@ def variants_of(plan: Plan, work: Workload) -> Iterator[tuple[str, str]]:
     for name in variants.our_names(plan.backends):
         yield name, ""
     for name in plan.peers:
-        peer = PEERS[name]
-        if work.loss in peer.losses and (work.headline or plan.static_curves or not peer.static):
-            yield name, peer.notes.get(work.loss, "")
+        chosen = work.headline or plan.compile_all or name != COMPILED
+        if chosen and work.loss in PEERS[name].losses:
+            yield name, PEERS[name].notes.get(work.loss, "")
     yield FLOOR, f"{work.spec.products} plain products"
 
 
@@ -207,9 +203,6 @@ def _free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-# Errors
-
-
 def errors_of(result: Answer, truth: exact.Result) -> tuple[float, float]:
     """The errors of the loss and, the largest, of the gradients that an implementation has, relative in the
     Euclidean norm; NaN and infinity where a value is not finite."""
@@ -245,7 +238,7 @@ def errors(plan: Plan, loss: str, dtype: str, temperature: float, kind: str) -> 
     inputs = work.inputs(plan.device, converged=kind == "converged")
     truth_of = _truths(work, inputs)
     found = []
-    for name, _ in variants_of(replace(plan, static_curves=False), work):
+    for name, _ in variants_of(replace(plan, compile_all=False), work):
         if name == FLOOR or (name in PEERS and PEERS[name].missing(plan.device)):
             continue
         truth = truth_of(name)

@@ -147,10 +147,9 @@ def summary(found: pd.DataFrame) -> str:
 
 def machine(results: Results) -> list[tuple[str, str]]:
     """Names and values of what is known about the machine and the run. Keys that are not known come last."""
-    facts, copy = results.machine, results.ceilings.get("copy")
-    order = sorted(facts, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
+    facts, copy = dict.fromkeys(_FIRST) | results.machine, results.ceilings.get("copy")
     rates = [f"{dtype} {figures.rate(x)}" for dtype, x in results.ceilings.items() if dtype != "copy"]
-    found = [(key.removesuffix("_bytes").replace("_", " "), _fact(key, facts[key])) for key in order]
+    found = [(key.removesuffix("_bytes").replace("_", " "), _fact(key, x)) for key, x in facts.items()]
     found += [
         ("torch.mm here", ", ".join(rates)),
         ("copy here", f"{figures.bandwidth(copy)} read and written" if copy else ""),
@@ -162,7 +161,7 @@ def machine(results: Results) -> list[tuple[str, str]]:
 
 
 def _fact(key: str, value: Any) -> str:
-    if key.endswith("_bytes"):
+    if value and key.endswith("_bytes"):
         return figures.size(value)
     return figures.plain(value) if isinstance(value, float) else str(value or "")
 

@@ -22,8 +22,7 @@ MATRIX = 1 << 30  # bytes of a result of the floor's products, at most
 HOLD = 1.5  # how long the GPU is held before a sample: over the time that its launches take the host
 REPLAYS = 20  # of a CUDA graph in a sample
 
-Sample = tuple[float, float]
-"""Seconds of a forward and of a backward."""
+Sample = tuple[float, float]  # seconds of a forward and of a backward
 
 
 class Step(NamedTuple):

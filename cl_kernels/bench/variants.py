@@ -31,7 +31,6 @@ class Peer:
     gpu_only: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
     truths: Mapping[str, exact.Truth] = field(default_factory=dict)
-    static: bool = False  # whether it compiles anew for every size
 
     def missing(self, device: str) -> str:
         """Why it cannot run here; empty where it can."""
@@ -44,13 +43,10 @@ class Peer:
         return self.obstacle
 
 
-@functools.cache
-def _compiled(loss: str) -> Implementation:
-    return torch.compile(eager.LOSSES[loss], dynamic=False)
-
-
-def _of_compiled(loss: str, *arguments: Tensor) -> Tensor:
-    return _compiled(loss)(*arguments)
+def _compiled(loss: Implementation) -> Implementation:
+    """Compiled for the size at hand, from the first call on."""
+    compiled = functools.cache(functools.partial(torch.compile, loss, dynamic=False))
+    return lambda *arguments: compiled()(*arguments)
 
 
 def _on(rows: Callable[..., Tensor], loss: Callable[[float, Tensor], Tensor]) -> Implementation:
@@ -120,7 +116,7 @@ _ROWS = {"supcon": eager.views, "nt_xent": eager.units, "dimcl": eager.columns}
 
 PEERS: dict[str, Peer] = {
     EAGER: Peer(eager.LOSSES),
-    COMPILED: Peer({loss: functools.partial(_of_compiled, loss) for loss in eager.LOSSES}, static=True),
+    COMPILED: Peer({name: _compiled(loss) for name, loss in eager.LOSSES.items()}),
     CHUNKED: Peer(
         {loss: _on(rows, _chunked) for loss, rows in _ROWS.items()} | {"clip": _chunked_clip},
         obstacle="" if hasattr(F, "linear_cross_entropy") else "torch has it from 2.13 on",
@@ -172,7 +168,3 @@ def by_backend(backend: str, ours: Implementation) -> Implementation:
 def truth(variant: str, loss: str) -> exact.Truth:
     of_peer = PEERS[variant].truths if variant in PEERS else {}
     return of_peer.get(loss, exact.LOSSES[loss])
-
-
-def is_static(variant: str) -> bool:
-    return variant in PEERS and PEERS[variant].static

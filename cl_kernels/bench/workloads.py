@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,12 +121,8 @@ def _class_inputs(work: Workload, make: Maker) -> Inputs:
     return Inputs(tuple(torch.stack((make.near(x), make.near(x)), 1) for x in centres), (labels,))
 
 
-def _pair_inputs(work: Workload, make: Maker) -> Inputs:
-    return Inputs(make.pair(work.rows // 2, work.width))
-
-
-def _one_way_inputs(work: Workload, make: Maker) -> Inputs:
-    return Inputs(make.pair(work.rows, work.width))
+def _pair_inputs(work: Workload, make: Maker, ways: int = 2) -> Inputs:
+    return Inputs(make.pair(work.rows // ways, work.width))
 
 
 def _dimcl_inputs(work: Workload, make: Maker) -> Inputs:
@@ -173,10 +170,6 @@ def _sce_multicrop(*views_k_queue: Tensor, temperature: float) -> Tensor:
     return torch.stack([_sce(q, k, queue, targets=targets, temperature=temperature) for q in views]).mean()
 
 
-def _clip(tau: float, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    return losses.clip_loss(image, text, scale)
-
-
 @dataclass(frozen=True)
 class Loss:
     title: str
@@ -186,20 +179,20 @@ class Loss:
     shape: Callable[[int, int], tuple[int, int]]  # rows and columns of the matrix, of rows and queue size
 
 
+# Each row against each other; against its own key and those of the queue.
 _square, _queued = (lambda rows, queue: (rows, rows)), (lambda rows, queue: (rows, queue + 1))
-"""Each row against each other; against its own key and those of the queue."""
 
 LOSSES: dict[str, Loss] = {
     "supcon": Loss("SupCon", _ours(losses.supcon_loss), _class_inputs, 2, _square),
     "nt_xent": Loss("NT-Xent", _ours(losses.nt_xent_loss), _pair_inputs, 2, _square),
     "sce": Loss("SCE", _ours(_sce), _queue_inputs, 4, _queued),
     "dimcl": Loss("DimCL", _ours(losses.dimcl_loss), _dimcl_inputs, 2, _square),
-    "clip": Loss("CLIP", _clip, _clip_inputs, 4, _square),
+    "clip": Loss("CLIP", lambda _, *inputs: losses.clip_loss(*inputs), _clip_inputs, 4, _square),
     "sce_multicrop": Loss("SCE multi-crop", _ours(_sce_multicrop), _multicrop_inputs, 2 + 2 * VIEWS, _queued),
     "selfcon": Loss("SelfCon", _ours(losses.selfcon_loss), _class_inputs, 2, _square),
     "multilevel": Loss("Multi-level", _ours(_multilevel), _class_inputs, 2, _square),
     "info_nce": Loss("InfoNCE", _ours(losses.info_nce_loss), _queue_inputs, 2, _queued),
-    "dcl": Loss("DCL", _ours(losses.dcl_loss), _one_way_inputs, 3, lambda rows, queue: (rows, 2 * rows)),
+    "dcl": Loss("DCL", _ours(losses.dcl_loss), partial(_pair_inputs, ways=1), 3, lambda n, _: (n, 2 * n)),
 }
 """The losses by name; the first five make the standard report."""
 
