@@ -1,9 +1,5 @@
-"""`python -m cl_kernels compare A.json B.json`: what became slower from one run to another.
-
-Machines differ from hour to hour, so by default a variant's time is taken as a multiple of its run's floor,
-the plain products that were timed in the same rounds; `--against` names another variant, or "time" for
-seconds.
-"""
+"""`python -m cl_kernels compare A.json B.json`: what became slower from one run to another, in multiples of
+each run's floor, since machines differ from hour to hour."""
 
 from __future__ import annotations
 

@@ -100,9 +100,9 @@ def _measured(task: Task) -> Measurement:
 
 
 def _small(work: Workload) -> Workload:
-    square = work.rows == work.columns
     rows = min(work.rows, 64)
-    return replace(work, rows=rows, columns=rows if square else min(work.columns, 129))
+    columns = rows if work.rows == work.columns else min(work.columns, 129)
+    return replace(work, rows=rows, columns=columns)
 
 
 def _give_back() -> None:

@@ -15,9 +15,9 @@ from .panels import Ink, Panel, Style, Styles, heading, log_axis, note
 _EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
-def _by_style(lines: pd.DataFrame, all_styles: Styles) -> dict[Style, pd.DataFrame]:
+def _by_style(lines: pd.DataFrame, styles: Styles) -> dict[Style, pd.DataFrame]:
     """The lines of each variant, in the order of the styles."""
-    return {style: found for v, style in all_styles.items() if len(found := lines[lines.variant == v])}
+    return {style: found for v, style in styles.items() if len(found := lines[lines.variant == v])}
 
 
 def _dtypes(found: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -25,7 +25,7 @@ def _dtypes(found: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return sorted(groups, key=lambda group: group[0] != "float32")
 
 
-def speedups(found: pd.DataFrame, all_styles: Styles) -> list[Panel]:
+def speedups(found: pd.DataFrame, styles: Styles) -> list[Panel]:
     """Each variant's time over ours, a panel a workload of the headlines."""
     groups = found[found.headline].groupby("key", sort=False)
     works = [work for _, work in groups if work.mine.any() and len(work) > 1]
@@ -33,11 +33,11 @@ def speedups(found: pd.DataFrame, all_styles: Styles) -> list[Panel]:
     if every.ratio.isna().all():
         return []
     span = min(1.0, every.low.min()) / 1.15, max(1.0, every.high.max()) * 1.15
-    return [_ratios(work, all_styles, span) for work in works]
+    return [_ratios(work, styles, span) for work in works]
 
 
-def _ratios(work: pd.DataFrame, all_styles: Styles, span: tuple[float, float]) -> Panel:
-    mine, others = work[work.mine].iloc[0], _by_style(work[~work.mine], all_styles)
+def _ratios(work: pd.DataFrame, styles: Styles, span: tuple[float, float]) -> Panel:
+    mine, others = work[work.mine].iloc[0], _by_style(work[~work.mine], styles)
     title = f"{mine.work}, {mine['dtype']}"
 
     def draw(axes: Axes, ink: Ink) -> None:
@@ -64,19 +64,19 @@ def _ratios(work: pd.DataFrame, all_styles: Styles, span: tuple[float, float]) -
     return Panel(title, what, draw, size=(380, 48 + 24.0 * len(others)))
 
 
-def times(found: pd.DataFrame, all_styles: Styles) -> list[Panel]:
+def times(found: pd.DataFrame, styles: Styles) -> list[Panel]:
     """Forward and backward against rows, a panel a loss and dtype that was timed at two sizes or more."""
-    return _curves("forward + backward", found.assign(value=found.seconds), all_styles, EngFormatter("s"))
+    return _curves("forward + backward", found.assign(value=found.seconds), styles, EngFormatter("s"))
 
 
-def memories(found: pd.DataFrame, all_styles: Styles, limit: float | None) -> list[Panel]:
+def memories(found: pd.DataFrame, styles: Styles, limit: float | None) -> list[Panel]:
     """Peak memory against rows, the machine's memory, and where eager's growth meets it."""
     found = found.assign(value=found.memory.clip(lower=4096.0))  # a page, where the peak stayed
-    return _curves("peak memory", found, all_styles, EngFormatter("B"), limit)
+    return _curves("peak memory", found, styles, EngFormatter("B"), limit)
 
 
 def _curves(
-    name: str, found: pd.DataFrame, all_styles: Styles, ticks: EngFormatter, limit: float | None = None
+    name: str, found: pd.DataFrame, styles: Styles, ticks: EngFormatter, limit: float | None = None
 ) -> list[Panel]:
     groups = [
         group.sort_values("rows")
@@ -84,15 +84,13 @@ def _curves(
         for _, group in lines.groupby(["loss", "width"], sort=False)
     ]
     several = [group for group in groups if group.rows[group.value.notna()].nunique() > 1]
-    return [_curve(name, group, all_styles, ticks, limit) for group in several]
+    return [_curve(name, group, styles, ticks, limit) for group in several]
 
 
-def _curve(
-    name: str, lines: pd.DataFrame, all_styles: Styles, ticks: EngFormatter, limit: float | None
-) -> Panel:
-    series = _by_style(lines[lines.value.notna()], all_styles)
+def _curve(name: str, lines: pd.DataFrame, styles: Styles, ticks: EngFormatter, limit: float | None) -> Panel:
+    series = _by_style(lines[lines.value.notna()], styles)
     lost = lines[lines.why.str.lower().str.contains("out of memory")]
-    rails = {style: x.rows.tolist() for style, x in _by_style(lost, all_styles).items()}
+    rails = {style: x.rows.tolist() for style, x in _by_style(lost, styles).items()}
     first, end = lines.iloc[0], _end(lines, limit)
     title = f"{first.title}, {first['dtype']}, D = {first.width}"
     about = f"{name}\neager runs out at N ≈ {float(f'{end[0]:.1e}'):.0f}, extrapolated" if end else name
@@ -104,7 +102,7 @@ def _curve(
             axes.plot(points.rows, points.value, **style.line(ink))
         if end:
             n, last, at_last = end
-            eager = ink[all_styles["eager"].color]
+            eager = ink[styles["eager"].color]
             axes.plot([last, n], [at_last, limit or 0.0], color=eager, linewidth=1.5, linestyle=":")
             axes.plot([n], [limit or 0.0], "o", markersize=7, markerfacecolor="none", color=eager)
         heading(axes, about, rails, "out of memory", 0.02, ink, marker="x", markeredgewidth=2.0)
@@ -138,14 +136,14 @@ def _end(lines: pd.DataFrame, limit: float | None) -> tuple[float, float, float]
     return (end, last, rate * last**2) if end > last else None
 
 
-def rooflines(found: pd.DataFrame, all_styles: Styles, ceilings: Mapping[str, float]) -> list[Panel]:
+def rooflines(found: pd.DataFrame, styles: Styles, ceilings: Mapping[str, float]) -> list[Panel]:
     """Rates on the fewest operations against operations a byte, under what this machine reached; a panel a
     dtype."""
     found = found[found.headline & found.rate.notna() & found.intensity.notna()]
-    return [_roofline(dtype, lines, ceilings, all_styles) for dtype, lines in _dtypes(found)]
+    return [_roofline(dtype, lines, ceilings, styles) for dtype, lines in _dtypes(found)]
 
 
-def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], all_styles: Styles) -> Panel:
+def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], styles: Styles) -> Panel:
     peak, copy = ceilings.get(dtype, 0.0), ceilings.get("copy", 0.0)
     low, high = lines.intensity.min() / 2, lines.intensity.max() * 2
     if peak and copy:
@@ -156,7 +154,7 @@ def _roofline(dtype: str, lines: pd.DataFrame, ceilings: Mapping[str, float], al
     levels = _staggered([math.log(x) for x in works.intensity], labels, math.log(high / low) / 300)
     top, least = max(lines.rate.max(), peak) * 1.5, min(lines.rate.min() / 1.4, low * copy or math.inf)
     bottom = top * (least / top) ** (1 / (1 - (14 * max(levels) + 22) / 240))  # with room for the labels
-    series = _by_style(lines, all_styles)
+    series = _by_style(lines, styles)
 
     def draw(axes: Axes, ink: Ink) -> None:
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top), xlabel="operations a byte")
@@ -192,13 +190,13 @@ def _staggered(xs: Sequence[float], labels: Sequence[str], pixel: float) -> list
     return found
 
 
-def errors(found: pd.DataFrame, all_styles: Styles) -> dict[str, list[Panel]]:
+def errors(found: pd.DataFrame, styles: Styles) -> dict[str, list[Panel]]:
     """Errors against temperature: of gradients and losses, by kind of inputs, a panel a dtype."""
     panels: dict[str, list[Panel]] = {}
     for which in ("gradient", "loss"):
         for _, every in _dtypes(found.assign(error=found[f"{which}_error"])):
             for kind, here in every.groupby("inputs", observed=True):
-                panel = _errors(f"error of the {which}", here, every, all_styles)
+                panel = _errors(f"error of the {which}", here, every, styles)
                 panels.setdefault(f"The {which}, {kind} inputs", []).append(panel)
     return panels
 
@@ -207,13 +205,13 @@ def _power(value: float, _: int) -> str:
     return f"{value:.0e}".replace("e-0", "e-").replace("e+00", "")
 
 
-def _errors(name: str, here: pd.DataFrame, every: pd.DataFrame, all_styles: Styles) -> Panel:
+def _errors(name: str, here: pd.DataFrame, every: pd.DataFrame, styles: Styles) -> Panel:
     dtype, kind = here["dtype"].iloc[0], here.inputs.iloc[0]
     epsilon = _EPSILON.get(dtype)
     shown = [*every.error[every.error > 0], epsilon or 1.0]
     least, most = min(shown), max(shown)
     here = here.assign(shown=here.error.clip(lower=least)).sort_values("temperature")
-    series, lost = _by_style(here, all_styles), _by_style(here[here.error.isna()], all_styles)
+    series, lost = _by_style(here, styles), _by_style(here[here.error.isna()], styles)
     rails = {style: x.temperature.unique().tolist() for style, x in lost.items()}
 
     def draw(axes: Axes, ink: Ink) -> None:

@@ -69,9 +69,8 @@ def _sections(results: Results) -> list[dict[str, Any]]:
     ]
     filled = []
     for name, title, groups in sections:
-        panels = [panel for group in groups.values() for panel in group]
-        shown = {style for panel in panels for style in panel.styles}
-        legend = {variant: key(style) for variant, style in known.items() if style in shown}
-        if panels:
+        if panels := [panel for group in groups.values() for panel in group]:
+            shown = {style for panel in panels for style in panel.styles}
+            legend = {variant: key(style) for variant, style in known.items() if style in shown}
             filled.append({"name": name, "title": title, "groups": groups, "legend": legend})
     return filled

@@ -48,18 +48,17 @@ class Plan:
 
 
 Progress = Callable[[str, int, int], None]  # takes what is being done, steps done and steps in all
+Truths = Callable[[str], exact.Result]  # the loss and gradients that a variant is held to
+Answer = tuple[Tensor, list[Tensor | None]]
 
 
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def run(
-    plan: Plan, progress: Progress = lambda *_: None, keep: Callable[[Results], None] = lambda _: None
-) -> Results:
+def run(plan: Plan, progress: Progress, keep: Callable[[Results], None]) -> Results:
     """`keep` gets the results after each workload, so that a run that is stopped loses nothing."""
     started = time.monotonic()
-    dtypes = tuple(dict.fromkeys(work.dtype for work in plan.workloads))
     here = machine.describe(plan.device) | {"load_before": machine.load()}
     found = Results(here, machine.command(), now())
     studied = dict.fromkeys(work.loss for work in plan.workloads) if plan.study else ()
@@ -67,7 +66,7 @@ def run(
     total = len(plan.workloads) + len(study) + 1
     shares = [3 if work.headline else 1 for work in plan.workloads]  # of the time
     progress("what this machine reaches", 0, total)
-    found.ceilings = timing.ceilings(plan.device, dtypes)
+    found.ceilings = timing.ceilings(plan.device, dict.fromkeys(work.dtype for work in plan.workloads))
     for i, (work, share) in enumerate(zip(plan.workloads, shares, strict=True), 1):
         progress(work.name, i, total)
         found.lines += measure(plan, work, plan.seconds * share / sum(shares))
@@ -111,8 +110,8 @@ def checked(plan: Plan, work: Workload) -> list[Line]:
     return [x if x.variant == FLOOR else _checked(plan, work, x, inputs, truth_of) for x in lines]
 
 
-def _truths(work: Workload, inputs: Inputs) -> Callable[[str], exact.Result]:
-    """The loss and gradients that a variant is held to, each computed once."""
+def _truths(work: Workload, inputs: Inputs) -> Truths:
+    """Each computed once."""
 
     @functools.cache
     def computed(truth: exact.Truth) -> exact.Result:
@@ -154,9 +153,7 @@ def variants_of(plan: Plan, work: Workload) -> Iterator[tuple[str, str]]:
     yield FLOOR, f"{work.spec.products} plain products"
 
 
-def _checked(
-    plan: Plan, work: Workload, line: Line, inputs: Inputs, truth_of: Callable[[str], exact.Result]
-) -> Line:
+def _checked(plan: Plan, work: Workload, line: Line, inputs: Inputs, truth_of: Truths) -> Line:
     missing = PEERS[line.variant].missing(plan.device) if line.variant in PEERS else None
     if missing:
         return replace(line, status=missing)
@@ -177,9 +174,6 @@ def _checked(
     if work.rows * work.columns > LARGEST_TRUTH[plan.device]:
         return replace(line, note="; ".join(filter(None, (line.note, "too large to be held to float64"))))
     return _judged(line, result, truth_of(line.variant))
-
-
-Answer = tuple[Tensor, list[Tensor | None]]
 
 
 def _first(plan: Plan, work: Workload, variant: str, inputs: Inputs) -> tuple[Answer, float | None]:

@@ -7,7 +7,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -125,9 +125,8 @@ def _sample_cpu(steps: Step, repeats: int) -> Sample:
             loss = steps.forward()
             middle = time.perf_counter()
             steps.backward(loss)
-            end = time.perf_counter()
+            backward += time.perf_counter() - middle
             forward += middle - start
-            backward += end - middle
     return forward / repeats, backward / repeats
 
 
@@ -199,7 +198,7 @@ def graph_samples(implementation: Implementation, work: Workload, device: str, r
     return found
 
 
-def ceilings(device: str, dtypes: Sequence[str]) -> dict[str, float]:
+def ceilings(device: str, dtypes: Iterable[str]) -> dict[str, float]:
     """The most that this machine reaches, by the fastest of some samples: operations a second of a square
     `torch.mm` by dtype, and "copy": bytes a second, read and written."""
 

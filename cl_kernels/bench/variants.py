@@ -55,8 +55,7 @@ def _on(rows: Callable[..., Tensor], loss: Callable[[float, Tensor], Tensor]) ->
 
 
 def _chunked_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(x, weight, target, options=options)
+    return F.linear_cross_entropy(x, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
 
 def _chunked(temperature: float, z: Tensor) -> Tensor:
