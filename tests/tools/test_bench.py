@@ -179,6 +179,11 @@ def test_what_does_not_fit_is_out_of_memory() -> None:
     assert fresh.measure(task).status == fresh.MEMORY
 
 
+def test_what_raises_in_its_process_says_so() -> None:
+    task = fresh.Task(small("clip"), "lightly", threads=1)  # which does not have the loss
+    assert fresh.measure(task).status == "KeyError: 'clip'"
+
+
 # Files
 
 
