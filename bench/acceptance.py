@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from cl_kernels.bench import fresh, machine, peers, results, run, timing
+from cl_kernels.bench import fresh, machine, results, run, timing
 from cl_kernels.bench.results import FLOOR, OURS, Line, ratio
+from cl_kernels.bench.variants import CHUNKED, COMPILED, EAGER
 from cl_kernels.bench.workloads import Workload
 
 MB = 1e6
-EAGER, COMPILED, CHUNKED = peers.EAGER, peers.COMPILED, peers.LINEAR_CROSS_ENTROPY
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from cl_kernels.bench import fresh, machine, run, variants
-from cl_kernels.bench.peers import PEERS
 from cl_kernels.bench.results import FLOOR, PHASES, Line
+from cl_kernels.bench.variants import PEERS
 from cl_kernels.bench.workloads import LOSSES, SIZES, Workload
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +39,7 @@ def cases() -> list[tuple[Workload, str, str]]:
     found = []
     for work in workloads():
         names = variants.our_names(BACKENDS)
-        names += [peer.name for peer in PEERS.values() if work.loss in peer.losses]
+        names += [name for name, peer in PEERS.items() if work.loss in peer.losses]
         found += [(work, name, phase) for name in names for phase in PHASES]
         found.append((work, FLOOR, "both"))
     return found

@@ -29,8 +29,8 @@ import torch
 from emulator import build
 
 from cl_kernels.bench import machine, report, results, run, timing, variants
-from cl_kernels.bench.peers import COMPILED, PEERS
 from cl_kernels.bench.results import Line, Results
+from cl_kernels.bench.variants import COMPILED, PEERS
 from cl_kernels.bench.workloads import Workload, differentiate
 
 REHEARSAL = "--rehearse" in sys.argv
@@ -78,7 +78,7 @@ def plan_for(id: str, budget: float) -> run.Plan:
     compiled = id in COMPILES and not REHEARSAL
     peers = [name for name in PEERS if name != COMPILED or compiled]
     rounds = 1 if REHEARSAL else 7
-    return run.Plan((), DEVICE, BACKENDS, peers, rounds, budget, memory=not REHEARSAL, static_curves=True)
+    return run.Plan((), DEVICE, BACKENDS, peers, rounds, budget, memory=not REHEARSAL, compile_all=True)
 
 
 def unmeasured(id: str, work: Workload) -> list[Line]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 
 from ..dispatch import BACKENDS, obstacle
 from . import compare, report, results, run, terminal, variants, workloads
-from .peers import COMPILED, PEERS
+from .variants import COMPILED, PEERS
 from .workloads import LOSSES, STANDARD
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -58,12 +57,12 @@ def main(options: argparse.Namespace) -> int:
             return 0
         plan = _plan(options)
         options.output.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     stored = options.output / "results.json"
     with terminal.progress() as progress:
-        found = run.run(plan, progress, keep=functools.partial(results.save, path=stored))
+        found = run.run(plan, progress, keep=lambda found: results.save(found, stored))
     results.save(found, stored)
     terminal.show(found)
     print(stored)
@@ -81,13 +80,10 @@ def _plan(options: argparse.Namespace) -> run.Plan:
     if options.rounds < 1 or options.temperature <= 0:
         raise ValueError("--rounds must be at least 1 and --temperature above 0")
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads)  # raises RuntimeError below 1
     backends = options.backends or variants.serving_backends(device)
     for backend in backends:
-        reason = obstacle(backend, device)
-        if reason:
+        if reason := obstacle(backend, device):
             raise ValueError(f"--backends {backend}: {reason}")
     losses = list(LOSSES) if "all" in options.losses else options.losses
     dtypes = options.dtypes or (("bfloat16",) if device == "cuda" else ("float32",))

@@ -1,9 +1,5 @@
-"""`python -m cl_kernels compare A.json B.json`: what became slower from one run to another.
-
-Machines differ from hour to hour, so by default a variant's time is taken as a multiple of its run's floor,
-the plain products that were timed in the same rounds; `--against` names another variant, or "time" for
-seconds.
-"""
+"""`python -m cl_kernels compare A.json B.json`: what became slower from one run to another, in multiples of
+each run's floor, since machines differ from hour to hour."""
 
 from __future__ import annotations
 
@@ -21,17 +17,16 @@ from .results import FLOOR, PHASES, Results, load, median, ratio
 SECONDS = "time"
 
 
-def _values(results: Results, against: str, phases: Sequence[str]) -> pd.DataFrame:
-    """The lines once for every phase, with a `value`: seconds, or the multiple of the other variant's whole
-    step, round by round; NaN where there is none."""
-    found = tables.lines(results)
-    others = found[found.variant == against]
+def _values(name: str, results: Results, against: str, phases: Sequence[str]) -> pd.DataFrame:
+    """The lines once for every phase, with a value under `name`: seconds, or the multiple of the other
+    variant's whole step, round by round; NaN where there is none."""
+    lines = tables.lines(results)
+    others = lines[lines.variant == against]
     unit = dict(zip(others.key, others.both, strict=True))
-    found = found.melt(
-        ["key", "work", "dtype", "variant", "ours", "status", "seconds"], list(phases), "phase"
-    )
+    kept = ["key", "work", "dtype", "variant", "ours", "status", "seconds"]
+    found = lines.melt(kept, list(phases), "phase")
     pairs = zip(found.value, found.key, strict=True)
-    found["value"] = [median(x) if against == SECONDS else ratio(x, unit.get(key, ())) for x, key in pairs]
+    found[name] = [median(x) if against == SECONDS else ratio(x, unit.get(key, ())) for x, key in pairs]
     return found
 
 
@@ -47,11 +42,9 @@ def compare(
     seconds or as multiples, their `factor`, a `verdict`, and whether that is a `regression`. A variant that
     was timed before and no longer gives a right answer is lost; what else one of the runs does not have is
     left out."""
-    old, new = (_values(results, against, phases) for results in (before, after))
-    old = old.loc[old.seconds.notna(), ["key", "variant", "phase", "value"]].rename(
-        columns={"value": "before"}
-    )
-    found = old.merge(new.rename(columns={"value": "after"}), on=["key", "variant", "phase"])
+    old, new = _values("before", before, against, phases), _values("after", after, against, phases)
+    on = ["key", "variant", "phase"]
+    found = old.loc[old.seconds.notna(), [*on, "before"]].merge(new, on=on)
     found = found[(found.variant != against) & (found.ours | everything)]
     found["factor"] = found.after / found.before
     lost, slower, faster = found.seconds.isna(), found.factor > threshold, found.factor < 1 / threshold
@@ -74,17 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """0: nothing is slower; 1: something is; 2: the files cannot be compared."""
-    if options.threshold < 1:
-        print(f"compare: the threshold is a factor of at least 1, got {options.threshold:g}", file=sys.stderr)
-        return 2
     try:
+        if options.threshold < 1:
+            raise ValueError(f"the threshold is a factor of at least 1, got {options.threshold:g}")
         before, after = load(options.before), load(options.after)
+        changes = compare(before, after, options.threshold, options.against, options.phases, options.all)
+        if changes.empty:
+            raise ValueError("the two runs have no variant and workload in common")
     except (OSError, ValueError) as error:
         print(f"compare: {error}", file=sys.stderr)
-        return 2
-    changes = compare(before, after, options.threshold, options.against, options.phases, options.all)
-    if changes.empty:
-        print("compare: the two runs have no variant and workload in common", file=sys.stderr)
         return 2
     show(before, after, changes, options.threshold, options.against)
     return 1 if changes.regression.any() else 0
@@ -93,14 +84,15 @@ def main(options: argparse.Namespace) -> int:
 def show(
     before: Results, after: Results, changes: pd.DataFrame, threshold: float, against: str = FLOOR
 ) -> None:
-    unit = "seconds" if against == SECONDS else f"multiples of the time of {against} in the same run"
+    unit, write = f"multiples of the time of {against} in the same run", figures.ratio
+    if against == SECONDS:
+        unit, write = "seconds", figures.time
     ours, theirs = before.machine.get("device"), after.machine.get("device")
     print(f"A {before.date}, {ours}")
     print(f"B {after.date}, {theirs}" + (" (another machine)" if ours != theirs else ""))
     print(f"In {unit}; slower from {threshold:g}× on.")
-    write = figures.time if against == SECONDS else figures.ratio
     words = ["work", "dtype", "variant", "phase"]
-    text = changes[words].assign(A=changes.before.map(write), B=changes.after.map(write))
-    text = text.assign(**{"B / A": changes.factor.map(figures.ratio), "": changes.verdict})
-    terminal.table(text, [*words, ""])
+    columns = {"A": changes.before.map(write), "B": changes.after.map(write)}
+    columns |= {"B / A": changes.factor.map(figures.ratio), "": changes.verdict}
+    terminal.table(changes[words].assign(**columns), [*words, ""])
     print(f"{changes.regression.sum()} of {len(changes)} slower")

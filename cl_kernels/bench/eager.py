@@ -17,11 +17,26 @@ TARGET_TEMPERATURE = 0.07
 COEFF = 0.5
 
 
+def views(features: Tensor, labels: Tensor) -> Tensor:
+    """Features [B, V, D] as rows [V * B, D], a view after the other."""
+    return features.transpose(0, 1).flatten(0, 1)
+
+
+def units(z0: Tensor, z1: Tensor) -> Tensor:
+    """Two views [N, D] as unit rows [2N, D]."""
+    return F.normalize(torch.cat((z0, z1)), dim=1)
+
+
+def columns(z0: Tensor, z1: Tensor) -> Tensor:
+    """The features of two views [N, D], standardised over the batch, as unit rows [2D, N]."""
+    standard = [(z - z.mean(0)) / z.std(0, correction=0) for z in (z0, z1)]
+    return F.normalize(torch.cat(standard, 1).T, dim=1)
+
+
 def supcon(temperature: float, features: Tensor, labels: Tensor) -> Tensor:
     """Khosla et al., 2020, equation 2; features [B, V, D], labels [B]."""
-    views = features.shape[1]
-    rows = features.transpose(0, 1).flatten(0, 1)  # [N, D]
-    same = torch.eq(labels[:, None], labels[None, :]).to(rows.dtype).repeat(views, views)  # [N, N]
+    rows, count = views(features, labels), features.shape[1]
+    same = torch.eq(labels[:, None], labels[None, :]).to(rows.dtype).repeat(count, count)  # [N, N]
     others = 1 - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     positives = same * others
 
@@ -35,26 +50,18 @@ def supcon(temperature: float, features: Tensor, labels: Tensor) -> Tensor:
 
 def multilevel(temperature: float, *levels_and_labels: Tensor) -> Tensor:
     *levels, labels = levels_and_labels
-    losses = [supcon(temperature, level, labels) for level in levels]
-    return torch.stack(losses).sum()
+    return torch.stack([supcon(temperature, level, labels) for level in levels]).sum()
 
 
 def nt_xent(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:
     """Chen et al., 2020, equation 1."""
-    return nt_xent_of(temperature, F.normalize(torch.cat((z0, z1)), dim=1))
+    return nt_xent_of(temperature, units(z0, z1))
 
 
 def nt_xent_of(temperature: float, z: Tensor) -> Tensor:
-    """The loss of unit rows, the second half the other views of the first."""
     own = torch.arange(len(z), device=z.device)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, own.roll(len(z) // 2))
-
-
-def columns(z0: Tensor, z1: Tensor) -> Tensor:
-    """The features of two views [N, D], standardised over the batch, as unit rows [2D, N]."""
-    standard = [(z - z.mean(0)) / z.std(0, correction=0) for z in (z0, z1)]
-    return F.normalize(torch.cat(standard, 1).T, dim=1)
 
 
 def dimcl(temperature: float, z0: Tensor, z1: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ of `eager`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,10 @@ from torch import Tensor
 
 from . import eager
 
-Result = tuple[Tensor, list[Tensor]]
-"""A loss and its gradients."""
+Result = tuple[Tensor, list[Tensor]]  # a loss and its gradients
+Truth = Callable[..., Result]
 
-ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Elements of a chunk of the matrix of similarities, by kind of machine."""
+ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of a chunk of the matrix of similarities
 
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:
@@ -26,16 +26,13 @@ def _leaves(*tensors: Tensor) -> list[Tensor]:
 
 
 def _mean_over_rows(
-    rows: int,
-    columns: int,
-    leaves: Sequence[Tensor],
-    operands: Sequence[Tensor],
-    losses: Callable[..., Tensor],
+    columns: int, leaves: Sequence[Tensor], operands: Sequence[Tensor], losses: Callable[..., Tensor]
 ) -> Result:
-    """The mean of `losses(chunk, *operands)`, a loss for each row of a slice, and the gradients of `leaves`,
-    of which the operands are made."""
+    """The mean of `losses(chunk, *operands)`, a loss for each row of a slice of the first operand, and the
+    gradients of `leaves`, of which the operands are made."""
     inner = [x.detach().requires_grad_() for x in operands]
-    total = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
+    rows = len(inner[0])
+    total = torch.zeros((), dtype=torch.float64, device=inner[0].device)
     chunk = max(1, ELEMENTS[total.device.type] // columns)
     for start in range(0, rows, chunk):
         loss = losses(slice(start, min(start + chunk, rows)), *inner).sum() / rows
@@ -53,8 +50,7 @@ def _others(chunk: slice, z: Tensor) -> Tensor:
 
 def supcon(temperature: float, features: Tensor, labels: Tensor) -> Result:
     (leaf,) = _leaves(features)
-    z = leaf.transpose(0, 1).flatten(0, 1)
-    label = labels.repeat(features.shape[1])
+    z, label = eager.views(leaf, labels), labels.repeat(features.shape[1])
 
     def losses(chunk: slice, z: Tensor) -> Tensor:
         others = _others(chunk, z)
@@ -64,7 +60,7 @@ def supcon(temperature: float, features: Tensor, labels: Tensor) -> Result:
         per_row = (log_prob * positives).sum(1) / positives.sum(1).clamp(min=1)
         return -temperature / eager.BASE_TEMPERATURE * per_row
 
-    return _mean_over_rows(len(z), len(z), [leaf], [z], losses)
+    return _mean_over_rows(len(z), [leaf], [z], losses)
 
 
 def multilevel(temperature: float, *levels_and_labels: Tensor) -> Result:
@@ -73,61 +69,31 @@ def multilevel(temperature: float, *levels_and_labels: Tensor) -> Result:
     return torch.stack([loss for loss, _ in results]).sum(), [grads[0] for _, grads in results]
 
 
-def _nt_xent_of(temperature: float, leaves: list[Tensor], z: Tensor, with_self: bool = False) -> Result:
-    """The loss of unit rows, the second half the other views of the first. With a row's similarity to itself
-    it is what a cross-entropy over classes computes."""
+def pairs(rows: Callable[..., Tensor], temperature: float, *inputs: Tensor, mask: bool = True) -> Result:
+    """The NT-Xent of what a function of `eager` makes of the inputs: unit rows, the second half the other
+    views of the first. Without the mask a row's similarity to itself counts, as in a cross-entropy."""
+    leaves = _leaves(*inputs)
+    z = rows(*leaves)
     partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
 
     def losses(chunk: slice, z: Tensor) -> Tensor:
         logits = z[chunk] @ z.T / temperature
-        if not with_self:
+        if mask:
             logits = logits.masked_fill(~_others(chunk, z), -torch.inf)
         return F.cross_entropy(logits, partner[chunk], reduction="none")
 
-    return _mean_over_rows(len(z), len(z), leaves, [z], losses)
+    return _mean_over_rows(len(z), leaves, [z], losses)
 
 
-def nt_xent(temperature: float, z0: Tensor, z1: Tensor, with_self: bool = False) -> Result:
-    leaves = _leaves(z0, z1)
-    return _nt_xent_of(temperature, leaves, F.normalize(torch.cat(leaves), dim=1), with_self)
-
-
-def dimcl(temperature: float, z0: Tensor, z1: Tensor, with_self: bool = False) -> Result:
-    leaves = _leaves(z0, z1)
-    return _nt_xent_of(temperature, leaves, eager.columns(*leaves), with_self)
-
-
-def supcon_with_self(temperature: float, features: Tensor, labels: Tensor) -> Result:
-    """The other view as the only positive, and a row's similarity to itself not masked."""
-    (leaf,) = _leaves(features)
-    return _nt_xent_of(temperature, [leaf], leaf.transpose(0, 1).flatten(0, 1), with_self=True)
-
-
-def _beside_queue(
-    loss: Callable[..., Tensor], temperature: float, q: Tensor, k: Tensor, queue: Tensor
-) -> Result:
+def _beside_queue(loss: Callable[..., Tensor], temperature: float, *views_k_queue: Tensor) -> Result:
     """The truth of an eager loss whose rows do not see one another."""
-    (leaf,), k, queue = _leaves(q), k.double(), queue.double()
+    *views, k, queue = (x.double() for x in views_k_queue)
+    leaves = _leaves(*views)
 
-    def losses(chunk: slice, q: Tensor) -> Tensor:
-        return loss(temperature, q[chunk], k[chunk], queue) * len(k[chunk])
+    def losses(chunk: slice, *views: Tensor) -> Tensor:
+        return loss(temperature, *(q[chunk] for q in views), k[chunk], queue) * len(k[chunk])
 
-    return _mean_over_rows(len(q), len(queue), [leaf], [leaf], losses)
-
-
-def sce(temperature: float, q: Tensor, k: Tensor, queue: Tensor) -> Result:
-    return _beside_queue(eager.sce, temperature, q, k, queue)
-
-
-def info_nce(temperature: float, q: Tensor, k: Tensor, queue: Tensor) -> Result:
-    return _beside_queue(eager.info_nce, temperature, q, k, queue)
-
-
-def sce_multicrop(temperature: float, *views_k_queue: Tensor) -> Result:
-    *views, k, queue = views_k_queue
-    results = [sce(temperature, q, k, queue) for q in views]
-    loss = torch.stack([loss for loss, _ in results]).mean()
-    return loss, [grads[0] / len(views) for _, grads in results]
+    return _mean_over_rows(len(views) * len(queue), leaves, leaves, losses)
 
 
 def clip(temperature: float, image: Tensor, text: Tensor, scale: Tensor) -> Result:
@@ -139,7 +105,7 @@ def clip(temperature: float, image: Tensor, text: Tensor, scale: Tensor) -> Resu
         cols = F.cross_entropy(scale * text[chunk] @ image.T, own[chunk], reduction="none")
         return (rows + cols) / 2
 
-    return _mean_over_rows(len(image), len(text), leaves, leaves, losses)
+    return _mean_over_rows(len(text), leaves, leaves, losses)
 
 
 def dcl(temperature: float, z0: Tensor, z1: Tensor) -> Result:
@@ -151,8 +117,12 @@ def dcl(temperature: float, z0: Tensor, z1: Tensor) -> Result:
         negatives = _others(chunk, z0).repeat(1, 2)
         return torch.cat((within, cross), 1).masked_fill(~negatives, -torch.inf).logsumexp(1) - positive
 
-    return _mean_over_rows(len(z0), 2 * len(z0), leaves, leaves, losses)
+    return _mean_over_rows(2 * len(z0), leaves, leaves, losses)
 
 
-_NAMED = (supcon, multilevel, nt_xent, dimcl, sce, sce_multicrop, info_nce, clip, dcl)
-LOSSES: dict[str, Callable[..., Result]] = {loss.__name__: loss for loss in _NAMED} | {"selfcon": supcon}
+LOSSES: dict[str, Truth] = {
+    "supcon": supcon, "selfcon": supcon, "multilevel": multilevel,
+    "nt_xent": partial(pairs, eager.units), "dimcl": partial(pairs, eager.columns),
+    "sce": partial(_beside_queue, eager.sce), "sce_multicrop": partial(_beside_queue, eager.sce_multicrop),
+    "info_nce": partial(_beside_queue, eager.info_nce), "clip": clip, "dcl": dcl,
+}  # fmt: skip

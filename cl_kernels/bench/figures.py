@@ -3,68 +3,55 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
+from functools import partial
+from typing import TypeGuard
 
 MISSING = "–"
 
-# From which value on, the size of the unit, its name; 0.412 ms reads better than 412 µs.
-_TIMES = ((1.0, 1.0, "s"), (1e-4, 1e-3, "ms"), (0.0, 1e-6, "µs"))
-_PREFIXES = (*((10.0**k, 10.0**k, name) for k, name in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"))),
-             (0.0, 1.0, ""))  # fmt: skip
+# A unit or a prefix, its size, and from which value on it is taken; 0.412 ms reads better than 412 µs.
+_TIMES = (("s", 1.0, 1.0), ("ms", 1e-3, 1e-4), ("µs", 1e-6, 0.0))
+_PREFIXES = (*((name, x, x) for name, x in zip("PTGMk", (1e15, 1e12, 1e9, 1e6, 1e3), strict=True)),
+             ("", 1.0, 0.0))  # fmt: skip
 
 
-def known(value: float | None) -> bool:
+def known(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, form: str = "#.3g") -> str:
     """Three significant digits, without an exponent where that is short: 0.0812, 12.0, 1050."""
-    if value is None or not math.isfinite(value):
+    if not known(value):
         return MISSING
     rounded = float(f"{value:.2e}")
-    if rounded and not 1e-4 <= abs(rounded) < 1e6:
-        return f"{value:.2e}"
-    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}" if rounded else "0"
-
-
-def short(text: str) -> str:
-    """Without the zeros at the end of its decimals, for what is exact: 1 ms, 0.1."""
-    return re.sub(r"\.0+(?!\d)|(\.\d*?[1-9])0+(?!\d)", r"\1", text)
+    if not rounded or 1e3 <= abs(rounded) < 1e6:
+        return f"{rounded:.0f}"
+    return f"{rounded:{form}}".removesuffix(".")
 
 
 def plain(value: float) -> str:
-    return short(number(value))
+    """Without zeros at the end, for what is exact: 0.1, 1000."""
+    return number(value, ".3g")
 
 
-def _scaled(scales: Sequence[tuple[float, float, str]], unit: str, *values: float | None) -> str:
+def _scaled(units: Sequence[tuple[str, float, float]], suffix: str, *values: float | None) -> str:
     """Values in the unit of the last."""
-    found = [x for x in values if x is not None and math.isfinite(x)]
+    found = [x for x in values if known(x)]
     if len(found) < len(values):
         return MISSING
     rounded = abs(float(f"{found[-1]:.2e}"))
-    _, size, name = next(scale for scale in scales if rounded >= scale[0])
-    return f"{'–'.join(number(x / size) for x in found)} {name}{unit}"
+    name, size, _ = next(unit for unit in units if rounded >= unit[2])
+    return f"{'–'.join(number(x / size) for x in found)} {name}{suffix}"
 
 
-def time(*seconds: float | None) -> str:
-    """0.412 ms, 210 ms, 2.15 s; a range in one unit: 205–214 ms."""
-    return _scaled(_TIMES, "", *seconds)
-
-
-def rate(per_second: float | None) -> str:
-    """163 GFLOP/s."""
-    return _scaled(_PREFIXES, "FLOP/s", per_second)
-
-
-def bandwidth(per_second: float | None) -> str:
-    """21.3 GB/s."""
-    return _scaled(_PREFIXES, "B/s", per_second)
-
-
-def size(count: float | None) -> str:
-    """Bytes, in powers of ten: 42.1 MB."""
-    return _scaled(_PREFIXES, "B", count)
+time = partial(_scaled, _TIMES, "")
+"""0.412 ms, 210 ms, 2.15 s; a range in one unit: 205–214 ms."""
+rate = partial(_scaled, _PREFIXES, "FLOP/s")
+"""163 GFLOP/s."""
+bandwidth = partial(_scaled, _PREFIXES, "B/s")
+"""21.3 GB/s."""
+size = partial(_scaled, _PREFIXES, "B")
+"""Bytes, in powers of ten: 42.1 MB."""
 
 
 def ratio(value: float | None) -> str:
@@ -72,10 +59,10 @@ def ratio(value: float | None) -> str:
     return f"{number(value)}×" if known(value) else MISSING
 
 
-def error(value: float | None, missing: str = MISSING) -> str:
+def error(value: float | None) -> str:
     """3.1e-07."""
     if not known(value):
-        return missing
+        return MISSING
     return f"{value:.1e}" if value else "0"
 
 

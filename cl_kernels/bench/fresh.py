@@ -14,8 +14,10 @@ import resource
 import statistics
 import sys
 import time
+import timeit
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
@@ -24,8 +26,7 @@ import torch
 from . import variants
 from .workloads import Workload, differentiate
 
-MEMORY = "out of memory"
-"""The status of what does not fit."""
+MEMORY = "out of memory"  # the status of what does not fit
 
 
 def message(error: Exception) -> str:
@@ -64,21 +65,15 @@ def measure(task: Task) -> Measurement:
     method = next(x for x in ("forkserver", "spawn") if x in multiprocessing.get_all_start_methods())
     context: Any = multiprocessing.get_context(method)
     context.set_forkserver_preload(["torch", variants.__name__])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, task))
-    process.start()
-    sender.close()
-    try:
-        return Measurement(task, **receiver.recv())
-    except EOFError:
-        process.join()
-        killed = process.exitcode is not None and process.exitcode < 0
-        return Measurement(task, MEMORY if killed else f"the process ended with {process.exitcode}")
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(_measured, task).result()
+        except Exception as error:
+            lost = isinstance(error, (MemoryError, BrokenProcessPool)) or "memory" in str(error)
+            return Measurement(task, MEMORY if lost else message(error))
 
 
-def _work(sender: Connection, task: Task) -> None:
+def _measured(task: Task) -> Measurement:
     if task.threads:
         torch.set_num_threads(task.threads)
     work, implementation = task.work, variants.implementation(task.variant, task.work.loss)
@@ -87,45 +82,33 @@ def _work(sender: Connection, task: Task) -> None:
         return differentiate(implementation, work.temperature, work.inputs())
 
     step = step_of(work)
-    try:
-        # What is set up once is not the loss's: libraries, their threads, and what is compiled for this size.
-        warm = step if variants.is_static(task.variant) else step_of(_small(work))
-        warm()
-        torch.mm(torch.ones(1024, 1024), torch.ones(1024, 1024))
-        _give_back()
-        if task.limit is not None and sys.platform == "linux":
-            process = psutil.Process()
-            process.rlimit(psutil.RLIMIT_DATA, (process.memory_info().data + task.limit,) * 2)
-        before = _reset_peak()
-        times = [_seconds(step)]
-    except (RuntimeError, MemoryError) as error:
-        lost = isinstance(error, MemoryError) or "memory" in str(error)
-        sender.send({"status": MEMORY if lost else message(error)})
-        return
+    # What is set up once is not the loss's: libraries, their threads, and what is compiled for this size.
+    warm = step if task.variant == variants.COMPILED else step_of(_small(work))
+    warm()
+    torch.mm(torch.ones(1024, 1024), torch.ones(1024, 1024))
+    _give_back()
+    if task.limit is not None and sys.platform == "linux":
+        process = psutil.Process()
+        process.rlimit(psutil.RLIMIT_DATA, (process.memory_info().data + task.limit,) * 2)
+    before = _reset_peak()
+    times = [timeit.timeit(step, number=1)]
     peak = _peak() - before
     deadline = time.perf_counter() + task.seconds - times[0]
     while len(times) < task.repeats + 1 and time.perf_counter() < deadline:
-        times.append(_seconds(step))
-    ms = 1e3 * statistics.median(times[1:] or times)
-    sender.send({"status": "ok", "ms": ms, "peak": max(peak, 0)})
+        times.append(timeit.timeit(step, number=1))
+    return Measurement(task, "ok", 1e3 * statistics.median(times[1:] or times), max(peak, 0))
 
 
 def _small(work: Workload) -> Workload:
-    square = work.rows == work.columns
     rows = min(work.rows, 64)
-    return replace(work, rows=rows, columns=rows if square else min(work.columns, 129))
-
-
-def _seconds(step: Any) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    columns = rows if work.rows == work.columns else min(work.columns, 129)
+    return replace(work, rows=rows, columns=columns)
 
 
 def _give_back() -> None:
     """Free memory to the operating system, so that its reuse counts."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim:
         trim(0)
 

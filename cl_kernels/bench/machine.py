@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -54,16 +55,10 @@ def describe(device: str) -> dict[str, Any]:
 def commit() -> str:
     """The commit of the checkout that the package is imported from; empty for an installed one."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=, with changes"]
+    if not (root / ".git").exists() or not shutil.which("git"):
         return ""
-    try:
-        head, changed = (
-            subprocess.run(["git", "-C", str(root), *x], capture_output=True, text=True).stdout.strip()
-            for x in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except OSError:
-        return ""
-    return head + (", with changes" if changed else "")
+    return subprocess.run(describe, cwd=root, capture_output=True, text=True).stdout.strip()
 
 
 def command() -> str:
@@ -83,8 +78,7 @@ def cpu_name() -> str:
 
 def capability(device: str) -> str:
     if device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        return f"sm_{major}{minor}"
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
     return extension.cpu.build_info().get("cpu_capability") or torch.backends.cpu.get_cpu_capability().lower()
 
 
@@ -123,11 +117,4 @@ def cache(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = (path.read_text().strip() for path in files)
-    return max((int(size.rstrip("KMG")) * units.get(size[-1], 1) for size in sizes), default=0)
-
-
-def same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether ratios measured on two machines can be expected to agree."""
-    return all(one.get(key) == other.get(key) for key in ("kind", "device", "capability", "threads"))
+    return max((int(path.read_text().strip().removesuffix("K")) << 10 for path in files), default=0)

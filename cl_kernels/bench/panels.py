@@ -34,11 +34,9 @@ PALETTE = {
 _MARKERS = (("s", 6.5), ("^", 8.0), ("D", 6.5), ("v", 8.0), ("P", 9.0), ("X", 8.5), ("8", 7.5), ("*", 11.0),
             ("h", 8.0), ("<", 8.0), (">", 8.0))  # fmt: skip
 _KNOWN = ("eager", "torch.compile", "pytorch-metric-learning", "lightly", "linear_cross_entropy")
-_TEXT = 11.5
-_RAIL = 0.065  # a row above the axes, of their height
+_TOP, _RAIL = 1.02, 0.065  # where rows above the axes begin, and how high one is, of the axes' height
 
-Ink = Mapping[str, str]
-"""The palette on one kind of paper."""
+Ink = Mapping[str, str]  # the palette on one kind of paper
 Draw = Callable[[Axes, Ink], None]
 
 
@@ -46,8 +44,8 @@ Draw = Callable[[Axes, Ink], None]
 class Style:
     color: str  # of PALETTE
     marker: str
-    width: float
     size: float
+    width: float = 1.5
     dashes: str = "-"
     order: int = 3
 
@@ -62,46 +60,45 @@ class Style:
         return self.line(ink, linestyle="", **other)
 
 
-Styles = Mapping[str, Style]
+Styles = Mapping[str, Style]  # by variant
 
 
-def styles(variants: Iterable[str]) -> dict[str, Style]:
+def styles(variants: Sequence[str]) -> dict[str, Style]:
     """One colour and marker a variant. Well-known peers have the same ones in every report."""
-    found: dict[str, Style] = {}
-    mine, others = 0, len(_KNOWN)
-    for variant in variants:
-        if variant.split(" ")[0] == OURS:
-            found[variant] = Style(f"ours-{mine % 3 + 1}", ("o", "H", "p")[mine % 3], 2.8, 8.5, order=5)
-            mine += 1
-        elif variant == FLOOR:
-            found[variant] = Style("floor", "d", 1.3, 6.5, "--", 2)
-        else:
-            slot = _KNOWN.index(variant) if variant in _KNOWN else others
-            others += variant not in _KNOWN
-            marker, size = _MARKERS[slot % len(_MARKERS)]
-            found[variant] = Style(f"series-{slot % 7 + 1}", marker, 1.5, size)
-    return found
+    ours = [x for x in variants if x.split(" ")[0] == OURS]
+    others = [*_KNOWN, *(x for x in variants if x not in (*ours, *_KNOWN, FLOOR))]
+    found = {FLOOR: Style("floor", "d", 6.5, 1.3, "--", 2)}
+    for i, variant in enumerate(ours):
+        found[variant] = Style(f"ours-{i % 3 + 1}", "oHp"[i % 3], 8.5, 2.8, order=5)
+    for i, variant in enumerate(others):
+        found[variant] = Style(f"series-{i % 7 + 1}", *_MARKERS[i % len(_MARKERS)])
+    return {variant: found[variant] for variant in variants}
 
 
 class Panel:
-    """One figure, as SVG images on light and on dark paper; a point of it is a pixel of the page."""
+    """One figure, as SVG images on light and on dark paper; a point of it is a pixel of the page. `styles`
+    are those that a legend has to name."""
 
-    def __init__(self, title: str, what: str, variants: Iterable[str], draw: Draw, *size: float) -> None:
-        self.title, self.variants = title, frozenset(variants)
+    def __init__(
+        self, title: str, what: str, draw: Draw, styles: Iterable[Style] = (),
+        size: tuple[float, float] = (380, 290),
+    ) -> None:  # fmt: skip
+        self.title, self.styles = title, frozenset(styles)
         self.description = f"{what}. The tables have its figures." if what else ""
         inks = ({name: colors[i] for name, colors in PALETTE.items()} for i in range(2))
-        self.images = [_image(draw, ink, *(size or (380, 290))) for ink in inks]
+        self.images = [_image(draw, ink, *size) for ink in inks]
 
 
 def _image(draw: Draw, ink: Ink, width: float, height: float) -> str:
     """A URI with the figure in it."""
     file = io.BytesIO()
     settings: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "cl_kernels", "text.parse_math": False, "font.size": _TEXT,
-        "text.color": ink["soft"], "axes.titlecolor": ink["soft"], "axes.edgecolor": ink["soft"],
-        "axes.labelcolor": ink["soft"], "xtick.color": ink["soft"], "ytick.color": ink["soft"],
-        "axes.titlesize": _TEXT, "axes.titlelocation": "left", "axes.spines.top": False,
-        "axes.spines.right": False, "axes.axisbelow": True, "grid.color": ink["grid"],
+        "svg.fonttype": "none", "svg.hashsalt": "cl_kernels", "text.parse_math": False, "font.size": 11.5,
+        "text.color": ink["soft"], "axes.edgecolor": ink["soft"], "axes.labelcolor": ink["soft"],
+        "xtick.color": ink["soft"], "ytick.color": ink["soft"], "axes.titlesize": "medium",
+        "axes.titlelocation": "left", "axes.titley": _TOP, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True,
+        "axes.grid.axis": "y", "grid.color": ink["grid"],
     }  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure((width / 72, height / 72), layout="constrained")
@@ -119,10 +116,7 @@ def key(style: Style) -> Panel:
         axes.set_position((0, 0, 1, 1))  # and not as the layout would have it
         axes.plot([0, 1, 2], [0, 0, 0], **style.line(ink), markevery=[1])
 
-    return Panel("", "", (), draw, 34, 14)
-
-
-# What the panels have in common
+    return Panel("", "", draw, size=(34, 14))
 
 
 def log_axis(axis: Any, low: float, high: float, text: Any) -> None:
@@ -134,33 +128,26 @@ def log_axis(axis: Any, low: float, high: float, text: Any) -> None:
     axis.set_major_formatter(text)
 
 
-def note(
-    axes: Axes, text: str, at: tuple[float, float], color: str, offset: tuple[float, float] = (0, 0),
-    align: str = "left center_baseline", where: tuple[Any, Any] = ("axes fraction", "data"),
-) -> None:  # fmt: skip
-    """Words at a share of the width and a height of the data."""
-    horizontal, vertical = align.split()
-    axes.annotate(text, at, offset, where, "offset points", color=color, ha=horizontal, va=vertical)
-
-
-def level(axes: Axes, y: float, label: str, ink: Ink, dashes: str = "-", side: str = "bottom") -> None:
-    axes.axhline(y, color=ink["soft"], linewidth=1.0, linestyle=dashes, zorder=1)
-    note(axes, label, (0, y), ink["soft"], (4, 3 if side == "bottom" else -3), f"left {side}")
+def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **other: Any) -> None:
+    """Words at a share of the width and a height of the data, unless `xycoords` says otherwise."""
+    usual = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center_baseline"}
+    axes.annotate(text, at, offset, **(usual | other))
 
 
 def heading(
-    axes: Axes, text: str, rails: Mapping[str, Sequence[float]], label: str, x: float, all_styles: Styles,
-    ink: Ink, **mark: Any,
+    axes: Axes, text: str, rails: Mapping[Style, Sequence[float]], label: str, x: float, ink: Ink,
+    **mark: Any,
 ) -> None:  # fmt: skip
     """Says above the y axis what it shows; between them are rows for what has no place in the axes: where
-    each variant of `rails` was lost, and from `x` on why."""
-    for i, (variant, xs) in enumerate(rails.items()):
-        low, style = 1.02 + _RAIL * i, all_styles[variant]
+    each of `rails` was lost, and from `x` on why."""
+    for i, (style, xs) in enumerate(rails.items()):
+        low = _TOP + _RAIL * i
         band: dict[str, Any] = {"transform": axes.transAxes, "color": ink["band"], "clip_on": False}
         axes.add_patch(Rectangle((0, low), 1, _RAIL, linewidth=0, **band))
-        color = {"markeredgecolor": ink[style.color]} if mark else {}
+        if mark:
+            mark["markeredgecolor"] = ink[style.color]
         where = [low + _RAIL / 2] * len(xs)
-        axes.plot(xs, where, transform=axes.get_xaxis_transform(), **style.mark(ink, **mark, **color))
+        axes.plot(xs, where, transform=axes.get_xaxis_transform(), **style.mark(ink, **mark))
     if rails:
-        axes.text(x, 1.02 + _RAIL / 2, label, transform=axes.transAxes, va="center_baseline")
-    axes.set_title(text, y=1.02 + _RAIL * len(rails), pad=6.0)
+        axes.text(x, _TOP + _RAIL / 2, label, transform=axes.transAxes, va="center_baseline")
+    axes.set_title(text, y=_TOP + _RAIL * len(rails))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -28,16 +29,16 @@ def _written(template: str, results: Results, finalize: Any = None, **more: obje
     environment.filters["plain"] = figures.plain
     found = tables.lines(results)
     errors = tables.errors(tables.accuracy(results))
-    headlines, timed, rest = tables.measured(found)
-    everything, _, _ = tables.measured(found, everything=True)
+    text, timed, rest = tables.measured(found)
+    everything = [work.to_dict("records") for _, work in text.groupby("key", sort=False)]
     return environment.get_template(template).render(
         summary=tables.summary(found),
         machine=tables.machine(results),
         busy=tables.busy(results),
         timed=timed,
         rest=rest,
-        headlines=[x.to_dict("records") for _, x in headlines.groupby("key", sort=False)],
-        everything=[x.to_dict("records") for _, x in everything.groupby("key", sort=False)],
+        headlines=[work for work in everything if work[0]["headline"]],
+        everything=everything,
         untimed=tables.untimed(found),
         temperatures=list(errors.columns),
         errors=errors.reset_index().to_numpy().tolist(),
@@ -51,33 +52,25 @@ def _escaped(value: object) -> Markup:
     if isinstance(value, Markup):
         return value
     text, _, spread = str(value).partition("\n")
-    text = " ".join(f"{text} ({spread})".split() if spread else text.split()).replace("\\", "\\\\")
-    for mark in "|*_`<[":
-        text = text.replace(mark, "\\" + mark)
-    return Markup(text)
+    text = " ".join(f"{text} ({spread})".split() if spread else text.split())
+    return Markup(re.sub(r"([\\|*_`<\[])", r"\\\1", text))
 
 
 def _sections(results: Results) -> list[dict[str, Any]]:
     """Panels by heading, and the entries of a legend by variant; the template has what is said of them."""
-    found, accuracy, known = tables.lines(results), tables.accuracy(results), styles(tables.variants(results))
-    errors = {
-        f"The {which}, {kind} inputs": panels
-        for which in ("gradient", "loss")
-        for kind, panels in plots.errors(accuracy, known, which).items()
-    }
+    found, known = tables.lines(results), styles(tables.variants(results))
     limit = results.machine.get("memory_bytes")
     sections: list[tuple[str, str, dict[str, list[Panel]]]] = [
         ("speed", "Speed at the headline workloads", {"": plots.speedups(found, known)}),
         ("time", "Time", {"": plots.times(found, known)}),
         ("memory", "Memory", {"": plots.memories(found, known, limit)}),
         ("roofline", "Roofline", {"": plots.rooflines(found, known, results.ceilings)}),
-        ("errors", "Accuracy", errors),
+        ("errors", "Accuracy", plots.errors(tables.accuracy(results), known)),
     ]
     filled = []
     for name, title, groups in sections:
-        shown = {variant for panels in groups.values() for panel in panels for variant in panel.variants}
-        named = name == "speed"  # there, names stand beside the marks
-        legend = {} if named else {v: key(style) for v, style in known.items() if v in shown}
-        if shown:
+        if panels := [panel for group in groups.values() for panel in group]:
+            shown = {style for panel in panels for style in panel.styles}
+            legend = {variant: key(style) for variant, style in known.items() if style in shown}
             filled.append({"name": name, "title": title, "groups": groups, "legend": legend})
     return filled

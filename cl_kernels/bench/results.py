@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 PHASES = ("forward", "backward", "both")
-OURS = "cl_kernels"
-"""The name of our variants, alone or followed by a backend."""
-FLOOR = "floor"
-"""The name of the variant that is only as many plain products as the fewest operations are worth."""
+OURS = "cl_kernels"  # the name of our variants, alone or followed by a backend
+FLOOR = "floor"  # that of the variant that is only as many plain products as the fewest operations are worth
 FORMAT = 2
 
 
@@ -110,43 +108,32 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return median([a / b for a, b in zip(over, under, strict=False)])
 
 
-# Files
+def save(results: Results, path: Path) -> None:
+    tables = {"lines": _table(Line, results.lines), "accuracy": _table(Accuracy, results.accuracy)}
+    write({"format": FORMAT, **vars(results), **tables}, path)
 
 
-def content(results: Results) -> dict[str, Any]:
-    """The file's keys and values."""
-    tables = {"lines": _rows(Line, results.lines), "accuracy": _rows(Accuracy, results.accuracy)}
-    return {"format": FORMAT, **{f.name: getattr(results, f.name) for f in fields(Results)}, **tables}
-
-
-def _rows(kind: type, records: Iterable[Any]) -> list[Sequence[Any]]:
+def _table(kind: type, records: Iterable[Any]) -> list[Sequence[Any]]:
     def finite(value: Any) -> Any:  # JSON has no NaN and no infinity
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return [[f.name for f in fields(kind)], *(list(map(finite, astuple(x))) for x in records)]
 
 
-def as_text(values: Mapping[str, Any]) -> str:
+def write(values: Mapping[str, Any], path: Path) -> None:
     """JSON with a line for every key, and for every item of a list."""
 
-    def one(value: object) -> str:
+    def text(value: object) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
     def block(value: object) -> str:
-        return "[\n" + ",\n".join(map(one, value)) + "\n]" if isinstance(value, list) else one(value)
+        return "[\n" + ",\n".join(map(text, value)) + "\n]" if isinstance(value, list) else text(value)
 
-    return "{\n" + ",\n".join(f"{one(key)}: {block(value)}" for key, value in values.items()) + "\n}\n"
-
-
-def write(values: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_name(path.name + ".part")  # so that what is there is never half a file
-    whole.write_text(as_text(values), encoding="utf-8")
+    lines = ",\n".join(f"{text(key)}: {block(value)}" for key, value in values.items())
+    whole.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     whole.replace(path)
-
-
-def save(results: Results, path: Path) -> None:
-    write(content(results), path)
 
 
 def load(path: Path) -> Results:
@@ -156,7 +143,7 @@ def load(path: Path) -> Results:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"these are not results of `python -m cl_kernels bench` (no format {FORMAT})")
         tables = {"lines": _records(Line, data["lines"]), "accuracy": _records(Accuracy, data["accuracy"])}
-        return Results(**{**{f.name: data[f.name] for f in fields(Results)}, **tables})
+        return Results(**({f.name: data[f.name] for f in fields(Results)} | tables))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 

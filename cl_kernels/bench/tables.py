@@ -16,8 +16,7 @@ import pandas as pd
 from . import figures
 from .results import FLOOR, OURS, PHASES, Accuracy, Line, Results, median
 
-BUSY = 0.25
-"""The load a core, before the first measurement, from which on a machine counts as busy."""
+BUSY = 0.25  # the load a core, before the first measurement, from which on a machine counts as busy
 QUARTILES = (0.25, 0.5, 0.75)
 _NUMBERS = ("flops", "bytes", "memory", "loss_error", "gradient_error")
 _FIRST = ("device", "kind", "cores", "threads", "memory_bytes", "governor", "load_before", "load_after",
@@ -70,28 +69,22 @@ def variants(results: Results) -> list[str]:
     return sorted(found, key=lambda name: (name == FLOOR) - (name.split(" ")[0] == OURS))
 
 
-# Tables of text
-
-
-def measured(found: pd.DataFrame, everything: bool = False) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """The headlines among lines (`everything`: all) with columns of text; the names of the columns that need
-    a time, and of those that do not."""
-    headlines = found[found.headline]
-    text: dict[str, tuple[str, Callable[[Any], str]]] = {phase: (phase, _samples) for phase in PHASES}
-    if headlines.graph.astype(bool).any():
-        text["CUDA graph"] = ("graph", _samples)
-    text["speed-up"] = ("ratio", lambda x: figures.ratio(x) if figures.known(x) else "")
-    text["rate"] = ("rate", figures.rate)
-    text["of torch.mm"] = ("share", figures.number)
+def measured(found: pd.DataFrame) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """Lines with columns of text; the names of the columns that need a time, and of those that do not."""
+    timed: dict[str, tuple[str, Callable[[Any], str]]] = {phase: (phase, _samples) for phase in PHASES}
+    if found.graph[found.headline].astype(bool).any():
+        timed["CUDA graph"] = ("graph", _samples)
+    timed["speed-up"] = ("ratio", lambda x: figures.ratio(x) if figures.known(x) else "")
+    timed["rate"] = ("rate", figures.rate)
+    timed["of torch.mm"] = ("share", figures.number)
     rest = {
         "peak memory": ("memory", figures.size),
         "loss error": ("loss_error", figures.error),
         "gradient error": ("gradient_error", figures.error),
     }
-    chosen = found if everything else headlines
-    shown = {name: chosen[column].map(write) for name, (column, write) in (text | rest).items()}
-    kept = chosen[["key", "work", "dtype", "temperature", "variant", "note", "ours", "why"]]
-    return kept.assign(**shown), list(text), list(rest)
+    text = {name: found[column].map(write) for name, (column, write) in (timed | rest).items()}
+    kept = found[["key", "work", "dtype", "temperature", "headline", "variant", "note", "ours", "why"]]
+    return kept.assign(**text), list(timed), list(rest)
 
 
 def _samples(samples: Sequence[float]) -> str:
@@ -131,9 +124,6 @@ def _worst(found: pd.Series) -> str:
     return figures.error(found.max()) + (f"\nNaN in {lost} of {len(found)}" if lost else "")
 
 
-# Words
-
-
 def summary(found: pd.DataFrame) -> str:
     """The first workload that we have a time for, in a sentence: against eager, torch.compile, and whichever
     peer was fastest."""
@@ -157,10 +147,9 @@ def summary(found: pd.DataFrame) -> str:
 
 def machine(results: Results) -> list[tuple[str, str]]:
     """Names and values of what is known about the machine and the run. Keys that are not known come last."""
-    facts, copy = results.machine, results.ceilings.get("copy")
-    order = sorted(facts, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
+    facts, copy = dict.fromkeys(_FIRST) | results.machine, results.ceilings.get("copy")
     rates = [f"{dtype} {figures.rate(x)}" for dtype, x in results.ceilings.items() if dtype != "copy"]
-    found = [(key.removesuffix("_bytes").replace("_", " "), _fact(key, facts[key])) for key in order]
+    found = [(key.removesuffix("_bytes").replace("_", " "), _fact(key, x)) for key, x in facts.items()]
     found += [
         ("torch.mm here", ", ".join(rates)),
         ("copy here", f"{figures.bandwidth(copy)} read and written" if copy else ""),
@@ -172,7 +161,7 @@ def machine(results: Results) -> list[tuple[str, str]]:
 
 
 def _fact(key: str, value: Any) -> str:
-    if key.endswith("_bytes"):
+    if value and key.endswith("_bytes"):
         return figures.size(value)
     return figures.plain(value) if isinstance(value, float) else str(value or "")
 

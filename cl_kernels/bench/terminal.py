@@ -42,7 +42,7 @@ def show(results: Results) -> None:
     """The headline table and the variants without a time."""
     lines = tables.lines(results)
     found, timed, rest = tables.measured(lines)
-    for _, work in found.groupby("key", sort=False):
+    for _, work in found[found.headline].groupby("key", sort=False):
         title, work = f"{work.work.iloc[0]} {work['dtype'].iloc[0]}", work[work.why == ""]
         text = work[["variant", *timed, *rest]].map(lambda cell: cell.partition("\n")[0])
         styles = ["bold" if x.ours else "dim" if x.variant == FLOOR else "" for x in work.itertuples()]

@@ -7,7 +7,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,18 +16,13 @@ from torch import Tensor
 
 from .workloads import Implementation, Inputs, Workload
 
-COPIES = 16
-"""Copies of the inputs, at most."""
+COPIES = 16  # of the inputs, at most
+FEWEST = 3  # rounds of even the slowest variant
+MATRIX = 1 << 30  # bytes of a result of the floor's products, at most
+HOLD = 1.5  # how long the GPU is held before a sample: over the time that its launches take the host
+REPLAYS = 20  # of a CUDA graph in a sample
 
-FEWEST = 3
-"""Rounds of even the slowest variant."""
-
-
-MATRIX = 1 << 30
-"""Bytes of a result of the floor's products, at most."""
-
-Sample = tuple[float, float]
-"""Seconds of a forward and of a backward."""
+Sample = tuple[float, float]  # seconds of a forward and of a backward
 
 
 class Step(NamedTuple):
@@ -39,22 +34,14 @@ class Step(NamedTuple):
 
 def steps(implementation: Implementation, temperature: float, copies: Sequence[Inputs]) -> Step:
     """The steps of one variant, each on the next copy of the inputs."""
-    leaves = [tuple(x.detach().clone().requires_grad_() for x in copy.leaves) for copy in copies]
-    turns = itertools.cycle([Inputs(x, copy.rest) for x, copy in zip(leaves, copies, strict=True)])
-
-    def forward() -> Tensor:
-        inputs = next(turns)
-        for leaf in inputs.leaves:
-            leaf.grad = None
-        return implementation(temperature, *inputs.leaves, *inputs.rest)
-
-    return Step(forward, Tensor.backward)
+    turns = itertools.cycle([copy.requiring_gradients() for copy in copies])
+    return Step(lambda: next(turns).forward(implementation, temperature), Tensor.backward)
 
 
 def products(work: Workload, device: str) -> Step:
     """The floor: plain products N x D · D x M into memory that is there, as many as the fewest operations are
     worth, by chunks of rows where the result would be large."""
-    sizes = ((rows, work.contraction) for rows in (work.rows, work.columns))
+    sizes = ((rows, sum(work.widths)) for rows in (work.rows, work.columns))
     left, right = (torch.randn(size, device=device).to(work.torch_dtype) for size in sizes)
     chunks = left.split(min(max(1, MATRIX // (work.columns * left.element_size())), work.rows))
     out = torch.empty(len(chunks[0]), work.columns, device=device, dtype=work.torch_dtype)
@@ -93,50 +80,40 @@ def interleaved(
     samples: dict[str, list[Sample]] = {name: [] for name in variants}
     spent = dict.fromkeys(variants, 0.0)
     repeats: dict[str, int] = {}
+    compared = [name for name in variants if name in often]
     others = [name for name in variants if name not in often]
 
     def sample(name: str) -> Sample:
         take = _sample_gpu if device == "cuda" else _sample_cpu
-        if name not in repeats:
-            once = take(variants[name], 1)
-            repeats[name] = max(1, min(100, round(at_least / max(sum(once), 1e-7))))
-            if repeats[name] == 1:
-                return once
-        return take(variants[name], repeats[name])
+        if name in repeats:
+            return take(variants[name], repeats[name])
+        once = take(variants[name], 1)
+        repeats[name] = max(1, min(100, round(at_least / max(sum(once), 1e-7))))
+        return once if repeats[name] == 1 else sample(name)
 
     for turn in range(rounds):
         if turn >= FEWEST:
             others = [name for name in others if spent[name] < seconds / len(variants)]
-            if sum(spent.values()) >= seconds or not (others or set(variants) <= set(often)):
+            if sum(spent.values()) >= seconds or not (others or len(compared) == len(variants)):
                 break
-        left = [name for name in variants if name in often or name in others]
-        found: dict[str, list[Sample]] = {name: [] for name in left}
-        for name in _order(left, often, backwards=turn % 2 == 1):
+        order = [*compared, *(name for other in others for name in (other, *compared))]
+        found: dict[str, list[Sample]] = {name: [] for name in order}
+        for name in reversed(order) if turn % 2 else order:
             found[name].append(sample(name))
             spent[name] += sum(found[name][-1]) * repeats[name]
-        for name in left:
-            samples[name].append(sorted(found[name], key=sum)[len(found[name]) // 2])
+        for name, taken in found.items():
+            samples[name].append(sorted(taken, key=sum)[len(taken) // 2])
     return samples
-
-
-def _order(names: Sequence[str], often: Collection[str], backwards: bool) -> list[str]:
-    """Each name once, and those of `often` around each of the others."""
-    compared = [name for name in names if name in often]
-    order = list(compared)
-    for name in names:
-        if name not in often:
-            order += [name, *compared]
-    return order[::-1] if backwards else order
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if enabled:
+        if collecting:
             gc.enable()
 
 
@@ -148,14 +125,9 @@ def _sample_cpu(steps: Step, repeats: int) -> Sample:
             loss = steps.forward()
             middle = time.perf_counter()
             steps.backward(loss)
-            end = time.perf_counter()
+            backward += time.perf_counter() - middle
             forward += middle - start
-            backward += end - middle
     return forward / repeats, backward / repeats
-
-
-HOLD = 1.5
-"""How long the GPU is held before a sample, as a multiple of the time that its launches take the host."""
 
 
 def _sample_gpu(steps: Step, repeats: int) -> Sample:
@@ -181,25 +153,29 @@ def _sample_gpu(steps: Step, repeats: int) -> Sample:
     return forward / repeats, backward / repeats
 
 
+def _seconds_on_gpu(queue: Callable[[], object]) -> float:
+    """The time between two events around what is queued."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    queue()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
 @functools.cache
 def _clock_rate() -> float:
     """Cycles a second of the GPU's clock, as `_sleep` counts them."""
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cycles = 10_000_000
-    first.record()
-    torch.cuda._sleep(cycles)
-    last.record()
-    last.synchronize()
-    return cycles / (first.elapsed_time(last) / 1e3)
+    return cycles / _seconds_on_gpu(lambda: torch.cuda._sleep(cycles))
 
 
 def graph_samples(implementation: Implementation, work: Workload, device: str, rounds: int) -> list[float]:
     """Seconds of forward and backward by replay of a CUDA graph, one sample a round."""
-    inputs = work.inputs(device)
-    leaves = [x.detach().clone().requires_grad_() for x in inputs.leaves]
+    inputs = work.inputs(device).requiring_gradients()
 
     def step() -> None:
-        torch.autograd.grad(implementation(work.temperature, *leaves, *inputs.rest), leaves)
+        torch.autograd.grad(inputs.forward(implementation, work.temperature), inputs.leaves)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -210,37 +186,32 @@ def graph_samples(implementation: Implementation, work: Workload, device: str, r
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+
+    def replays() -> None:
+        for _ in range(REPLAYS):
+            graph.replay()
+
     found = []
     for _ in range(rounds):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(int(1e-3 * _clock_rate()))
-        first.record()
-        for _ in range(20):
-            graph.replay()
-        last.record()
-        last.synchronize()
-        found.append(first.elapsed_time(last) / 1e3 / 20)
+        found.append(_seconds_on_gpu(replays) / REPLAYS)
     return found
 
 
-# What this machine reaches
+def ceilings(device: str, dtypes: Iterable[str]) -> dict[str, float]:
+    """The most that this machine reaches, by the fastest of some samples: operations a second of a square
+    `torch.mm` by dtype, and "copy": bytes a second, read and written."""
 
+    def rate(operation: Callable[[], object], work: float) -> float:
+        return work / min(map(sum, interleaved({"": Step(operation)}, device, 5, at_least=0.02)[""]))
 
-def rate(operation: Callable[[], object], work: float, device: str, samples: int = 5) -> float:
-    """`work` a second, by the fastest of some samples: a ceiling."""
-    found = interleaved({"": Step(operation)}, device, samples, at_least=0.02)
-    return work / min(map(sum, found[""]))
-
-
-def ceilings(device: str, dtypes: Sequence[str]) -> dict[str, float]:
-    """Operations a second of a square `torch.mm` by dtype, and "copy": bytes a second, read and written."""
     found = {}
     n = 8192 if device == "cuda" else 2048
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
         out = torch.empty_like(a)
-        found[dtype] = rate(functools.partial(torch.mm, a, b, out=out), 2.0 * n**3, device)
+        found[dtype] = rate(functools.partial(torch.mm, a, b, out=out), 2.0 * n**3)
     source = torch.zeros(1 << 31 if device == "cuda" else 1 << 28, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    found["copy"] = rate(functools.partial(target.copy_, source), 2.0 * source.numel(), device)
+    found["copy"] = rate(functools.partial(target.copy_, source), 2.0 * source.numel())
     return found

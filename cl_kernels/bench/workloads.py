@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,16 @@ Implementation = Callable[..., Tensor]
 @dataclass(frozen=True)
 class Inputs:
     leaves: tuple[Tensor, ...]  # what gets a gradient
-    rest: tuple[Tensor, ...]
+    rest: tuple[Tensor, ...] = ()
+
+    def requiring_gradients(self) -> Inputs:
+        return Inputs(tuple(x.detach().clone().requires_grad_() for x in self.leaves), self.rest)
+
+    def forward(self, implementation: Implementation, temperature: float) -> Tensor:
+        """The loss, with no gradients from before."""
+        for leaf in self.leaves:
+            leaf.grad = None
+        return implementation(temperature, *self.leaves, *self.rest)
 
 
 @dataclass(frozen=True)
@@ -59,26 +69,25 @@ class Workload:
         return f"{self.spec.title} {self.rows} × {self.columns} × {self.width} {self.dtype}"
 
     @property
-    def contraction(self) -> int:
-        """Features summed over by all products."""
-        return sum(_levels(self.width)) if self.loss == "multilevel" else self.width
+    def widths(self) -> list[int]:
+        """Features of each level."""
+        shares = LEVELS if self.loss == "multilevel" else (1.0,)
+        return [max(1, round(self.width * share)) for share in shares]
 
     @property
     def flops(self) -> float:
         """The fewest that loss and gradients can be had with, as docs/benchmarking.md counts them."""
-        return 2.0 * self.spec.products * self.rows * self.columns * self.contraction
+        return 2.0 * self.spec.products * self.rows * self.columns * sum(self.widths)
 
     def inputs(self, device: str = "cpu", seed: int = 0, converged: bool = False) -> Inputs:
         """The same for the same seed and device."""
         generator = torch.Generator(device).manual_seed(seed)
         made = self.spec.inputs(self, Maker(generator, converged))
-        cast = self.torch_dtype
 
-        def moved(x: Tensor) -> Tensor:
-            wanted = cast if x.is_floating_point() and x.dim() > 0 else x.dtype
-            return x.to(device=device, dtype=wanted)
+        def cast(x: Tensor) -> Tensor:  # the scale stays float32
+            return x.to(device, self.torch_dtype if x.is_floating_point() and x.dim() else x.dtype)
 
-        return Inputs(tuple(map(moved, made.leaves)), tuple(map(moved, made.rest)))
+        return Inputs(tuple(map(cast, made.leaves)), tuple(map(cast, made.rest)))
 
 
 @dataclass(frozen=True)
@@ -99,50 +108,32 @@ class Maker:
         across = F.normalize(other - (other * x).sum(1, keepdim=True) * x, dim=1)
         return F.normalize(COSINE * x + math.sqrt(1 - COSINE**2) * across, dim=1)
 
-    def labels(self, rows: int) -> Tensor:
-        device = self.generator.device
-        return torch.randint(LABELS, (rows,), generator=self.generator, device=device)
-
-    def of_classes(self, labels: Tensor, width: int) -> Tensor:
-        """Two views [B, 2, D]; converged ones are near the centre of their class."""
-        centres = self.unit(LABELS, width)[labels]
-        return torch.stack((self.near(centres), self.near(centres)), 1)
+    def pair(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
+        first = self.unit(rows, width)
+        return first, self.near(first)
 
 
-def _supcon_inputs(work: Workload, make: Maker) -> Inputs:
-    labels = make.labels(work.rows // 2)
-    return Inputs((make.of_classes(labels, work.width),), (labels,))
+def _class_inputs(work: Workload, make: Maker) -> Inputs:
+    """Two views [B, 2, D] of each level; converged ones are near the centre of their class."""
+    generator = make.generator
+    labels = torch.randint(LABELS, (work.rows // 2,), generator=generator, device=generator.device)
+    centres = (make.unit(LABELS, width)[labels] for width in work.widths)
+    return Inputs(tuple(torch.stack((make.near(x), make.near(x)), 1) for x in centres), (labels,))
 
 
-def _levels(width: int) -> list[int]:
-    return [max(1, round(width * share)) for share in LEVELS]
-
-
-def _multilevel_inputs(work: Workload, make: Maker) -> Inputs:
-    labels = make.labels(work.rows // 2)
-    return Inputs(tuple(make.of_classes(labels, width) for width in _levels(work.width)), (labels,))
-
-
-def _pair_inputs(work: Workload, make: Maker) -> Inputs:
-    first = make.unit(work.rows // 2, work.width)
-    return Inputs((first, make.near(first)), ())
-
-
-def _one_way_inputs(work: Workload, make: Maker) -> Inputs:
-    first = make.unit(work.rows, work.width)
-    return Inputs((first, make.near(first)), ())
+def _pair_inputs(work: Workload, make: Maker, ways: int = 2) -> Inputs:
+    return Inputs(make.pair(work.rows // ways, work.width))
 
 
 def _dimcl_inputs(work: Workload, make: Maker) -> Inputs:
-    first = make.unit(work.rows // 2, work.width)
-    views = (first, make.near(first))
-    return Inputs(tuple(math.sqrt(work.width) * x.T.contiguous() for x in views), ())
+    views = make.pair(work.rows // 2, work.width)
+    return Inputs(tuple(math.sqrt(work.width) * x.T.contiguous() for x in views))
 
 
 def _queue_inputs(work: Workload, make: Maker) -> Inputs:
     """The own key of a row is one of its columns."""
-    q = make.unit(work.rows, work.width)
-    return Inputs((q,), (make.near(q), make.unit(work.columns - 1, work.width)))
+    q, k = make.pair(work.rows, work.width)
+    return Inputs((q,), (k, make.unit(work.columns - 1, work.width)))
 
 
 def _multicrop_inputs(work: Workload, make: Maker) -> Inputs:
@@ -153,8 +144,7 @@ def _multicrop_inputs(work: Workload, make: Maker) -> Inputs:
 
 
 def _clip_inputs(work: Workload, make: Maker) -> Inputs:
-    image = make.unit(work.rows, work.width)
-    return Inputs((image, make.near(image), torch.tensor(1 / work.temperature)), ())
+    return Inputs((*make.pair(work.rows, work.width), torch.tensor(1 / work.temperature)))
 
 
 # Ours, with the arguments of an Implementation.
@@ -170,18 +160,14 @@ def _multilevel(*levels_and_labels: Tensor, temperature: float) -> Tensor:
 
 
 def _sce(q: Tensor, k: Tensor, queue: Tensor, **options: Any) -> Tensor:
-    sharp: dict[str, Any] = {} if "targets" in options else {"target_temperature": eager.TARGET_TEMPERATURE}
-    return losses.sce_loss(q, k, queue=queue, coeff=eager.COEFF, **sharp, **options)
+    fixed: dict[str, Any] = {"coeff": eager.COEFF, "target_temperature": eager.TARGET_TEMPERATURE}
+    return losses.sce_loss(q, k, queue=queue, **fixed, **options)
 
 
 def _sce_multicrop(*views_k_queue: Tensor, temperature: float) -> Tensor:
     *views, k, queue = views_k_queue
     targets = losses.sce_targets(k, queue=queue, target_temperature=eager.TARGET_TEMPERATURE)
     return torch.stack([_sce(q, k, queue, targets=targets, temperature=temperature) for q in views]).mean()
-
-
-def _clip(tau: float, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    return losses.clip_loss(image, text, scale)
 
 
 @dataclass(frozen=True)
@@ -193,20 +179,20 @@ class Loss:
     shape: Callable[[int, int], tuple[int, int]]  # rows and columns of the matrix, of rows and queue size
 
 
+# Each row against each other; against its own key and those of the queue.
 _square, _queued = (lambda rows, queue: (rows, rows)), (lambda rows, queue: (rows, queue + 1))
-"""Each row against each other; against its own key and those of the queue."""
 
 LOSSES: dict[str, Loss] = {
-    "supcon": Loss("SupCon", _ours(losses.supcon_loss), _supcon_inputs, 2, _square),
+    "supcon": Loss("SupCon", _ours(losses.supcon_loss), _class_inputs, 2, _square),
     "nt_xent": Loss("NT-Xent", _ours(losses.nt_xent_loss), _pair_inputs, 2, _square),
     "sce": Loss("SCE", _ours(_sce), _queue_inputs, 4, _queued),
     "dimcl": Loss("DimCL", _ours(losses.dimcl_loss), _dimcl_inputs, 2, _square),
-    "clip": Loss("CLIP", _clip, _clip_inputs, 4, _square),
+    "clip": Loss("CLIP", lambda _, *inputs: losses.clip_loss(*inputs), _clip_inputs, 4, _square),
     "sce_multicrop": Loss("SCE multi-crop", _ours(_sce_multicrop), _multicrop_inputs, 2 + 2 * VIEWS, _queued),
-    "selfcon": Loss("SelfCon", _ours(losses.selfcon_loss), _supcon_inputs, 2, _square),
-    "multilevel": Loss("Multi-level", _ours(_multilevel), _multilevel_inputs, 2, _square),
+    "selfcon": Loss("SelfCon", _ours(losses.selfcon_loss), _class_inputs, 2, _square),
+    "multilevel": Loss("Multi-level", _ours(_multilevel), _class_inputs, 2, _square),
     "info_nce": Loss("InfoNCE", _ours(losses.info_nce_loss), _queue_inputs, 2, _queued),
-    "dcl": Loss("DCL", _ours(losses.dcl_loss), _one_way_inputs, 3, lambda rows, queue: (rows, 2 * rows)),
+    "dcl": Loss("DCL", _ours(losses.dcl_loss), partial(_pair_inputs, ways=1), 3, lambda n, _: (n, 2 * n)),
 }
 """The losses by name; the first five make the standard report."""
 
@@ -222,32 +208,19 @@ class Sizes:
     queue: int = 0
 
 
-SIZES: dict[str, dict[str, Sizes]] = {
-    "cpu": {
-        "supcon": Sizes((1024, 2048, 4096, 8192), 128),
-        "nt_xent": Sizes((1024, 2048, 4096, 8192), 128),
-        "sce": Sizes((128, 256, 512), 256, 65536),
-        "dimcl": Sizes((1024, 2048, 4096), 256),
-        "clip": Sizes((1024, 2048, 4096), 512),
-        "sce_multicrop": Sizes((32, 64), 256, 16384),
-        "selfcon": Sizes((512, 1024, 2048, 4096), 128),
-        "multilevel": Sizes((512, 1024, 2048, 4096), 256),
-        "info_nce": Sizes((64, 128, 256), 128, 65536),
-        "dcl": Sizes((512, 1024, 2048, 4096), 128),
-    },
-    "cuda": {
-        "supcon": Sizes((2048, 4096, 8192, 12288, 32768), 128),
-        "nt_xent": Sizes((256, 1024, 4096, 16384, 65536, 131072), 128),
-        "sce": Sizes((64, 256, 512), 256, 65536),
-        "dimcl": Sizes((512, 4096, 16384), 256),
-        "clip": Sizes((2048, 8192, 32768), 512),
-        "sce_multicrop": Sizes((64, 256), 256, 65536),
-        "selfcon": Sizes((2048, 4096), 128),
-        "multilevel": Sizes((2048, 8192), 256),
-        "info_nce": Sizes((256, 1024), 128, 65536),
-        "dcl": Sizes((2048, 8192), 128),
-    },
+_SIZES = {  # on a CPU, on a GPU
+    "supcon": (Sizes((1024, 2048, 4096, 8192), 128), Sizes((2048, 4096, 8192, 12288, 32768), 128)),
+    "nt_xent": (Sizes((1024, 2048, 4096, 8192), 128), Sizes((256, 1024, 4096, 16384, 65536, 131072), 128)),
+    "sce": (Sizes((128, 256, 512), 256, 65536), Sizes((64, 256, 512), 256, 65536)),
+    "dimcl": (Sizes((1024, 2048, 4096), 256), Sizes((512, 4096, 16384), 256)),
+    "clip": (Sizes((1024, 2048, 4096), 512), Sizes((2048, 8192, 32768), 512)),
+    "sce_multicrop": (Sizes((32, 64), 256, 16384), Sizes((64, 256), 256, 65536)),
+    "selfcon": (Sizes((512, 1024, 2048, 4096), 128), Sizes((2048, 4096), 128)),
+    "multilevel": (Sizes((512, 1024, 2048, 4096), 256), Sizes((2048, 8192), 256)),
+    "info_nce": (Sizes((64, 128, 256), 128, 65536), Sizes((256, 1024), 128, 65536)),
+    "dcl": (Sizes((512, 1024, 2048, 4096), 128), Sizes((2048, 8192), 128)),
 }
+SIZES = {kind: {loss: both[i] for loss, both in _SIZES.items()} for i, kind in enumerate(("cpu", "cuda"))}
 """The sizes by kind of machine: those of the papers (docs/benchmarking.md), as far as they take seconds."""
 
 
@@ -263,15 +236,15 @@ def planned(
     """Headlines first, of every loss and dtype, then the rest of the curves; given sizes replace the standard
     ones. Raises ValueError where a size makes no sense."""
     found = []
-    for loss, dtype in ((loss, dtype) for dtype in dtypes for loss in losses):
+    for dtype, loss in itertools.product(dtypes, losses):
         sizes, spec = SIZES[kind][loss], LOSSES[loss]
         chosen = sorted(rows or sizes.rows)
         for n in chosen:
             if n < 2 or n % 2:
                 raise ValueError(f"rows must be even and at least 2 (two views), got {n}")
             shape = spec.shape(n, queue or sizes.queue)
-            made = Workload(loss, *shape, width or sizes.width, dtype, temperature, headline=n == chosen[-1])
-            found.append(made)
+            work = Workload(loss, *shape, width or sizes.width, dtype, temperature, n == chosen[-1])
+            found.append(work)
     return sorted(found, key=lambda work: not work.headline)
 
 
@@ -279,14 +252,11 @@ def differentiate(
     implementation: Implementation, temperature: float, inputs: Inputs
 ) -> Callable[[], tuple[Tensor, list[Tensor | None]]]:
     """Forward and backward: a step that gives the loss and the gradients of the leaves."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs.leaves]
-    of_leaves = functools.partial(implementation, temperature)
+    own = inputs.requiring_gradients()
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
-        for leaf in leaves:
-            leaf.grad = None
-        loss = of_leaves(*leaves, *inputs.rest)
+        loss = own.forward(implementation, temperature)
         loss.backward()
-        return loss.detach(), [leaf.grad for leaf in leaves]
+        return loss.detach(), [leaf.grad for leaf in own.leaves]
 
     return step

@@ -15,8 +15,9 @@ import torch
 
 import cl_kernels
 from cl_kernels.__main__ import main
-from cl_kernels.bench import compare, exact, fresh, machine, peers, results, run, timing, variants, workloads
+from cl_kernels.bench import compare, exact, fresh, machine, results, run, timing, variants, workloads
 from cl_kernels.bench.results import FLOOR, OURS, Line, Results
+from cl_kernels.bench.variants import COMPILED, PEERS
 from cl_kernels.bench.workloads import LOSSES, Workload, differentiate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,8 +46,8 @@ def test_truths_are_the_references(loss: str, converged: bool, monkeypatch: pyte
 def test_every_variant_here_is_right(loss: str) -> None:
     work = small(loss)
     inputs = work.inputs()
-    for name in (OURS, *(peer.name for peer in peers.PEERS.values() if loss in peer.losses)):
-        if name == peers.COMPILED or (name in peers.PEERS and peers.PEERS[name].missing("cpu")):
+    for name in (OURS, *(name for name, peer in PEERS.items() if loss in peer.losses)):
+        if name == COMPILED or (name in PEERS and PEERS[name].missing("cpu")):
             continue
         step = differentiate(variants.implementation(name, loss), work.temperature, inputs)
         truth = variants.truth(name, loss)(work.temperature, *inputs.leaves, *inputs.rest)
@@ -55,7 +56,7 @@ def test_every_variant_here_is_right(loss: str) -> None:
 
 
 def test_the_eager_formulas_cover_every_loss() -> None:
-    assert set(LOSSES) == set(peers.PEERS["eager"].losses) == set(exact.LOSSES)
+    assert set(LOSSES) == set(PEERS["eager"].losses) == set(exact.LOSSES)
     for kind in workloads.SIZES:
         assert set(workloads.SIZES[kind]) == set(LOSSES)
 
@@ -89,9 +90,9 @@ def a_plan(*works: Workload, names: tuple[str, ...] = ("eager",), **options: obj
 
 @pytest.fixture
 def wrong_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = peers.PEERS["eager"].losses["supcon"]
-    wrong = replace(peers.PEERS["eager"], losses={"supcon": lambda *inputs: 1.001 * right(*inputs)})
-    monkeypatch.setitem(peers.PEERS, "eager", wrong)
+    right = PEERS["eager"].losses["supcon"]
+    wrong = replace(PEERS["eager"], losses={"supcon": lambda *inputs: 1.001 * right(*inputs)})
+    monkeypatch.setitem(PEERS, "eager", wrong)
 
 
 def test_a_workload_is_measured() -> None:
@@ -115,18 +116,18 @@ def test_what_raises_gets_no_time_and_loses_nothing(monkeypatch: pytest.MonkeyPa
     def broken(*inputs: object) -> None:
         raise RuntimeError("of   no\nuse")
 
-    monkeypatch.setitem(peers.PEERS, "eager", replace(peers.PEERS["eager"], losses={"supcon": broken}))
+    monkeypatch.setitem(PEERS, "eager", replace(PEERS["eager"], losses={"supcon": broken}))
     lines = {line.variant: line for line in run.measure(a_plan(), small("supcon"), seconds=0.0)}
     assert lines["eager"].status == "RuntimeError: of no use"
     assert lines[OURS].timed
 
 
 def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = peers.Peer("absent", {"supcon": peers.eager.supcon}, package="no_such_package")
-    monkeypatch.setitem(peers.PEERS, "absent", absent)
+    absent = variants.Peer({"supcon": variants.eager.supcon}, package="no_such_package")
+    monkeypatch.setitem(PEERS, "absent", absent)
     lines = {line.variant: line for line in run.measure(a_plan(names=("absent",)), small("supcon"), 0.0)}
     assert lines["absent"].status == "not here: ModuleNotFoundError: No module named 'no_such_package'"
-    assert "runs on NVIDIA GPUs only" in (peers.PEERS["inf-cl"].missing("cpu") or "")
+    assert "runs on NVIDIA GPUs only" in PEERS["inf-cl"].missing("cpu")
 
 
 def test_variants_take_turns_and_turn_around(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +177,11 @@ def test_peak_memory_is_that_of_the_matrices() -> None:
 def test_what_does_not_fit_is_out_of_memory() -> None:
     task = fresh.Task(Workload("nt_xent", 4096, 4096, 16), "eager", limit=64 << 20, threads=1)
     assert fresh.measure(task).status == fresh.MEMORY
+
+
+def test_what_raises_in_its_process_says_so() -> None:
+    task = fresh.Task(small("clip"), "lightly", threads=1)  # which does not have the loss
+    assert fresh.measure(task).status == "KeyError: 'clip'"
 
 
 # Files
