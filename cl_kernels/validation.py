@@ -224,7 +224,7 @@ def kind(x: Any) -> str:
     """The kind of dtype of labels or of a mask; "none" if there are none."""
     if not isinstance(x, Tensor):
         return "none"
-    return "floats" if x.is_floating_point() else "integers"
+    return str(x.dtype) if x.is_floating_point() else "integers"
 
 
 def label_ids(x: Tensor, columns: bool = False, before: int = 0) -> Tensor:

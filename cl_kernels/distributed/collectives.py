@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import dtypes, validation
+from .. import validation
 
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup as ProcessGroup
@@ -35,11 +35,20 @@ def rank_in(group: Any) -> int:
     return rank
 
 
+def gets_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def checksum(x: Any) -> int:
+    """A number that ranks tell each other to see whether they mean the same."""
+    return zlib.crc32(repr(x).encode())
+
+
 def gather_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The rows of every process, in the order of the ranks, with the gradient of all their losses.
 
     Args:
-        x: [N, ...], any dtype; N may differ from rank to rank, and be 0.
+        x: [N, ...], of any dtype that the group's backend carries; N may differ from rank to rank, and be 0.
         group: a `torch.distributed.ProcessGroup`; None: this process alone.
 
     Returns:
@@ -67,13 +76,14 @@ def gather_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 def _gather_any(x: Tensor, group: ProcessGroup) -> Tensor:
     """The rows of every process, whatever their sizes."""
-    rest = zlib.crc32(repr((x.shape[1:], x.dtype)).encode())
-    card = torch.tensor([[x.shape[0], rest]], device=x.device)
+    kind = checksum((x.shape[1:], x.dtype, gets_gradient(x)))
+    card = torch.tensor([[x.shape[0], kind]], device=x.device)
     sizes, kinds = zip(*all_gather(card, group).tolist(), strict=True)
     if len(set(kinds)) > 1:
         raise ValueError(
-            "x must have the same dtype and sizes but the first on every rank of the group, "
-            f"got {x.dtype} {tuple(x.shape)} on this one and others elsewhere"
+            "x must have the same dtype, sizes but the first and need of a gradient on every rank of the "
+            f"group, got {x.dtype} {tuple(x.shape)}, requires_grad={x.requires_grad} on this one and others "
+            "elsewhere"
         )
     return gather(x, sizes, group)
 
@@ -112,7 +122,7 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: ProcessGroup) -> Tensor:
         ctx.sizes, ctx.group = sizes, group
         most, own = max(sizes), sizes[dist.get_rank(group)]
-        parts = x.to(dtypes.accumulate_dtype(x.dtype))
+        parts = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if min(sizes) < most:
             parts = torch.cat([_padded(block, most) for block in parts.split(sizes)])
         return _reduce_scatter(parts.contiguous(), most, group)[:own].to(x.dtype)
@@ -152,6 +162,8 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def _reduce_scatter(x: Tensor, rows: int, group: ProcessGroup) -> Tensor:
     """Sums over the ranks, of which each keeps so many rows."""
+    if x.is_complex():
+        return torch.view_as_complex(_reduce_scatter(torch.view_as_real(x), rows, group))
     out = x.new_empty(rows, *x.shape[1:])
     _collective("reduce_scatter_single", "reduce_scatter_tensor")(out, x, group=group)
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
-from .collectives import ProcessGroup, all_gather, rank_in
+from .collectives import ProcessGroup, all_gather, checksum, gets_gradient, rank_in
 
 EXCHANGES = ("gather", "ring")
 
@@ -58,7 +57,8 @@ def join(
         group: a `torch.distributed.ProcessGroup`, or None.
         exchange: "gather" or "ring".
         features: what is exchanged; of one width, dtype and need of a gradient on all ranks.
-        agreed: what else must be the same on all ranks, the name of the loss first.
+        agreed: what else must be the same on all ranks, the name of the loss first; of tensors and floats,
+            whether they are there and get a gradient.
         samples: how many this rank holds; None: the rows of `features`.
 
     Raises:
@@ -73,16 +73,23 @@ def join(
         return None
     if autograd.in_transform():
         raise NotImplementedError("a loss over a group of processes does not run in torch.func's transforms")
+    told = [*map(_told, agreed), exchange]
     own = _Card(
         features.shape[0] if samples is None else samples,
         features.shape[-1],
         dtypes.FLOAT_DTYPES.index(features.dtype),
-        int(torch.is_grad_enabled() and features.requires_grad),
-        zlib.crc32(repr(agreed).encode()),
+        int(gets_gradient(features)),
+        checksum(told),
     )
     cards = [_Card(*card) for card in exchange_cards(own, group, features.device)]
-    _check_agreement(cards, agreed)
+    _check_agreement(cards, told)
     return Ranks(group, exchange, rank, tuple(card.samples for card in cards))
+
+
+def _told(x: Any) -> Any:
+    if isinstance(x, Tensor | float):
+        return "a gradient" if isinstance(x, Tensor) and gets_gradient(x) else "no gradient"
+    return x
 
 
 class _Card(NamedTuple):

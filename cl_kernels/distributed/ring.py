@@ -172,7 +172,10 @@ class _RingContrast(torch.autograd.Function):
 
         for cols in circulate(ranks, _travelling(problem), at_home, visit, torch.logaddexp):
             lse_cols = torch.logaddexp(lse_cols, cols)
-        ctx.save_for_backward(*tensors, lse, lse_cols)
+        kept = list(tensors)
+        if problem.k is not None and any(ctx.needs_input_grad) and not ctx.needs_input_grad[4]:
+            kept[1] = problem.k.clone()  # frozen keys may be changed in place, as a queue is
+        ctx.save_for_backward(*kept, lse, lse_cols)
         ctx.call = (ranks, bare, backend)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)

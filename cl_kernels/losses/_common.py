@@ -151,7 +151,7 @@ class Grouped(nn.Module):
     """A loss module over the rows of a group of processes, `group` None: of this process.
 
     Copies share the group. A pickled module names the world's group only, and finds it again where it is
-    loaded; one of another group is not pickled.
+    loaded, or warns that there is none; one of another group is not pickled.
     """
 
     def __init__(self, group: ProcessGroup | None, exchange: str) -> None:
@@ -172,6 +172,11 @@ class Grouped(nn.Module):
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
+    def __copy__(self) -> Grouped:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         if self.group is not None:
@@ -181,11 +186,12 @@ class Grouped(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"group": None, "exchange": "gather", **state})
         if self.group == "world":
-            if not dist.is_initialized():
-                raise RuntimeError(
-                    f"a {type(self).__name__} over the world's group is loaded after "
-                    "torch.distributed.init_process_group"
+            self.group = dist.group.WORLD if dist.is_initialized() else None
+            if self.group is None:
+                warnings.warn(
+                    f"a {type(self).__name__} over the world's group is one of this process alone: it was "
+                    "loaded before torch.distributed.init_process_group",
+                    stacklevel=2,
                 )
-            self.group = dist.group.WORLD

@@ -75,8 +75,7 @@ def dimcl_loss(
     tau = validation.temperature("temperature", temperature, z0)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    agreed = "dimcl_loss", z1.requires_grad, positive_mask is not None, reduction
-    ranks = join(group, exchange, z0, *agreed)
+    ranks = join(group, exchange, z0, "dimcl_loss", z1, tau, positive_mask, reduction)
     scale = inverse(tau, z0)
     if ranks is None:
         validation.minimum_rows("z0", z0, 2)
@@ -106,7 +105,9 @@ def _share(
     received = [n * size for size in ranks.sizes]
     parts = all_to_all(torch.cat(sent), [x.numel() for x in sent], received, ranks.group).split(received)
     whole = torch.cat([x.view(n, size) for x, size in zip(parts, ranks.sizes, strict=True)], 1)
-    x = reference.standardize(whole.T.to(dtypes.accumulate_dtype(z0.dtype))).T.to(z0.dtype)
+    x = reference.standardize(whole.T.to(dtypes.accumulate_dtype(z0.dtype))).T
+    if x.device.type != "cpu":  # as the op's kernels for each device have them
+        x = x.to(z0.dtype)
     problem = Contrast(x, None, scale, exclude=0)
     partner = torch.arange(n, device=x.device).roll(n // 2)
     if mask is None:

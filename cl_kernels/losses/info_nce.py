@@ -83,8 +83,7 @@ def info_nce_loss(
     tau = validation.temperature("temperature", temperature, q)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    agreed = "info_nce_loss", k.requires_grad, queue is not None, reduction
-    ranks = join(group, exchange, q, *agreed)
+    ranks = join(group, exchange, q, "info_nce_loss", k, queue, tau, reduction)
     scale = inverse(tau, q)
     if queue is None:
         own = torch.arange(q.shape[0], device=q.device)

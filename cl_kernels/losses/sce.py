@@ -34,6 +34,7 @@ class SCETargets(NamedTuple):
     lse: Tensor  # [N], log-sum-exps of the target's logits
     mean: Tensor  # [N, D], A: the target's mean of the keys, without the positive
     positive_in_target: str
+    columns: int  # how many keys, those of all ranks
 
 
 @loss_function
@@ -80,7 +81,8 @@ def sce_loss(
             the target is then not computed again, and `target_temperature` and `positive_in_target` are those
             of the targets. The keys must not require a gradient.
         group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
-            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
+            and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone. With a
+            group u is `[k of all ranks; queue]`.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). A row whose target has no column left takes
@@ -117,18 +119,11 @@ def sce_loss(
     validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    agreed = (
-        "sce_loss",
-        k.requires_grad,
-        queue is not None,
-        targets is not None,
-        positive_in_target,
-        reduction,
-    )
-    ranks = join(group, exchange, q, *agreed)
+    given = k, queue, targets is not None, tau, target_tau, weight
+    ranks = join(group, exchange, q, "sce_loss", *given, positive_in_target, reduction)
     if targets is not None:
         keys, positive = _keys(k, k_global, queue, rank)
-        _check_targets(targets, q, k, keys)
+        _check_targets(targets, q, k, keys, _columns(keys, ranks))
         rows = _to_targets(q, k, keys, positive, q.shape[0] * rank, tau, weight, targets, ranks)
     elif k_global is None and queue is not None:
         rows = _beside_queue(q, k, queue, tau, target_tau, weight, positive_in_target)
@@ -172,7 +167,8 @@ def sce_targets(
             taken for any of them.
 
     Returns:
-        lse [N] float64, mean [N, D] float32 (float64 for float64 inputs), and `positive_in_target`.
+        lse [N] float64, mean [N, D] float32 (float64 for float64 inputs), `positive_in_target` and the number
+        of keys.
 
     Raises:
         TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
@@ -197,9 +193,9 @@ def sce_targets(
     if keys[0].shape[0] == 0:
         lse = k.new_full(k.shape[:1], -torch.inf, dtype=dtypes.statistics_dtype(k))
         mean = torch.zeros_like(k, dtype=dtypes.accumulate_dtype(k.dtype))
-        return SCETargets(lse, mean, positive_in_target)
-    lse, mean = engine.soft_target_means(problem, ranks)
-    return SCETargets(lse, mean, positive_in_target)
+    else:
+        lse, mean = engine.soft_target_means(problem, ranks)
+    return SCETargets(lse, mean, positive_in_target, _columns(keys, ranks))
 
 
 def _keys(
@@ -213,13 +209,20 @@ def _keys(
     return keys, torch.arange(first, first + k.shape[0], device=k.device)
 
 
-def _check_targets(targets: Any, q: Tensor, k: Tensor, keys: list[Tensor]) -> None:
+def _columns(keys: list[Tensor], ranks: Ranks | None) -> int:
+    """How many keys there are on all ranks, of which the first segment is split among them."""
+    return total(keys[0].shape[0], ranks) + sum(x.shape[0] for x in keys[1:])
+
+
+def _check_targets(targets: Any, q: Tensor, k: Tensor, keys: list[Tensor], columns: int) -> None:
     if not isinstance(targets, SCETargets):
         raise TypeError(f"targets must be made by sce_targets, got {type(targets).__name__}")
     if not validation.has_shape(targets.mean, *q.shape):
         raise ValueError(
             f"targets must be of queries {tuple(q.shape)}, got those of {tuple(targets.mean.shape)}"
         )
+    if targets.columns != columns:
+        raise ValueError(f"targets must be over the loss's {columns} keys, got those over {targets.columns}")
     validation.same_device(q=q, targets=targets.mean)
     if any(x.requires_grad for x in (k, *keys)):
         raise ValueError(
@@ -255,8 +258,7 @@ def _to_targets(
             cross = torch.lerp(own, cross, torch.sigmoid(targets.lse))
     elif targets.positive_in_target == "zero":
         cross = cross + (-targets.lse).exp() * own
-    columns = total(keys[0].shape[0], ranks) + sum(x.shape[0] for x in keys[1:]) + int(positive is None)
-    return cross_entropy(lse, _mix(cross, own, coeff), columns)
+    return cross_entropy(lse, _mix(cross, own, coeff), _columns(keys, ranks) + int(positive is None))
 
 
 def _among_keys(
@@ -278,8 +280,7 @@ def _among_keys(
         q, keys, k, keys, inverse(tau, q), inverse(target_tau, q), positive, positive_in_target
     )
     stats = engine.soft_target(problem, ranks, first_positive=first)
-    columns = total(keys[0].shape[0], ranks) + sum(part.shape[0] for part in keys[1:])
-    return cross_entropy(stats.lse, _mix(stats.cross, stats.positive_sum, coeff), columns)
+    return cross_entropy(stats.lse, _mix(stats.cross, stats.positive_sum, coeff), _columns(keys, ranks))
 
 
 def _beside_queue(

@@ -73,9 +73,9 @@ def selfcon_loss(
     x = validation.views("features", features)
     validation.integer("augmentations", augmentations, minimum=1)
     batch = validation.split("features", x, augmentations)
-    kinds = validation.kind(labels), validation.kind(mask)
-    agreed = "selfcon_loss", *kinds, x.shape[1], anchors, augmentations, no_positive, reduction
-    ranks = join(group, exchange, x, *agreed, samples=batch)
+    given = validation.kind(labels), validation.kind(mask), temperature, base_temperature
+    options = x.shape[1], anchors, augmentations, no_positive, reduction
+    ranks = join(group, exchange, x, "selfcon_loss", *given, *options, samples=batch)
     labels, mask = validation.supervision(labels, mask, batch, x, total(batch, ranks))
     tau = validation.temperature("temperature", temperature, x)
     base = validation.temperature("base_temperature", base_temperature, x)

@@ -133,10 +133,10 @@ def supcon_loss(
     batch, views = x.shape[:2]
     validation.not_both("memory", memory, "positives_cap", positives_cap)
     x, labels, stored = validation.memory(memory, x, labels, mask)
-    kinds = validation.kind(labels), validation.kind(mask)
+    given = validation.kind(labels), validation.kind(mask), temperature, base_temperature
     stored_rows = 0 if stored is None else stored[0].shape[0]
     options = contrast_mode, summation, denominator, positives_cap, no_positive, reduction, stored_rows
-    ranks = join(group, exchange, x, "supcon_loss", *kinds, views, *options, samples=batch)
+    ranks = join(group, exchange, x, "supcon_loss", *given, views, *options, samples=batch)
     labels, mask = validation.supervision(labels, mask, batch, x, total(batch, ranks))
     kept = validation.positives_cap("positives_cap", positives_cap, views)
     tau = validation.temperature("temperature", temperature, x)

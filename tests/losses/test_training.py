@@ -205,6 +205,17 @@ def test_copies_of_modules(module: Callable[[Any], nn.Module]) -> None:
         assert criterion.temperature.item() == pytest.approx(0.2)
 
 
+def test_a_module_of_a_group_that_is_gone() -> None:
+    """As a checkpoint of many processes is loaded by one."""
+    criterion = clk.SupConLoss(0.2)
+    state = {**criterion.__getstate__(), "group": "world"}
+    loaded = clk.SupConLoss.__new__(clk.SupConLoss)
+    with pytest.warns(UserWarning, match="this process alone"):
+        loaded.__setstate__(state)
+    features = unit(4, 2, 3)
+    assert torch.equal(loaded(features), criterion(features))
+
+
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     store = tmp_path_factory.mktemp("group") / "store"
