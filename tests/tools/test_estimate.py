@@ -40,7 +40,7 @@ SETUPS = [
     Setup("sce", (4,), (8,), frozen=True),
     Setup("sce", (4,), (8,), frozen=True, queue=11),
     Setup("sce", (4,), (8,), queue=11, dtype="float32"),
-    Setup("dimcl", (4,), (11,)),
+    Setup("dimcl", (4,), (11,), dtype="float32"),  # half columns stay float32 on the CPU
 ]
 
 
