@@ -121,7 +121,8 @@ class Launch:
     case: str  # that asked for it first
 
     def arguments(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Name, type and path of each argument; of a tuple's items, a tuple's in it too: `q.stride_row`."""
+        """Name, type and path of each argument; of a tuple's items, a tuple's in it too: `q.stride_row`,
+        `k_strides.1`."""
         for i, name in enumerate(self.kernel.arg_names):
             yield from _items(name, self.signature[name], (i,))
 
@@ -131,8 +132,7 @@ class Launch:
         of rows or groups is a multiple of 16 makes no other kernel."""
         types = {}
         for name, kind, path in self.arguments():
-            stride = name.rpartition(".")[2].startswith("stride")
-            if kind == "constexpr" or stride or kind[0] == "*":
+            if kind == "constexpr" or "stride" in name or kind[0] == "*":
                 constant = self.constants.get(path, "variable")
                 types[name] = (kind, constant, str(self.attributes.get(path)))
         code = (self.kernel.fn.__module__, self.kernel.fn.__qualname__)

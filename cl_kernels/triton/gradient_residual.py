@@ -16,9 +16,8 @@ _ROWS = 16
 
 @triton.jit(do_not_specialize=["n", "d"])
 def _residual_gradient_kernel(
-    residual, q, k, scale, index, grad_lse, grad_positive, grad, along, n, d,
-    WRITE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    residual, q, k, scale, index, grad_lse, grad_positive, grad, along, n, d, q_strides, k_strides,
+    WRITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     s = scalar(scale)
@@ -38,10 +37,10 @@ def _residual_gradient_kernel(
         total = factor[:, None] * tl.load(residual + at, mask=m_x, other=0.0)
         if index is not None:
             b_index = tl.load(index + i, mask=i < n, other=-1)
-            at_k = k.at + b_index[:, None] * k.stride_row + i_d[None, :] * k.stride_col
+            at_k = k + b_index[:, None] * k_strides[0] + i_d[None, :] * k_strides[1]
             b_k = tl.load(at_k, mask=m_x & (b_index >= 0)[:, None], other=0.0)
             total += weight[:, None] * b_k.to(tl.float32)
-        b_q = tl.load(q.at + i[:, None] * q.stride_row + i_d[None, :] * q.stride_col, mask=m_x, other=0.0)
+        b_q = tl.load(q + i[:, None] * q_strides[0] + i_d[None, :] * q_strides[1], mask=m_x, other=0.0)
         dots += b_q.to(tl.float32) * total
         if WRITE:
             tl.store(grad + at, (total * s).to(grad.dtype.element_ty), mask=m_x)
@@ -52,14 +51,14 @@ def gradient_from_residual(
     incoming: Incoming, problem: Contrast, residual: Tensor, needs_q: bool
 ) -> tuple[Tensor, Tensor]:
     """grad_q = scale (g_lse residual + (g_lse + g_positive) k[index]), and grad_scale []."""
-    q, index = problem.q, problem.positive_index
+    q, k, index = problem.q, problem.keys, problem.positive_index
     n, d = q.shape
     programs = launch.cdiv(n, _ROWS)
     grad = q.new_empty(q.shape) if needs_q else residual.new_empty(0)
     along = residual.new_empty(programs)
     _residual_gradient_kernel[(programs,)](
-        residual, launch.matrix(q), launch.matrix(problem.keys), launch.scalar(problem.scale), index,
-        incoming.lse, incoming.positive_sum, grad, along, n, d,
+        residual, q, k, launch.scalar(problem.scale), index, incoming.lse, incoming.positive_sum,
+        grad, along, n, d, q.stride(), k.stride(),
         WRITE=needs_q, BLOCK_M=_ROWS, BLOCK_D=128,
     )  # fmt: skip
     return grad, along.sum()

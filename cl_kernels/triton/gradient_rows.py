@@ -24,8 +24,8 @@ from .. import configs
 from ..problem import Contrast
 from . import launch
 from .gradient_terms import Terms
-from .pairs import Rules, Side, Tile, load_owner, mask_arguments, pair_gradient
-from .tiles import LOG2E, dot, half_lift, load_rows, scalar
+from .pairs import Owner, Rules, Side, Tile, load_partners, load_terms, mask_arguments, pair_gradient
+from .tiles import LOG2E, Matrix, dot, half_lift, load_rows, scalar
 
 
 class Owners(NamedTuple):
@@ -50,16 +50,12 @@ class Owners(NamedTuple):
         return -offset if self.columns and offset is not None else offset
 
     @property
-    def sides(self) -> tuple[Side, Side]:
-        """The owners and the others as kernels take them."""
-        given = self.problem
-        rows, columns = (given.row_labels, None), (given.col_labels, given.key_bias)
-        vectors = (columns, rows) if self.columns else (rows, columns)
-        own, other = (
-            Side(launch.matrix(x), *of_x, terms.partner, terms.planes, terms.ranges, terms.index_ranges)
-            for x, of_x, terms in zip(self.features, vectors, (self.own, self.other), strict=True)
-        )
-        return own, other
+    def vectors(self) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """Biases, labels, partners and planes, each of the owners and of the others."""
+        given, own, other = self.problem, self.own, self.other
+        rows, columns = (None, given.row_labels), (given.key_bias, given.col_labels)
+        biases, labels = zip(*((columns, rows) if self.columns else (rows, columns)), strict=True)
+        return biases, labels, (own.partner, other.partner), (own.planes, other.planes)
 
     @property
     def rules(self) -> Rules:
@@ -72,20 +68,26 @@ class Owners(NamedTuple):
 
 @triton.jit(do_not_specialize=["n", "m", "d", "exclude", "mask_rows", "mask_cols", "steps"])
 def _gradient_rows_kernel(
-    own, other, out, bias_grad, scale, mask, bound, n, m, d, exclude, mask_rows, mask_cols, steps,
-    TRIANGLE: tl.constexpr, FEATURES: tl.constexpr, BIAS_GRADIENT: tl.constexpr, RULES: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    x, y, out, bias_grad, scale, biases, labels, partners, mask, planes, ranges, index_ranges, bound,
+    n, m, d, exclude, x_strides, y_strides, mask_rows, mask_cols, mask_strides, steps,
+    TRIANGLE: tl.constexpr, FEATURES: tl.constexpr, BIAS_GRADIENT: tl.constexpr, EXCLUDE: tl.constexpr,
+    RULES: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    x, y, mask = Matrix(x, *x_strides), Matrix(y, *y_strides), Matrix(mask, *mask_strides)
+    own = Side(biases[0], labels[0], partners[0], planes[0])
+    other = Side(biases[1], labels[1], partners[1], planes[1])
+    sizes = (n, m, exclude if EXCLUDE else None)
     block_i = tl.program_id(0)
     split = tl.program_id(1)
     first_i = block_i * BLOCK_M
     i = first_i + tl.arange(0, BLOCK_M)
     i_d = tl.arange(0, BLOCK_D)
-    b_x = load_rows(own.x, i, i < n, i_d, i_d < d, EVEN_D)
+    b_x = load_rows(x, i, i < n, i_d, i_d < d, EVEN_D)
     factor = scalar(scale) * LOG2E
     lift = half_lift(bound) if bound is not None else 0.0
-    owner = load_owner(own, i, n, RULES)
+    terms = load_terms(own, i, n)
+    owner = Owner(*load_partners(own, i, n, RULES), *terms)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     bias_sum = tl.zeros((BLOCK_M,), tl.float32)
     other_blocks = tl.cdiv(m, BLOCK_N)
@@ -100,14 +102,13 @@ def _gradient_rows_kernel(
         block_j = (block_i + step) % other_blocks if TRIANGLE else step
         first_j = block_j * BLOCK_N
         j = first_j + tl.arange(0, BLOCK_N)
-        b_y = load_rows(other.x, j, j < m, i_d, i_d < d, EVEN_D)
-        top, low = tl.load(other.ranges + block_j), tl.load(other.ranges + other_blocks + block_j)
+        b_y = load_rows(y, j, j < m, i_d, i_d < d, EVEN_D)
+        top, low = tl.load(ranges + block_j), tl.load(ranges + other_blocks + block_j)
         s = dot(b_x, tl.trans(b_y), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        at_j = other.index_ranges + block_j
         softmax, g = pair_gradient(
-            s, factor, lift, Tile(i, j, first_i, first_j), (n, m, exclude), owner, own, other,
-            (top, low, tl.load(at_j), tl.load(at_j + other_blocks)), mask, (mask_rows, mask_cols),
-            RULES, BLOCK_M, BLOCK_N,
+            s, factor, lift, Tile(i, j, first_i, first_j), sizes, owner, own, other,
+            (top, low, tl.load(index_ranges + block_j), tl.load(index_ranges + other_blocks + block_j)),
+            mask, (mask_rows, mask_cols), RULES, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if BIAS_GRADIENT:
             bias_sum += tl.sum(softmax, 1)
@@ -150,12 +151,15 @@ def row_gradients(
     else:
         out = x.new_empty((splits, n, d) if features else (0,), dtype=torch.float32)
     bias_grad = x.new_empty((splits, n) if bias else (0,), dtype=torch.float32)
-    mask, *mask_sizes = mask_arguments(owners.problem.positive_mask)
+    mask, mask_sizes, mask_strides = mask_arguments(owners.problem.positive_mask)
+    biases, labels, partners, planes = owners.vectors
     _gradient_rows_kernel[(row_blocks, splits)](
-        *owners.sides, out, bias_grad, launch.scalar(owners.problem.scale), mask, owners.bound,
-        n, m, d, owners.exclude, *mask_sizes, launch.cdiv(steps, splits),
-        TRIANGLE=triangle, FEATURES=features, BIAS_GRADIENT=bias, RULES=owners.rules,
-        PRECISION=launch.precision(x), EVEN_D=d == configs.padded(d),
+        x, y, out, bias_grad, launch.scalar(owners.problem.scale), biases, labels, partners, mask, planes,
+        owners.other.ranges, owners.other.index_ranges, owners.bound,
+        n, m, d, owners.exclude or 0, x.stride(), y.stride(), *mask_sizes, mask_strides,
+        launch.cdiv(steps, splits),
+        TRIANGLE=triangle, FEATURES=features, BIAS_GRADIENT=bias, EXCLUDE=owners.exclude is not None,
+        RULES=owners.rules, PRECISION=launch.precision(x), EVEN_D=d == configs.padded(d),
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=configs.padded(d), **launch.options(shape),
     )  # fmt: skip
     return out, bias_grad

@@ -30,7 +30,7 @@ from .. import configs
 from ..problem import Contrast
 from . import launch
 from .pairs import counted, mask_arguments, mask_tile, on_edge
-from .tiles import LN2, LOG2E, NOTHING, dot, load_rows, product, scalar
+from .tiles import LN2, LOG2E, NOTHING, Matrix, dot, load_rows, product, scalar
 
 MOST_GROUPS = 96  # of rows; their square fills any device, and they times N floats stay small
 # Arguments whose values should not make kernels of their own.
@@ -41,14 +41,16 @@ TINY = tl.constexpr(2.0**-100)  # sums below this, relative to a shift, have los
 
 @triton.jit
 def _norms_kernel(
-    q, k, norms, n, m, d, q_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    q, k, norms, n, m, d, q_blocks, q_strides, k_strides,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """The largest norm of a row in each block of q, then in each block of k."""
     block = tl.program_id(0)
     if block < q_blocks:
-        norm = _largest_norm(q, block * BLOCK_M, n, d, BLOCK_M, BLOCK_D)
+        norm = _largest_norm(Matrix(q, *q_strides), block * BLOCK_M, n, d, BLOCK_M, BLOCK_D)
     else:
-        norm = _largest_norm(k, (block - q_blocks) * BLOCK_N, m, d, BLOCK_N, BLOCK_D)
+        first = (block - q_blocks) * BLOCK_N
+        norm = _largest_norm(Matrix(k, *k_strides), first, m, d, BLOCK_N, BLOCK_D)
     tl.store(norms + block, norm)
 
 
@@ -104,16 +106,18 @@ def _counted(i, j, sizes, MIRRORED: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def _lse_kernel(
     q, k, scale, bias, row_labels, col_labels, mask, norms, rows, cols,
-    n, m, d, exclude, mask_rows, mask_cols, groups_q, groups_k, blocks_q, blocks_k,
-    MIRRORED: tl.constexpr, COLUMNS: tl.constexpr, AMONG: tl.constexpr,
+    n, m, d, exclude, q_strides, k_strides, mask_rows, mask_cols, mask_strides,
+    groups_q, groups_k, blocks_q, blocks_k,
+    MIRRORED: tl.constexpr, COLUMNS: tl.constexpr, EXCLUDE: tl.constexpr, AMONG: tl.constexpr,
     POSITIVES: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     SUMS: tl.constexpr = (POSITIVES == "labels") or (POSITIVES == "mask")
     LABELS: tl.constexpr = (POSITIVES == "labels") or (AMONG != "all")
-    WHOLES: tl.constexpr = SUMS and (q.at.dtype.element_ty == tl.float32)
+    WHOLES: tl.constexpr = SUMS and (q.dtype.element_ty == tl.float32)
     BASES: tl.constexpr = WHOLES and (POSITIVES == "mask")
     PLANES: tl.constexpr = 6 if BASES else 5 if WHOLES else 4 if SUMS else 2
+    q, k, mask = Matrix(q, *q_strides), Matrix(k, *k_strides), Matrix(mask, *mask_strides)
     group = tl.program_id(0)
     if MIRRORED:
         # Each unordered pair of groups once: (g, g + step), around the circle.
@@ -123,7 +127,7 @@ def _lse_kernel(
     else:
         g, h = group // groups_k, group % groups_k
     factor = scalar(scale) * LOG2E
-    sizes = (n, m, exclude)
+    sizes = (n, m, exclude if EXCLUDE else None)
     rows += h.to(tl.int64) * PLANES * n
     cols += g.to(tl.int64) * PLANES * m
     q_blocks = tl.cdiv(n, BLOCK_M)
@@ -249,7 +253,7 @@ def _lse_kernel(
 @triton.jit(do_not_specialize=["n", "m", "slots", "group_rows"])
 def _lse_combine_kernel(
     parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count,
-    n, m, d, slots, group_rows,
+    n, m, d, slots, group_rows, q_strides, k_strides,
     MIRRORED: tl.constexpr, POSITIVES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -287,6 +291,7 @@ def _lse_combine_kernel(
     if POSITIVES == "index":
         b_index = tl.load(index + i, mask=i < n, other=-1)
         given = (b_index >= 0) & (b_index < m)
+        q, k = Matrix(q, *q_strides), Matrix(k, *k_strides)
         s = product(q, k, i, i < n, b_index, given, d, BLOCK_D, False, PRECISION)
         own = tl.arange(0, BLOCK_M)
         s = tl.sum(tl.where(own[:, None] == own[None, :], s, 0.0), 1) * (scalar(scale) * LOG2E)
@@ -323,7 +328,7 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if mirrored or columns:
         norms = q.new_empty(row_blocks + col_blocks, dtype=torch.float32)
         _norms_kernel[(row_blocks + col_blocks,)](
-            launch.matrix(q), launch.matrix(k), norms, n, m, d, row_blocks,
+            q, k, norms, n, m, d, row_blocks, q.stride(), k.stride(),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=32,
         )  # fmt: skip
     wholes = 0 if q.dtype != torch.float32 else 2 if positives == "mask" else 1
@@ -331,13 +336,14 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = q.new_empty((groups_k, planes, n), dtype=torch.float32)
     cols = q.new_empty((groups_q, planes, m), dtype=torch.float32) if mirrored or columns else rows
     programs = groups_q * (groups_q + 1) // 2 if mirrored else groups_q * groups_k
-    mask, *mask_sizes = mask_arguments(problem.positive_mask)
+    mask, mask_sizes, mask_strides = mask_arguments(problem.positive_mask)
     _lse_kernel[(programs,)](
-        launch.matrix(q), launch.matrix(k), launch.scalar(problem.scale), problem.key_bias,
+        q, k, launch.scalar(problem.scale), problem.key_bias,
         problem.row_labels, problem.col_labels, mask, norms, rows, cols,
-        n, m, d, problem.offset, *mask_sizes, groups_q, groups_k, blocks_q, blocks_k,
-        MIRRORED=mirrored, COLUMNS=columns, AMONG=problem.among, POSITIVES=positives,
-        PRECISION=launch.precision(q), EVEN_D=d % tile.block_d == 0,
+        n, m, d, problem.offset or 0, q.stride(), k.stride(), *mask_sizes, mask_strides,
+        groups_q, groups_k, blocks_q, blocks_k,
+        MIRRORED=mirrored, COLUMNS=columns, EXCLUDE=problem.offset is not None, AMONG=problem.among,
+        POSITIVES=positives, PRECISION=launch.precision(q), EVEN_D=d % tile.block_d == 0,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, WHOLE=d <= tile.block_d,
         **launch.options(tile),
     )  # fmt: skip
@@ -361,14 +367,15 @@ def combine_parts(
     lse = parts.new_empty(n, dtype=torch.float64)
     positive_sum = parts.new_empty(n if positives != "none" else 0, dtype=torch.float64)
     positive_count = torch.empty_like(positive_sum)
-    q = k = index = scale = None
+    q = k = index = scale = q_strides = k_strides = None
     m, d, precision = 1, 1, "ieee"
     if problem is not None:
         (m, d), precision = problem.keys.shape, launch.precision(problem.q)
-        q, k, index = launch.matrix(problem.q), launch.matrix(problem.keys), problem.positive_index
-        scale = launch.scalar(problem.scale)
+        q, k, index = problem.q, problem.keys, problem.positive_index
+        q_strides, k_strides, scale = q.stride(), k.stride(), launch.scalar(problem.scale)
     _lse_combine_kernel[(launch.cdiv(n, 32),)](
-        parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count, n, m, d, slots, group_rows,
+        parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count,
+        n, m, d, slots, group_rows, q_strides, k_strides,
         MIRRORED=mirrored is not None, POSITIVES=positives, PLANES=planes, PRECISION=precision,
         BLOCK_SLOTS=32, BLOCK_M=32, BLOCK_D=32, num_warps=4,
     )  # fmt: skip

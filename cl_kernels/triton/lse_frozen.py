@@ -18,7 +18,7 @@ from ..problem import Contrast
 from . import launch
 from .lse import combine_parts
 from .pairs import counted, on_edge, within
-from .tiles import LN2, LOG2E, NOTHING, dot, load_rows, scalar
+from .tiles import LN2, LOG2E, NOTHING, Matrix, dot, load_rows, scalar
 
 _ROWS = 16
 
@@ -27,10 +27,12 @@ _ROWS = 16
 @triton.jit(do_not_specialize=["n", "m", "d", "exclude", "splits", "blocks"])
 def _frozen_kernel(
     q, k, scale, bias, row_labels, col_labels, index, rows, means, index_logit, own_logit,
-    n, m, d, exclude, splits, blocks,
-    AMONG: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+    n, m, d, exclude, q_strides, k_strides, splits, blocks,
+    EXCLUDE: tl.constexpr, AMONG: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    q, k = Matrix(q, *q_strides), Matrix(k, *k_strides)
+    sizes = (n, m, exclude if EXCLUDE else None)
     split = tl.program_id(0) % splits
     first_i = tl.program_id(0) // splits * BLOCK_M
     i = first_i + tl.arange(0, BLOCK_M)
@@ -61,8 +63,8 @@ def _frozen_kernel(
         if AMONG != "all":
             same = b_row_label[:, None] == tl.load(col_labels + j, mask=j < m, other=0)[None, :]
             s = tl.where(same if AMONG == "same" else ~same, s, float("-inf"))
-        if on_edge(first_i, first_j, (n, m, exclude), BLOCK_M, BLOCK_N):
-            s = tl.where(counted(i, j, (n, m, exclude)), s, float("-inf"))
+        if on_edge(first_i, first_j, sizes, BLOCK_M, BLOCK_N):
+            s = tl.where(counted(i, j, sizes), s, float("-inf"))
         new = tl.maximum(peak, tl.max(s, 1) - HEADROOM)
         fade = tl.exp2(peak - new)
         p = tl.exp2(s - new[:, None])
@@ -86,7 +88,7 @@ def _frozen_kernel(
 @triton.jit(do_not_specialize=["n", "d", "splits"])
 def _frozen_residual_kernel(
     rows, means, lse, index, index_logit, own_logit, k, residual, positive_sum, positive_count,
-    n, d, splits, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    n, d, splits, k_strides, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     exact = tl.load(lse + i, mask=i < n, other=0.0) / LN2
@@ -109,7 +111,7 @@ def _frozen_residual_kernel(
             total += part * fade[:, None]
         if index is not None:
             m_own = m_x & (b_index >= 0)[:, None]
-            at = k.at + b_index[:, None] * k.stride_row + i_d[None, :] * k.stride_col
+            at = k + b_index[:, None] * k_strides[0] + i_d[None, :] * k_strides[1]
             b_k = tl.load(at, mask=m_own, other=0.0)
             total += weight[:, None] * b_k.to(tl.float32)
         tl.store(residual + i[:, None] * d + i_d[None, :], total, mask=m_x)
@@ -126,11 +128,11 @@ def log_sum_exp_and_residual(problem: Contrast) -> tuple[Tensor, Tensor, Tensor,
     means = q.new_empty((splits, n, d), dtype=torch.float32)
     index_logit, own_logit = q.new_empty((2, n if index is not None else 0), dtype=torch.float32)
     _frozen_kernel[(row_blocks * splits,)](
-        launch.matrix(q), launch.matrix(k), launch.scalar(problem.scale), problem.key_bias,
+        q, k, launch.scalar(problem.scale), problem.key_bias,
         problem.row_labels, problem.col_labels, index, rows, means, index_logit, own_logit,
-        n, m, d, problem.offset, splits, launch.cdiv(col_blocks, splits),
-        AMONG=problem.among, HEADROOM=15.0 if q.dtype == torch.float16 else 0.0,
-        PRECISION=launch.precision(q),
+        n, m, d, problem.offset or 0, q.stride(), k.stride(), splits, launch.cdiv(col_blocks, splits),
+        EXCLUDE=problem.offset is not None, AMONG=problem.among,
+        HEADROOM=15.0 if q.dtype == torch.float16 else 0.0, PRECISION=launch.precision(q),
         EVEN_D=d == configs.padded(d), BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
         BLOCK_D=configs.padded(d), **launch.options(shape),
     )  # fmt: skip
@@ -139,7 +141,7 @@ def log_sum_exp_and_residual(problem: Contrast) -> tuple[Tensor, Tensor, Tensor,
     positive_count = torch.empty_like(positive_sum)
     residual = q.new_empty((n, d), dtype=torch.float32)
     _frozen_residual_kernel[(launch.cdiv(n, _ROWS),)](
-        rows, means, lse, index, index_logit, own_logit, launch.matrix(k), residual,
-        positive_sum, positive_count, n, d, splits, BLOCK_M=_ROWS, BLOCK_D=128,
+        rows, means, lse, index, index_logit, own_logit, k, residual,
+        positive_sum, positive_count, n, d, splits, k.stride(), BLOCK_M=_ROWS, BLOCK_D=128,
     )  # fmt: skip
     return lse, positive_sum, positive_count, residual

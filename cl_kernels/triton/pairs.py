@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Contrast, same_memory
-from . import launch
-from .tiles import LOG2E, NOTHING, Matrix
+from .tiles import LOG2E, NOTHING
 
 
 class Rules(NamedTuple):
@@ -27,15 +26,12 @@ class Rules(NamedTuple):
 
 
 class Side(NamedTuple):
-    """The owners or the others of a gradient, as kernels take them: the rows of S or its columns."""
+    """The vectors of a gradient's owners or others, the rows of S or its columns, as kernels take them."""
 
-    x: Any  # Matrix of features
-    labels: Any
     bias: Any
+    labels: Any
     partner: Any  # index of each one's positive
     planes: Any  # as in gradient_terms.Terms
-    ranges: Any
-    index_ranges: Any
 
 
 class Owner(NamedTuple):
@@ -74,11 +70,11 @@ def packed(problem: Contrast) -> Contrast:
     )  # fmt: skip
 
 
-def mask_arguments(mask: Tensor | None) -> tuple[Matrix | None, int, int]:
-    """A positive mask [R, C] as kernel arguments: itself, R, C."""
+def mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], tuple[int, ...]]:
+    """A positive mask [R, C] as kernel arguments: itself, (R, C), its strides."""
     if mask is None:
-        return None, 1, 1
-    return launch.matrix(mask.view(torch.uint8) if mask.dtype == torch.bool else mask), *mask.shape
+        return None, (1, 1), (0, 0)
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, mask.shape, mask.stride()
 
 
 @triton.jit
@@ -126,12 +122,17 @@ def index_range(b_index, COUNTS: tl.constexpr):
 
 
 @triton.jit
-def load_owner(own, i, n, RULES: tl.constexpr):
-    """The block of owners i."""
+def load_terms(own, i, n):
+    """Shifts, coefficients, weights and the lowest shift of the owners i, as in Owner."""
     shift = tl.load(own.planes + i, mask=i < n, other=0.0)
     coef = tl.load(own.planes + n + i, mask=i < n, other=0.0)
     weight = tl.load(own.planes + 2 * n + i, mask=i < n, other=0.0)
-    low = tl.min(tl.where(coef == 0.0, -NOTHING, shift), 0)
+    return shift, coef, weight, tl.min(tl.where(coef == 0.0, -NOTHING, shift), 0)
+
+
+@triton.jit
+def load_partners(own, i, n, RULES: tl.constexpr):
+    """Labels, partners and the first and the last partner of the owners i, as in Owner."""
     label = i
     partner = i
     if RULES.positives == "labels" or RULES.among != "all":
@@ -139,7 +140,7 @@ def load_owner(own, i, n, RULES: tl.constexpr):
     if RULES.positives == "index" and RULES.own_positives:
         partner = tl.load(own.partner + i, mask=i < n, other=-1).to(tl.int32)
     first, last = index_range(partner, RULES.positives == "index" and RULES.own_positives)
-    return Owner(label, partner, first, last, shift, coef, weight, low)
+    return label, partner, first, last
 
 
 @triton.jit

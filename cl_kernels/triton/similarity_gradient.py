@@ -21,11 +21,12 @@ MAX_PARTS = 32  # of the columns: each is a float32 copy of the gradient
 # passes its transpose.
 @triton.jit
 def _similarity_product_kernel(
-    grad, y, y_rnorm, acc, n, m, d, part,
+    grad, y, y_rnorm, acc, n, m, d, part, grad_strides, y_strides,
     BOTH: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    grad, y = tiles.Matrix(grad, *grad_strides), tiles.Matrix(y, *y_strides)
     blocks_d = tl.cdiv(d, BLOCK_D)
     i_n = tl.program_id(0) // blocks_d * BLOCK_M + tl.arange(0, BLOCK_M)
     i_d = tl.program_id(0) % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -69,10 +70,11 @@ def _load_sum_and_row(
 # read once.
 @triton.jit
 def _similarity_rows_kernel(
-    acc, x, x_rnorm, scale, out, sums, share, n, d, parts,
+    acc, x, x_rnorm, scale, out, sums, share, n, d, parts, x_strides,
     NORMALIZE: tl.constexpr, NEEDED: tl.constexpr, SUMMED: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
+    x = tiles.Matrix(x, *x_strides)
     i_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_d = tl.arange(0, BLOCK_D)
     m_n = i_n < n
@@ -114,7 +116,7 @@ def _products(grad: Tensor, y: Tensor, y_rnorm: Tensor, normalize: bool, both: b
     parts = launch.cdiv(steps, steps_each)
     acc = y.new_empty(parts, n, d, dtype=torch.float32)
     _similarity_product_kernel[(programs, parts)](
-        launch.matrix(grad), launch.matrix(y), y_rnorm, acc, n, m, d, steps_each * shape.block_n,
+        grad, y, y_rnorm, acc, n, m, d, steps_each * shape.block_n, grad.stride(), y.stride(),
         BOTH=both, NORMALIZE=normalize,
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_M=m % shape.block_n == 0, EVEN_D=d % shape.block_d == 0, PRECISION=launch.precision(y),
@@ -139,7 +141,7 @@ def _rows(
     out = x.new_empty(n, d) if needed else acc.new_empty(0)
     sums = acc.new_empty(0 if share is None else blocks)
     _similarity_rows_kernel[(blocks,)](
-        acc, launch.matrix(x), x_rnorm, launch.scalar(scale), out, sums, share or 0.0, n, d, parts,
+        acc, x, x_rnorm, launch.scalar(scale), out, sums, share or 0.0, n, d, parts, x.stride(),
         NORMALIZE=normalize, NEEDED=needed, SUMMED=share is not None, WHOLE=d <= shape.block_d,
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
         **launch.options(shape),

@@ -13,7 +13,7 @@ from .pairs import contiguous
 from .soft_target_combine import combine
 from .soft_target_slots import LEFT_OUT, Slots
 from .soft_target_softmax import mean_keys
-from .tiles import LOG2E, NOTHING, dot, load_rows, product, scalar
+from .tiles import LOG2E, NOTHING, Matrix, dot, load_rows, product, scalar
 
 # Tiles hold the whole width of up to so many features; anything wider has the widest row of the table.
 WIDEST = 256
@@ -33,11 +33,13 @@ IN_CHUNKS = 1024
 @triton.jit
 def _soft_target_kernel(
     q, k, target_q, target_k, scale, target_scale, positive, statistics, positive_logit,
-    n, m, d, e, first, per_split, slot, slots,
+    n, m, d, e, first, per_split, slot, slots, q_strides, k_strides, target_q_strides, target_k_strides,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, WHOLE: tl.constexpr, SAME_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    q, k = Matrix(q, *q_strides), Matrix(k, *k_strides)
+    target_q, target_k = Matrix(target_q, *target_q_strides), Matrix(target_k, *target_k_strides)
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = i_m < n
     i_d, i_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
@@ -144,9 +146,10 @@ def _walk(problem: SoftTarget) -> Slots:
         if splits == 0:
             continue
         _soft_target_kernel[launch.cdiv(n, shape.block_m), splits](
-            *map(launch.matrix, (q, k, target_q, target_k)), launch.scalar(problem.scale),
-            launch.scalar(problem.target_scale), problem.positive, slots.statistics, slots.positive_logit,
+            q, k, target_q, target_k, launch.scalar(problem.scale), launch.scalar(problem.target_scale),
+            problem.positive, slots.statistics, slots.positive_logit,
             n, k.shape[0], d, e, problem.first(i), per_split, slot, slots.statistics.shape[2],
+            q.stride(), k.stride(), target_q.stride(), target_k.stride(),
             BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=block_d, BLOCK_E=block_e,
             EVEN_D=d % block_d == 0, EVEN_E=e % block_e == 0, WHOLE=whole, SAME_KEYS=problem.same_keys(i),
             PRECISION=launch.precision(q), **launch.options(shape),

@@ -15,7 +15,7 @@ from ..problem import SoftTarget, flat
 from . import launch
 from .pairs import contiguous
 from .soft_target_softmax import Factors, Statistics, Wanted, Weights, blocks, optional
-from .tiles import load_rows, scalar
+from .tiles import Matrix, load_rows, scalar
 
 
 class Saved(NamedTuple):
@@ -37,7 +37,7 @@ class Saved(NamedTuple):
 # where the weight, whose terms cancel in a converged row, is float64. Each segment's launch writes its rows.
 @triton.jit
 def _soft_target_gradient_kernel(
-    q, k, scale, positive, saved, weights, grad_q, sums, n, m, d, first, total,
+    q, k, scale, positive, saved, weights, grad_q, sums, n, m, d, first, total, q_strides, k_strides,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, FIRST_SEGMENT: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -64,10 +64,10 @@ def _soft_target_gradient_kernel(
         b_weight = b_g_lse * tl.exp(b_below) + optional(weights.positive, i_m, m_m)
         if ZERO:
             b_weight += b_g_cross * tl.exp(-b_target_lse)
-        b_k = load_rows(k, b_own - first, m_own, i_d, m_d, False)
+        b_k = load_rows(Matrix(k, *k_strides), b_own - first, m_own, i_d, m_d, False)
         b_grad += tl.where(m_own, b_weight, 0.0).to(tl.float32)[:, None] * b_k.to(tl.float32)
 
-    b_q = load_rows(q, i_m, m_m, i_d, m_d, False).to(tl.float32)
+    b_q = load_rows(Matrix(q, *q_strides), i_m, m_m, i_d, m_d, False).to(tl.float32)
     i_program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(sums + i_program, tl.sum(tl.sum(b_q * b_grad, 1), 0))
     if grad_q is not None:
@@ -109,8 +109,8 @@ def _from_means(problem: SoftTarget, weights: Weights, saved: Saved, needs_q: bo
     for i in segments:
         k = problem.k[i]
         _soft_target_gradient_kernel[grid](
-            launch.matrix(q), launch.matrix(k), launch.scalar(problem.scale), problem.positive, saved,
-            weights, grad_q, sums[i], n, k.shape[0], d, problem.first(i), problem.columns,
+            q, k, launch.scalar(problem.scale), problem.positive, saved, weights, grad_q, sums[i],
+            n, k.shape[0], d, problem.first(i), problem.columns, q.stride(), k.stride(),
             BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, FIRST_SEGMENT=i == 0,
             ZERO=problem.positive_in_target == "zero", num_warps=shape.warps,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from .. import configs
 from ..problem import SoftTarget
 from . import launch
 from .soft_target_slots import LEFT_OUT, Slots
-from .tiles import LOG2E, NOTHING, dot, load_rows, scalar
+from .tiles import LOG2E, NOTHING, Matrix, dot, load_rows, scalar
 
 # So many features of a mean key fit into registers beside what a product needs.
 WIDEST = {"half": 256, "float32": 64}
@@ -37,7 +37,7 @@ def _target_half(x, BLOCK_M: tl.constexpr):
 @triton.jit
 def _soft_target_means_kernel(
     q, target_q, k, scale, target_scale, positive, statistics, means, positive_logit,
-    n, m, d, first, per_split, slot, slots,
+    n, m, d, first, per_split, slot, slots, q_strides, target_q_strides, k_strides,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, EVEN_D: tl.constexpr,
     HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -48,9 +48,9 @@ def _soft_target_means_kernel(
     i_d = tl.arange(0, WIDTH)
     m_d = i_d < d
     i_row = i_m.to(tl.int64)
-    at_q = q.at + (i_row * q.stride_row)[:, None] + i_d.to(tl.int64)[None, :] * q.stride_col
-    t = target_q
-    at_t = t.at + (i_row * t.stride_row)[:, None] + i_d.to(tl.int64)[None, :] * t.stride_col
+    at_q = q + (i_row * q_strides[0])[:, None] + i_d.to(tl.int64)[None, :] * q_strides[1]
+    at_t = target_q + (i_row * target_q_strides[0])[:, None]
+    at_t += i_d.to(tl.int64)[None, :] * target_q_strides[1]
     m_x = m_m[:, None] if EVEN_D else m_m[:, None] & m_d[None, :]
     b_x = tl.load(at_q, mask=m_x & m_student[:, None], other=0.0)
     b_x = tl.load(at_t, mask=m_x & ~m_student[:, None], other=b_x)
@@ -71,7 +71,7 @@ def _soft_target_means_kernel(
     for start in range(begin, min(begin + per_split, m), BLOCK_N):
         i_n = start + tl.arange(0, BLOCK_N)
         m_n = i_n < m
-        b_k = load_rows(k, i_n, m_n, i_d, m_d, EVEN_D)
+        b_k = load_rows(Matrix(k, *k_strides), i_n, m_n, i_d, m_d, EVEN_D)
         b_s = dot(b_x, tl.trans(b_k), tl.zeros((2 * BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         b_s *= b_scale2[:, None]
         if positive is not None and (lowest < start + BLOCK_N) & (highest >= start):
@@ -116,7 +116,7 @@ def serves(problem: SoftTarget) -> bool:
 
 
 def walk(problem: SoftTarget) -> Slots:
-    q, (n, d) = problem.q, problem.q.shape
+    q, target_q, (n, d) = problem.q, problem.target_q, problem.q.shape
     shape, width = configs.shape("soft_target_means", q, d), configs.padded(d)
     slots = Slots.of(problem, shape.block_m, shape.block_n, waves=2, means=True)
     for i, (slot, splits, per_split) in enumerate(slots.segments):
@@ -124,10 +124,10 @@ def walk(problem: SoftTarget) -> Slots:
         if splits == 0:
             continue
         _soft_target_means_kernel[launch.cdiv(n, shape.block_m), splits](
-            *map(launch.matrix, (q, problem.target_q, k)), launch.scalar(problem.scale),
-            launch.scalar(problem.target_scale), problem.positive,
-            slots.statistics, slots.means, slots.positive_logit,
+            q, target_q, k, launch.scalar(problem.scale), launch.scalar(problem.target_scale),
+            problem.positive, slots.statistics, slots.means, slots.positive_logit,
             n, k.shape[0], d, problem.first(i), per_split, slot, slots.statistics.shape[2],
+            q.stride(), target_q.stride(), k.stride(),
             BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, WIDTH=width, EVEN_D=d == width,
             HEADROOM=15.0 if q.dtype == torch.float16 else 0.0, PRECISION=launch.precision(q),
             **launch.options(shape),

@@ -14,7 +14,7 @@ from .. import configs
 from ..problem import SoftTarget
 from . import launch
 from .soft_target_slots import LEFT_OUT
-from .tiles import LN2, LOG2E, product, scalar
+from .tiles import LN2, LOG2E, Matrix, product, scalar
 
 # Two matrices of so many bytes are held at a time.
 MATRIX_BYTES = 1 << 29
@@ -57,9 +57,12 @@ def _coefficient(b_grad, b_lse, b_shift):
 def _soft_target_softmax_kernel(
     q, k, target_q, target_k, scale, target_scale, positive, statistics, weights, factors,
     g, h, sums, target_sums, begin, end, m, d, e, first, pitch,
+    q_strides, k_strides, target_q_strides, target_k_strides,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     EVEN_E: tl.constexpr, PRECISION: tl.constexpr, ZERO: tl.constexpr, REST_ONLY: tl.constexpr,
 ):  # fmt: skip
+    q, k = Matrix(q, *q_strides), Matrix(k, *k_strides)
+    target_q, target_k = Matrix(target_q, *target_q_strides), Matrix(target_k, *target_k_strides)
     i_m = begin + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m, m_n = i_m < end, i_n < m
@@ -196,9 +199,10 @@ def _block(
     g, h = matrix(wanted.g), matrix(wanted.h)
     sums, target_sums = partial(wanted.sums), partial(wanted.sums and wanted.h)
     _soft_target_softmax_kernel[grid](
-        *map(launch.matrix, (q, k, target_q, target_k)), launch.scalar(problem.scale),
-        launch.scalar(problem.target_scale), problem.positive, statistics, weights, factors,
+        q, k, target_q, target_k, launch.scalar(problem.scale), launch.scalar(problem.target_scale),
+        problem.positive, statistics, weights, factors,
         g, h, sums, target_sums, rows.start, rows.stop, m, d, e, problem.first(i), pitch,
+        q.stride(), k.stride(), target_q.stride(), target_k.stride(),
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         EVEN_D=d % shape.block_d == 0, EVEN_E=e % shape.block_d == 0, PRECISION=launch.precision(q),
         ZERO=problem.positive_in_target == "zero", REST_ONLY=wanted.rest_only,

@@ -130,6 +130,31 @@ for folder in sys.argv[1:]:
         del sys.modules[name]
 """
 
+STRIDES = """
+import torch
+import triton
+import triton_gate
+from cl_kernels.triton.launch import matrix
+
+
+@triton.jit
+def of_strides(x, n, x_strides):
+    pass
+
+
+@triton.jit
+def of_matrix(x, n):
+    pass
+
+
+x = torch.zeros(64, 64)
+with triton_gate.recording("sm_90") as recorder:
+    for n, y in ((64, x), (63, x), (64, x.T), (64, x[:, :63].contiguous()), (63, x[::2])):
+        of_strides[(1,)](y, n, y.stride())
+        of_matrix[(1,)](matrix(y), n)
+print(sorted(found.kernel.__name__ for found in recorder.launches.values()))
+"""
+
 
 def _python(*arguments: str, path: Path = ROOT / "tests") -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -229,6 +254,14 @@ def test_a_source_is_all_that_it_reaches(tmp_path: Path) -> None:
     (kernel, other), *found = [line.split() for line in result.stdout.splitlines()]
     assert [made != kernel for made, _ in found] == [changes for *_, changes in CHANGES]
     assert all(same == other for _, same in found)
+
+
+def test_strides_make_kernels_and_sizes_do_not(tmp_path: Path) -> None:
+    """Whether a stride is 1 or a multiple of 16 does, in a tuple or a matrix; whether a size is does not."""
+    (tmp_path / "strides.py").write_text(STRIDES)
+    result = _python(str(tmp_path / "strides.py"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("'")[1::2] == ["of_matrix"] * 3 + ["of_strides"] * 3
 
 
 def test_an_unknown_architecture_is_refused() -> None:
