@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch, dtypes, reference
+from . import dispatch, dtypes, ops, reference
 from .dtypes import full_precision
 from .problem import Contrast, SoftTarget
 
@@ -415,13 +415,15 @@ def _positive_keys(
         return None, None
     n = index.shape[0]
     if first is not None and first + n <= keys[0].shape[0]:
-        own = keys[0][first : first + n].clone(memory_format=torch.contiguous_format)
+        own = ops.snapshot(keys[0][first : first + n])
         return own, index - first if first else index
     found, start = None, 0
     for part in keys:
         here = part.index_select(0, (index - start).clamp(0, part.shape[0] - 1))
         found = here if found is None else torch.where((index >= start)[:, None], here, found)
         start += part.shape[0]
+    if found is not None and torch.compiler.is_compiling():  # else it might be selected in the backward
+        found = ops.snapshot(found)
     return found, torch.where(index >= 0, torch.arange(n, device=index.device), -1)
 
 

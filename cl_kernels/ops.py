@@ -136,6 +136,26 @@ for _name, _schema in SCHEMAS.items():
     _library.impl(_name, getattr(chunked, _name), "CompositeExplicitAutograd")
 
 
+_library.define("snapshot(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_clone = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+_library.impl("snapshot", _clone, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::snapshot", lib=_library)
+def _snapshot(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def snapshot(x: Tensor) -> Tensor:
+    """A copy of `x`, which gets no gradient, to be read in the backward when x may have changed in place.
+
+    In a compiled graph by an op: Inductor would leave a clone out, and compute it from x in the backward.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.cl_kernels.snapshot(x.detach())
+    return _clone(x)
+
+
 def on_gpus(serve: Callable[..., Any], by_triton: Callable[..., Any]) -> None:
     """Register what GPU tensors go on to, functions of an op's name and arguments: the backend that serves
     them, and Triton."""

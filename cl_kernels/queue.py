@@ -25,7 +25,8 @@ class KeyQueue(Grouped):
     `info_nce_loss`, `sce_loss` and `sce_targets` take it as `queue`, `supcon_loss` one with labels as
     `memory`. Rows that nothing was enqueued into do not count: an empty queue is one of no rows. Between the
     forward and the backward of a loss it may be enqueued into, where the keys of the batch are a momentum
-    encoder's and get no gradient.
+    encoder's and get no gradient, nor the target's temperature of SCE. Enqueue a batch after its loss: a row
+    that is in the queue already would meet itself.
 
     Args:
         size: K, the rows that it has room for.
@@ -33,7 +34,8 @@ class KeyQueue(Grouped):
         labels: whether each key has a label.
         group: a `torch.distributed.ProcessGroup`, whose processes all enqueue together: each queue then gets
             the keys of all ranks, in their order, and all are the same; None: this process alone.
-        device, dtype: of the keys; float16, bfloat16, float32 or float64, by default PyTorch's own.
+        device, dtype: of the keys; float16, bfloat16, float32 or float64, by default PyTorch's own. Losses
+            compute in the common dtype of features and keys: give the queue that of the features.
 
     Its state, with which a queue goes on as if it had not been interrupted:
 
@@ -56,6 +58,17 @@ class KeyQueue(Grouped):
         ...     loss.backward()
         >>> len(queue)
         24
+
+    A memory of SupCon takes the views as rows of their own:
+
+        >>> memory, labels = clk.KeyQueue(64, 16, labels=True), torch.arange(8) % 3
+        >>> z = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=2)
+        >>> loss = clk.supcon_loss(z, labels, memory=memory)
+        >>> memory.enqueue(z.flatten(0, 1), labels.repeat_interleave(2))
+
+    The number of rows that count is the host's, and no buffer: load a checkpoint on every process. In a
+    module under DDP the buffers are broadcast at each forward; `broadcast_buffers=False`, or a queue outside
+    of it, saves that, as a queue with a group is the same everywhere.
 
     Sources: He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, section
     3.2; Khosla et al., "Supervised Contrastive Learning", 2020, for the memory of SupCon.
@@ -93,6 +106,9 @@ class KeyQueue(Grouped):
     def _count(self, rows: int) -> None:
         # The size of an empty tensor: torch.compile would take an integer for a constant.
         self._counted = torch.empty(rows, 0, device="cpu")
+
+    def __bool__(self) -> bool:
+        return True  # also while it is empty, as any module
 
     def __len__(self) -> int:
         return self._counted.shape[0]
@@ -178,7 +194,8 @@ class KeyQueue(Grouped):
             fault = error
         kind = *self.keys.shape, self.keys.dtype, self.labels is not None, len(self)
         card = rows[0].shape[0] if rows else -1, zlib.crc32(repr(kind).encode())
-        cards = exchange_cards(card, group, self.keys.device)
+        device = keys.device if isinstance(keys, Tensor) else self.keys.device
+        cards = exchange_cards(card, group, device)
         if fault is not None:
             raise fault
         sizes, kinds = zip(*cards, strict=True)
@@ -196,8 +213,11 @@ class KeyQueue(Grouped):
 
     def set_extra_state(self, state: Tensor) -> None:
         *shape, rows = state.tolist()
-        if shape == list(self.keys.shape):  # else load_state_dict says so of the keys
-            self._count(rows)
+        if shape != list(self.keys.shape):
+            return  # load_state_dict says so of the keys
+        if not 0 <= rows <= shape[0]:
+            raise ValueError(f"a KeyQueue of {shape[0]} rows must count from 0 to {shape[0]}, got {rows}")
+        self._count(rows)
 
     def extra_repr(self) -> str:
         size, width = self.keys.shape

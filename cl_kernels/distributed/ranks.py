@@ -43,13 +43,18 @@ class Ranks(NamedTuple):
         return tuple(self.views(own) * size for size in self.sizes)
 
 
+def rows_of(x: Tensor | None) -> int | None:
+    """How many rows a queue has, if there is one: the same on all ranks."""
+    return None if x is None else x.shape[0]
+
+
 def total(own: int, ranks: Ranks | None) -> int:
     """The rows of all ranks, where this one has so many."""
     return own if ranks is None else sum(ranks.rows(own))
 
 
 def join(
-    group: Any, exchange: Any, features: Tensor, *agreed: Any, samples: int | None = None
+    group: Any, exchange: Any, features: Tensor, loss: str, samples: int | None = None, **agreed: Any
 ) -> Ranks | None:
     """The ranks that take part in a loss; None for one process.
 
@@ -57,9 +62,10 @@ def join(
         group: a `torch.distributed.ProcessGroup`, or None.
         exchange: "gather" or "ring".
         features: what is exchanged; of one width, dtype and need of a gradient on all ranks.
-        agreed: what else must be the same on all ranks, the name of the loss first; of tensors and floats,
-            whether they are there and get a gradient.
+        loss: the name of the function.
         samples: how many this rank holds; None: the rows of `features`.
+        agreed: arguments that must be the same on all ranks; of tensors and floats, whether they are there
+            and get a gradient.
 
     Raises:
         TypeError, ValueError: for a wrong group or exchange; on every rank if what must be the same is not.
@@ -73,22 +79,22 @@ def join(
         return None
     if autograd.in_transform():
         raise NotImplementedError("a loss over a group of processes does not run in torch.func's transforms")
-    told = [*map(_told, agreed), exchange]
+    told = {name: _told(x) for name, x in agreed.items()} | {"exchange": exchange}
     own = _Card(
         features.shape[0] if samples is None else samples,
         features.shape[-1],
         dtypes.FLOAT_DTYPES.index(features.dtype),
         int(gets_gradient(features)),
-        checksum(told),
+        checksum((loss, told)),
     )
     cards = [_Card(*card) for card in exchange_cards(own, group, features.device)]
-    _check_agreement(cards, told)
+    _check_agreement(cards, loss, told)
     return Ranks(group, exchange, rank, tuple(card.samples for card in cards))
 
 
 def _told(x: Any) -> Any:
     if isinstance(x, Tensor | float):
-        return "a gradient" if isinstance(x, Tensor) and gets_gradient(x) else "no gradient"
+        return "with gradient" if isinstance(x, Tensor) and gets_gradient(x) else "no gradient"
     return x
 
 
@@ -109,8 +115,7 @@ def exchange_cards(own: Sequence[int], group: ProcessGroup, device: torch.device
     return all_gather(torch.tensor([own], device=device), group).tolist()
 
 
-def _check_agreement(cards: Sequence[_Card], agreed: Sequence[Any]) -> None:
-    name = agreed[0] if agreed else "this"
+def _check_agreement(cards: Sequence[_Card], loss: str, agreed: dict[str, Any]) -> None:
     told: dict[str, list[Any]] = {
         "features of the same width": [card.width for card in cards],
         "features of the same dtype": [dtypes.FLOAT_DTYPES[card.dtype] for card in cards],
@@ -118,11 +123,12 @@ def _check_agreement(cards: Sequence[_Card], agreed: Sequence[Any]) -> None:
     }
     for wanted, values in told.items():
         if len(set(values)) > 1:
-            raise ValueError(f"{name} must get {wanted} on every rank of the group, got {values}")
+            raise ValueError(f"{loss} must get {wanted} on every rank of the group, got {values}")
     if len({card.agreed for card in cards}) > 1:
+        here = ", ".join(f"{name}: {x}" for name, x in agreed.items())
         raise ValueError(
-            f"every rank of the group must call the same loss with the same options and kinds of arguments, "
-            f"but another one's differ from {', '.join(map(str, agreed))} of this one"
+            "every rank of the group must call the same loss with the same options and kinds of arguments, "
+            f"but another one's differ from {loss} with {here} on this one"
         )
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import dtypes, validation
+from .. import dtypes, ops, validation
 from ..distributed import EXCHANGES, ProcessGroup, Ranks, engine
 
 P = ParamSpec("P")
@@ -38,7 +38,8 @@ def loss_function(function: Callable[P, R]) -> Callable[P, R]:
 class EmptyContrastWarning(UserWarning):
     """Rows have nothing to contrast with: their loss and gradient are 0, and nothing is learnt from them.
 
-    Python shows it once for each line that calls a loss; compiled code says nothing.
+    Python shows it once for each line that calls a loss; compiled code says nothing, and where it depends on
+    labels neither does a GPU, which would have to be waited for.
     """
 
 
@@ -55,7 +56,7 @@ def warn_of_nothing(why: str) -> None:
 def warn_if_alone(columns: int) -> None:
     """Warn of denominators over so many columns if they hold a positive at most."""
     if not torch.compiler.is_compiling() and columns <= 1:
-        warn_of_nothing("a single sample, and neither other samples nor a queue beside it")
+        warn_of_nothing("there is no row beside its positive, nor a queue")
 
 
 def warn_of_empty_queue() -> None:
@@ -90,8 +91,9 @@ def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
     Frozen keys are copied where the backward reads them: they may be changed in place before it.
     """
     dtype = dtypes.accumulate_dtype(q.dtype)
-    if k.dtype == dtype and q.requires_grad and not k.requires_grad and torch.is_grad_enabled():
-        k = k.clone()
+    copied = k.dtype != dtype and not torch.compiler.is_compiling()
+    if not copied and q.requires_grad and not k.requires_grad and torch.is_grad_enabled():
+        k = ops.snapshot(k)
     return (q.to(dtype) * k.to(dtype)).sum(1) * scale
 
 

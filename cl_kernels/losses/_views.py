@@ -111,7 +111,7 @@ def outside_rows(
 def warn_without_negatives(lse: Tensor) -> None:
     """Warn where the log-sum-exp of an anchor's negatives [A] is that of nothing."""
     if validation.readable(lse) and bool((lse == -torch.inf).any()):
-        warn_of_nothing('all rows are of its label, which denominator="only_negatives" leaves out')
+        warn_of_nothing('denominator="only_negatives" leaves out all rows, which are its positives')
 
 
 def _guarded_rows(stats: ContrastiveStats) -> Tensor:

@@ -66,7 +66,7 @@ def clip_loss(
     scale = wide(validation.scale("logit_scale", logit_scale, x), x)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    ranks = join(group, exchange, x, "clip_loss", y, scale, reduction)
+    ranks = join(group, exchange, x, "clip_loss", text_features=y, logit_scale=scale, reduction=reduction)
     n = x.shape[0]
     own = torch.arange(n, device=x.device)
     stats = engine.contrastive(Contrast(x, y, scale, positive_index=own, both_axes=True), ranks)

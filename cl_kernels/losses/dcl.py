@@ -75,7 +75,7 @@ def dcl_loss(
     width = None if sigma is None else validation.temperature("sigma", sigma, z0)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    ranks = join(group, exchange, z0, "dcl_loss", z1, tau, width, reduction)
+    ranks = join(group, exchange, z0, "dcl_loss", z1=z1, temperature=tau, sigma=width, reduction=reduction)
     n = total(z0.shape[0], ranks)
     scale = inverse(tau, z0)
     own = torch.arange(z0.shape[0], device=z0.device)

@@ -75,7 +75,16 @@ def dimcl_loss(
     tau = validation.temperature("temperature", temperature, z0)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    ranks = join(group, exchange, z0, "dimcl_loss", z1, tau, positive_mask, reduction)
+    ranks = join(
+        group,
+        exchange,
+        z0,
+        "dimcl_loss",
+        z1=z1,
+        temperature=tau,
+        positive_mask=positive_mask,
+        reduction=reduction,
+    )
     scale = inverse(tau, z0)
     if ranks is None:
         validation.minimum_rows("z0", z0, 2)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import autograd, validation
-from ..distributed import ProcessGroup, engine, join, total
+from ..distributed import ProcessGroup, engine, join, rows_of, total
 from ..problem import Contrast
 from ._common import (
     Grouped,
@@ -83,7 +83,17 @@ def info_nce_loss(
     tau = validation.temperature("temperature", temperature, q)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    ranks = join(group, exchange, q, "info_nce_loss", k, queue, tau, reduction)
+    ranks = join(
+        group,
+        exchange,
+        q,
+        "info_nce_loss",
+        k=k,
+        queue=queue,
+        rows_of_queue=rows_of(queue),
+        temperature=tau,
+        reduction=reduction,
+    )
     scale = inverse(tau, q)
     if queue is None:
         own = torch.arange(q.shape[0], device=q.device)

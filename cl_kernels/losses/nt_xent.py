@@ -65,7 +65,7 @@ def nt_xent_loss(
 
     n = z0.shape[0]
     z = unit_rows(torch.cat([z0, z1]))
-    ranks = join(group, exchange, z, "nt_xent_loss", tau, reduction, samples=n)
+    ranks = join(group, exchange, z, "nt_xent_loss", n, temperature=tau, reduction=reduction)
     partner = torch.arange(2 * n, device=z.device).roll(n)
     problem = Contrast(z, None, inverse(tau, z), exclude=0, positive_index=partner)
     stats = engine.contrastive(problem, ranks)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
-from ..distributed import ProcessGroup, Ranks, engine, join, total
+from ..distributed import ProcessGroup, Ranks, engine, join, rows_of, total
 from ..problem import Contrast, SoftTarget
 from ._common import (
     Grouped,
@@ -119,8 +119,11 @@ def sce_loss(
     validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    given = k, queue, targets is not None, tau, target_tau, weight
-    ranks = join(group, exchange, q, "sce_loss", *given, positive_in_target, reduction)
+    ranks = join(
+        group, exchange, q, "sce_loss", k=k, queue=queue, rows_of_queue=rows_of(queue),
+        targets=targets is not None, temperature=tau, target_temperature=target_tau, coeff=weight, positive_in_target=positive_in_target,
+        reduction=reduction,
+    )  # fmt: skip
     if targets is not None:
         keys, positive = _keys(k, k_global, queue, rank)
         _check_targets(targets, q, k, keys, _columns(keys, ranks))
@@ -163,8 +166,8 @@ def sce_targets(
     number of keys, and D in place of eight.
 
     Args:
-        k, k_global, queue, target_temperature, positive_in_target, rank: as for `sce_loss`; no gradient is
-            taken for any of them.
+        k, k_global, queue, target_temperature, positive_in_target, rank, group, exchange: as for `sce_loss`;
+            no gradient is taken for any of them.
 
     Returns:
         lse [N] float64, mean [N, D] float32 (float64 for float64 inputs), `positive_in_target` and the number
@@ -189,7 +192,8 @@ def sce_targets(
     keys, positive = _keys(k, k_global, queue, rank)
     scale = inverse(tau, k)
     problem = SoftTarget(k, keys, k, keys, scale, scale, positive, positive_in_target)
-    ranks = join(group, exchange, k.detach(), "sce_targets", queue is not None, positive_in_target)
+    options = {"rows_of_queue": rows_of(queue), "positive_in_target": positive_in_target}
+    ranks = join(group, exchange, k.detach(), "sce_targets", None, **options)
     if keys[0].shape[0] == 0:
         lse = k.new_full(k.shape[:1], -torch.inf, dtype=dtypes.statistics_dtype(k))
         mean = torch.zeros_like(k, dtype=dtypes.accumulate_dtype(k.dtype))

@@ -73,9 +73,11 @@ def selfcon_loss(
     x = validation.views("features", features)
     validation.integer("augmentations", augmentations, minimum=1)
     batch = validation.split("features", x, augmentations)
-    given = validation.kind(labels), validation.kind(mask), temperature, base_temperature
-    options = x.shape[1], anchors, augmentations, no_positive, reduction
-    ranks = join(group, exchange, x, "selfcon_loss", *given, *options, samples=batch)
+    ranks = join(
+        group, exchange, x, "selfcon_loss", batch, labels=validation.kind(labels), mask=validation.kind(mask),
+        temperature=temperature, base_temperature=base_temperature, views=x.shape[1], anchors=anchors,
+        augmentations=augmentations, no_positive=no_positive, reduction=reduction,
+    )  # fmt: skip
     labels, mask = validation.supervision(labels, mask, batch, x, total(batch, ranks))
     tau = validation.temperature("temperature", temperature, x)
     base = validation.temperature("base_temperature", base_temperature, x)

@@ -63,7 +63,15 @@ def stablerep_loss(
     validation.same_device(features=features, labels=labels)
     tau = validation.temperature("temperature", temperature, features)
     validation.option("reduction", reduction, validation.REDUCTIONS)
-    ranks = join(group, exchange, features, "stablerep_loss", validation.kind(labels), tau, reduction)
+    ranks = join(
+        group,
+        exchange,
+        features,
+        "stablerep_loss",
+        labels=validation.kind(labels),
+        temperature=tau,
+        reduction=reduction,
+    )
     problem = anchor_rows(unit_rows(features), n, inverse(tau, features))
     loss, _ = outside_rows(problem, n, labels, mask=None, ranks=ranks)
     return reduced(loss, reduction, features, ranks=ranks)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import autograd, dispatch, dtypes, reference, validation
-from ..distributed import ProcessGroup, Ranks, gather, join, total
+from .. import autograd, dispatch, dtypes, ops, reference, validation
+from ..distributed import ProcessGroup, Ranks, gather, join, rows_of, total
 from ..problem import Contrast
 from ._common import Grouped, at_least_zero, inverse, loss_function, shown, warn_if_alone
 from ._views import (
@@ -133,10 +133,12 @@ def supcon_loss(
     batch, views = x.shape[:2]
     validation.not_both("memory", memory, "positives_cap", positives_cap)
     x, labels, stored = validation.memory(memory, x, labels, mask)
-    given = validation.kind(labels), validation.kind(mask), temperature, base_temperature
-    stored_rows = 0 if stored is None else stored[0].shape[0]
-    options = contrast_mode, summation, denominator, positives_cap, no_positive, reduction, stored_rows
-    ranks = join(group, exchange, x, "supcon_loss", *given, views, *options, samples=batch)
+    ranks = join(
+        group, exchange, x, "supcon_loss", batch, labels=validation.kind(labels), mask=validation.kind(mask),
+        temperature=temperature, base_temperature=base_temperature, views=views, contrast_mode=contrast_mode,
+        summation=summation, denominator=denominator, positives_cap=positives_cap, no_positive=no_positive,
+        reduction=reduction, rows_of_memory=rows_of(stored and stored[0]),
+    )  # fmt: skip
     labels, mask = validation.supervision(labels, mask, batch, x, total(batch, ranks))
     kept = validation.positives_cap("positives_cap", positives_cap, views)
     tau = validation.temperature("temperature", temperature, x)
@@ -184,7 +186,7 @@ def supcon_loss(
 def _unchanging(keys: Tensor, labels: Tensor) -> Memory:
     """Copies of frozen keys and their labels, which the backward reads: a queue may have changed by then."""
     if torch.is_grad_enabled() and not keys.requires_grad:
-        return keys.clone(), labels.clone()
+        return ops.snapshot(keys), ops.snapshot(labels)
     return keys, labels
 
 

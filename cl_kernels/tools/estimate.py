@@ -77,7 +77,7 @@ def positive(text: str) -> float:
 
 
 def not_negative(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else positive(text)
+    return 0.0 if re.fullmatch(r"0*\.?0*", text) else positive(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--views", type=count, help=f"rows of a sample (default 2), for {', '.join(cost.MULTI_VIEW)}"
     )
     parser.add_argument(
-        "--no-labels", action="store_true", help="positives are the other views of a sample; likewise"
+        "--no-labels", action="store_true", help="for the same: positives are the other views of a sample"
     )
     parser.add_argument(
         "--queue", type=count, default=0, metavar="K",
@@ -112,8 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(cost.ITEM), default="bfloat16", help="default bfloat16")
     parser.add_argument(
         "--device", choices=list(DEVICES), default="h100",
-        help=f"assume {SHARE:.0%} of its data sheet's FLOP/s and {LINK_SHARE:.0%} of its NVLink's or, beyond "
-        f"{NODE} processes, its network's bytes/s (default h100)",
+        help=f"assume {SHARE:.0%}% of its data sheet's FLOP/s and {LINK_SHARE:.0%}% of its NVLink's or, "
+        f"beyond {NODE} processes, its network's bytes/s (default h100)",
     )  # fmt: skip
     parser.add_argument("--tflops", type=positive, help="of products, in place of the device's")
     parser.add_argument(
@@ -137,7 +137,7 @@ def mistake(options: argparse.Namespace) -> str | None:
     if options.no_labels and loss not in cost.MULTI_VIEW:
         return f"--no-labels is for {', '.join(cost.MULTI_VIEW)}, not {loss}"
     if options.no_labels and options.views == 1:
-        return "--no-labels needs two --views: one view has no positives"
+        return "--no-labels needs at least two --views: one view has no positives"
     if options.queue and loss not in cost.QUEUED:
         return f"--queue is for {', '.join(cost.QUEUED)}, not {loss}"
     if options.frozen_keys and loss not in cost.FREEZABLE:
@@ -145,7 +145,10 @@ def mistake(options: argparse.Namespace) -> str | None:
     if len(options.width) > 1 and loss != "multilevel":
         return f"several --width are for multilevel, not {loss}"
     if min(options.batch) < max(options.processes):
-        return "--batch must be at least a sample a process"
+        return (
+            f"--batch must be at least a sample a process, got {min(options.batch)} samples for "
+            f"{max(options.processes)} processes"
+        )
     return None
 
 

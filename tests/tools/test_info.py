@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes import run_python
 
-from cl_kernels import ops
+from cl_kernels import __main__, ops
 
 
 def test_info_without_the_extension() -> None:
@@ -28,6 +28,14 @@ def test_info_is_a_table() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("torch", "float32 matmul precision", "contrastive_forward", "similarity_backward"):
         assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", __main__.COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        __main__.main([command, "--help"])
+    assert done.value.code == 0
+    assert f"usage: python -m cl_kernels {command}" in capsys.readouterr().out
 
 
 LISTED = """
