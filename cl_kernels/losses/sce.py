@@ -121,8 +121,8 @@ def sce_loss(
 
     ranks = join(
         group, exchange, q, "sce_loss", k=k, queue=queue, rows_of_queue=rows_of(queue),
-        targets=targets is not None, temperature=tau, target_temperature=target_tau, coeff=weight, positive_in_target=positive_in_target,
-        reduction=reduction,
+        targets=targets is not None, temperature=tau, target_temperature=target_tau, coeff=weight,
+        positive_in_target=positive_in_target, reduction=reduction,
     )  # fmt: skip
     if targets is not None:
         keys, positive = _keys(k, k_global, queue, rank)
