@@ -324,7 +324,7 @@ def memory(setup: Setup) -> dict[str, int]:
 
     Inputs: features, labels, the queue. Statistics: 4 numbers a row. Gathered keys: m D s, twice while uneven
     blocks are put together; at the peak of the backward beside them the gradients of the keys, 2 a m D: in
-    float32 and scaled, or, when the keys are gone, in float32 and as blocks to be sent. On a ring two blocks
+    float32 and scaled, or, where parts are uneven and the keys gone, in float32 and as blocks to be sent. On a ring two blocks
     of keys; in the backward the own gradients, those of a visiting block, of the one before, sent, and of the
     next, received, all in float32. Frozen keys: a vector a row for each softmax in place of gradients, and on
     a ring those of the block at hand.
@@ -379,8 +379,7 @@ def _gradients(problem: Problem, setup: Setup) -> tuple[int, int]:
     if alone:
         return own * (1 if problem.kind == "self" else 2), matrix
     if setup.exchange == "gather":
-        copied = SUM if len(set(problem.rows)) > 1 else rounded
-        return (1 + soft) * (own + sum(problem.rows) * problem.width * (SUM + copied)), matrix
+        return (1 + soft) * (own + sum(problem.rows) * problem.width * 2 * SUM), matrix
     block = max(problem.rows) * problem.width
     return (1 + soft) * (2 * vector * SUM + block * (3 * SUM + rounded)), matrix
 
