@@ -322,12 +322,12 @@ def _shares(setup: Setup) -> list[Traffic]:
 def memory(setup: Setup) -> dict[str, int]:
     """Bytes that a process holds at the peak of a step, by what they are.
 
-    Inputs: features, labels, the queue. Statistics: 4 numbers a row. Gathered keys: m D s, twice while uneven
-    blocks are put together; at the peak of the backward beside them the gradients of the keys, 2 a m D: in
-    float32 and scaled, or, where parts are uneven and the keys gone, in float32 and as blocks to be sent. On a
-    ring two blocks of keys; in the backward the own gradients, those of a visiting block, of the one before,
-    sent, and of the next, received, all in float32. Frozen keys: a vector a row for each softmax in place of gradients, and on
-    a ring those of the block at hand.
+    Inputs: features, labels, the queue. Statistics: 4 numbers a row. Gathered keys: m D s, twice while
+    uneven blocks are put together; at the peak of the backward beside them the gradients of the keys, 2 a
+    m D: in float32 and scaled, or, where parts are uneven and the keys gone, in float32 and as blocks to
+    be sent. On a ring two blocks of keys; in the backward the own gradients, those of a visiting block,
+    of the one before, sent, and of the next, received, all in float32. Frozen keys: a vector a row for
+    each softmax in place of gradients, and on a ring those of the block at hand.
     """
     problems, item = setup.problems(), setup.item
     gradients, matrix = max((_gradients(problem, setup) for problem in problems), key=sum)
