@@ -102,15 +102,15 @@ def outside_rows(
         return settled(loss, others), None
     loss = _guarded_rows(stats)
     if among == "different":
-        warn_without_negatives(stats.lse)
+        warn_without_negatives((stats.lse == -torch.inf)[:, None])
     else:
         loss = settled(loss, others, mask)
     return loss, stats.positive_count
 
 
-def warn_without_negatives(lse: Tensor) -> None:
-    """Warn where the log-sum-exp of an anchor's negatives [A] is that of nothing."""
-    if validation.readable(lse) and bool((lse == -torch.inf).any()):
+def warn_without_negatives(left_out: Tensor) -> None:
+    """Warn where nothing is left of an anchor's denominator [A, columns]."""
+    if validation.readable(left_out) and bool(left_out.all(1).any()):
         warn_of_nothing('denominator="only_negatives" leaves out all rows, which are its positives')
 
 

@@ -214,7 +214,7 @@ def _inside_rows(
         warn_if_alone(other_columns(problem, ranks, memory))
         loss = count.log() - F.logsigmoid(margin)
     else:
-        warn_without_negatives(negatives)
+        warn_without_negatives((negatives == -torch.inf)[:, None])
         loss = count.log() - margin
         alone = alone | ((negatives == -torch.inf) & ~positives.lse.isnan())
     return loss.masked_fill(alone, 0.0), count
@@ -249,6 +249,10 @@ def _chunked_rows(
     if memory is not None:
         keys, memory_labels = torch.cat([keys, memory[0].to(keys)]), memory[1]
     warn_if_alone(keys.shape[0] - 1)
+    if options["denominator"] == "only_negatives" and labels is not None:
+        warn_without_negatives((labels == labels[:1])[None])
+    elif options["denominator"] == "only_negatives" and mask is not None:
+        warn_without_negatives(mask != 0)
     step = max(1, CHUNK_LOGITS // keys.shape[0])
     tensors = (queries, keys, scale, labels, mask, memory_labels)
 

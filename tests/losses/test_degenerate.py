@@ -110,6 +110,12 @@ ALONE: dict[str, Callable[[], torch.Tensor]] = {
     "only negatives, in": lambda: clk.supcon_loss(
         unit(3, 2, 4), torch.ones(3), denominator="only_negatives", summation="in"
     ),
+    "only negatives, mask": lambda: clk.supcon_loss(
+        unit(3, 2, 4), mask=torch.ones(3, 3), denominator="only_negatives"
+    ),
+    "only negatives, capped": lambda: clk.supcon_loss(
+        unit(3, 2, 4), torch.ones(3), denominator="only_negatives", positives_cap=2
+    ),
     "selfcon": lambda: clk.selfcon_loss(unit(1, 2, 4)),
     "empty queue": lambda: clk.info_nce_loss(unit(3, 4), unit(3, 4), clk.KeyQueue(8, 4)),
     "empty queue, sce": lambda: clk.sce_loss(unit(3, 4), unit(3, 4), queue=clk.KeyQueue(8, 4)),
@@ -137,6 +143,8 @@ def test_nothing_is_said_of_other_batches() -> None:
         warnings.simplefilter("error")
         for denominator, summation in itertools.product(("all", "only_negatives"), ("out", "in")):
             clk.supcon_loss(unit(3, 1, 4), labels, denominator=denominator, summation=summation)
+            clk.supcon_loss(unit(3, 1, 4), mask=torch.eye(3), denominator=denominator, summation=summation)
+            clk.supcon_loss(unit(3, 1, 4), labels, denominator=denominator, positives_cap=1)
         clk.supcon_loss(unit(1, 3, 4), torch.tensor([1]))
         for options in ({}, {"summation": "in"}, {"denominator": "one_positive"}):
             clk.supcon_loss(unit(1, 1, 4), labels[:1], memory=(unit(2, 4), labels[1:]), **options)
