@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import validation
 from .distributed import ProcessGroup, gather
-from .distributed.collectives import rank_in
-from .distributed.ranks import exchange_cards
+from .distributed.collectives import checksum, exchange_cards, rank_in
 from .losses._common import Grouped
 
 
@@ -193,7 +190,7 @@ class KeyQueue(Grouped):
         except (TypeError, ValueError) as error:
             fault = error
         kind = *self.keys.shape, self.keys.dtype, self.labels is not None, len(self)
-        card = rows[0].shape[0] if rows else -1, zlib.crc32(repr(kind).encode())
+        card = rows[0].shape[0] if rows else -1, checksum(kind)
         device = keys.device if isinstance(keys, Tensor) else self.keys.device
         cards = exchange_cards(card, group, device)
         if fault is not None:

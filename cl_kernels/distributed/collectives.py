@@ -44,6 +44,13 @@ def checksum(x: Any) -> int:
     return zlib.crc32(repr(x).encode())
 
 
+def exchange_cards(own: Sequence[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
+    """The cards of all ranks; over the CPU if the group has a backend for it, which waits for no kernel."""
+    if "cpu:" in dist.get_backend_config(group):
+        device = torch.device("cpu")
+    return all_gather(torch.tensor([own], device=device), group).tolist()
+
+
 def gather_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The rows of every process, in the order of the ranks, with the gradient of all their losses.
 
@@ -77,8 +84,7 @@ def gather_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
 def _gather_any(x: Tensor, group: ProcessGroup) -> Tensor:
     """The rows of every process, whatever their sizes."""
     kind = checksum((x.shape[1:], x.dtype, gets_gradient(x)))
-    card = torch.tensor([[x.shape[0], kind]], device=x.device)
-    sizes, kinds = zip(*all_gather(card, group).tolist(), strict=True)
+    sizes, kinds = zip(*exchange_cards((x.shape[0], kind), group, x.device), strict=True)
     if len(set(kinds)) > 1:
         raise ValueError(
             "x must have the same dtype, sizes but the first and need of a gradient on every rank of the "

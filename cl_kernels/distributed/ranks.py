@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
-from .collectives import ProcessGroup, all_gather, checksum, gets_gradient, rank_in
+from .collectives import ProcessGroup, checksum, exchange_cards, gets_gradient, rank_in
 
 EXCHANGES = ("gather", "ring")
 
@@ -106,13 +106,6 @@ class _Card(NamedTuple):
     dtype: int  # of dtypes.FLOAT_DTYPES
     needs_gradient: int
     agreed: int  # a checksum
-
-
-def exchange_cards(own: Sequence[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
-    """The cards of all ranks; over the CPU if the group has a backend for it, which waits for no kernel."""
-    if "cpu:" in dist.get_backend_config(group):
-        device = torch.device("cpu")
-    return all_gather(torch.tensor([own], device=device), group).tolist()
 
 
 def _check_agreement(cards: Sequence[_Card], loss: str, agreed: dict[str, Any]) -> None:

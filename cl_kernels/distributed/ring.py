@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import autograd, dispatch, dtypes
 from ..autograd import ContrastiveStats, SoftTargetStats
 from ..problem import Contrast, SoftTarget
+from .collectives import gets_gradient
 from .ranks import Ranks, mask_columns
 
 Tensors = Sequence[Tensor]
@@ -240,7 +241,7 @@ class _RingContrast(torch.autograd.Function):
 def soft_target(problem: SoftTarget, ranks: Ranks) -> SoftTargetStats:
     """See `engine.soft_target`."""
     options, tensors = _soft_target_call(problem)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    needs = [x is not None and gets_gradient(x) for x in tensors]
     frozen = not (needs[1] or any(needs[3:]))
     return SoftTargetStats(*_RingSoftTarget.apply(ranks, frozen and any(needs), *options, *tensors))
 

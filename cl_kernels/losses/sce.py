@@ -192,8 +192,10 @@ def sce_targets(
     keys, positive = _keys(k, k_global, queue, rank)
     scale = inverse(tau, k)
     problem = SoftTarget(k, keys, k, keys, scale, scale, positive, positive_in_target)
-    options = {"rows_of_queue": rows_of(queue), "positive_in_target": positive_in_target}
-    ranks = join(group, exchange, k.detach(), "sce_targets", None, **options)
+    ranks = join(
+        group, exchange, k.detach(), "sce_targets", rows_of_queue=rows_of(queue),
+        positive_in_target=positive_in_target,
+    )  # fmt: skip
     if keys[0].shape[0] == 0:
         lse = k.new_full(k.shape[:1], -torch.inf, dtype=dtypes.statistics_dtype(k))
         mean = torch.zeros_like(k, dtype=dtypes.accumulate_dtype(k.dtype))
