@@ -1,0 +1,97 @@
+"""A recipe from its settings to its results."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import cl_kernels as clk
+
+from . import processes
+from .data import Data
+from .evaluate import Evaluation
+from .log import write
+from .loop import Method, Trainer
+from .settings import Settings
+
+S = TypeVar("S", bound=Settings)
+FILES = "checkpoint.pt", "log.jsonl", "result.json"
+
+
+def run(
+    settings: S,
+    load: Callable[[str, Path | None, int | None], Data],
+    build: Callable[[S, str, Data], Method],
+    evaluate: Callable[[Method, Data], Evaluation],
+) -> dict[str, dict[str, Any]]:
+    """Train and evaluate each of the settings' methods; their results by name, on the first process.
+
+    The output folder gets log.jsonl, checkpoint.pt and result.json for each method, and a plot of them all.
+    """
+    device = processes.join()
+    data = load(settings.data, settings.root, settings.size)
+    results, logs, found = {}, {}, {}
+    for name in settings.methods:
+        folder = settings.output / name
+        prepare(folder, settings.restart)
+        torch.manual_seed(settings.seed)
+        trainer = Trainer(settings, build(settings, name, data), data.train, device)
+        started = time.perf_counter()
+        logs[name] = trainer.fit(folder, name)
+        if processes.rank() == 0:
+            trainer.method.eval()
+            found[name] = evaluate(trainer.method, data)
+            seconds = time.perf_counter() - started
+            results[name] = result(settings, name, logs[name], found[name], seconds)
+            write(folder / "result.json", json.dumps(results[name], indent=1) + "\n")
+    if results:
+        show(settings, results, found, logs)
+    processes.leave()
+    return results
+
+
+def prepare(folder: Path, restart: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if restart and processes.rank() == 0:
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+    processes.wait()
+
+
+def result(
+    settings: Settings, name: str, log: list[dict[str, Any]], found: Evaluation, seconds: float
+) -> dict[str, Any]:
+    times = torch.tensor([record["ms"] for record in log])
+    return {
+        "method": name,
+        "settings": settings.record(),
+        "figures": found.figures,
+        "more": found.more,
+        "step_ms": float(times.median()) if len(times) else None,
+        "seconds": seconds,
+        "processes": processes.count(),
+        "threads": torch.get_num_threads(),
+        "versions": {"cl_kernels": clk.__version__, "torch": torch.__version__},
+    }
+
+
+def show(settings: Settings, results: dict[str, Any], found: dict[str, Evaluation], logs: Any) -> None:
+    from .plot import draw
+
+    columns = list(dict.fromkeys(name for evaluation in found.values() for name in evaluation.figures))
+    table = Table("method", *columns, "ms a step")
+    for name, one in results.items():
+        figures = [f"{one['figures'][c]:.4g}" if c in one["figures"] else "-" for c in columns]
+        table.add_row(name, *figures, "-" if one["step_ms"] is None else f"{one['step_ms']:.1f}")
+    console = Console()
+    console.print(table)
+    picture = settings.output / "plot.png"
+    draw(picture, f"{settings.data}, seed {settings.seed}", logs, found)
+    console.print(f"Logs, checkpoints, results and plot are in {settings.output}")

@@ -1,0 +1,120 @@
+"""Supervised contrastive learning (Khosla et al., 2020): two views, an encoder, a projection head, and the loss
+over all views with labels; then the head is dropped, and a linear classifier is trained on the frozen encoder.
+
+    python -m examples.supcon [--preset cpu|paper] [--methods supcon simclr cross-entropy] [--help]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cl_kernels as clk
+from cl_kernels.bench import eager
+
+from ..common import processes
+from ..common.augment import DIGITS_STRONG, SUPCON_CIFAR, Draw
+from ..common.data import Data, load
+from ..common.encoders import ResNet, mlp, pool
+from ..common.evaluate import Evaluation, classification
+from ..common.loop import Method
+from ..common.run import run
+from ..common.settings import parse
+from .presets import PRESETS, SupConSettings
+
+
+class SupCon(Method):
+    """Encoder and projection head under the supervised contrastive loss of two views of each image."""
+
+    def __init__(self, settings: SupConSettings, name: str, data: Data) -> None:
+        super().__init__()
+        self.encoder = ResNet(data.channels, settings)
+        width = self.encoder.widths[-1]
+        self.head = mlp(width, width, settings.projection)
+        self.augment = DIGITS_STRONG if data.channels == 1 else SUPCON_CIFAR
+        self.criterion, self.memory = self.loss(settings, name)
+
+    def loss(self, settings: SupConSettings, name: str) -> tuple[Any, clk.KeyQueue | None]:
+        if settings.formula == "eager":
+            if name == "supcon-in" or settings.memory:
+                raise ValueError("formula eager has no supcon-in and no memory")
+            return partial(eager.supcon, settings.temperature), None
+        group = processes.group()
+        summation = "in" if name == "supcon-in" else "out"
+        criterion = clk.SupConLoss(
+            settings.temperature, summation=summation, group=group, exchange=settings.exchange
+        )
+        if not settings.memory:
+            return criterion, None
+        return criterion, clk.KeyQueue(settings.memory, settings.projection, labels=True, group=group)
+
+    def project(self, images: Tensor, draw: Draw) -> Tensor:
+        """Unit rows [2, B, D] of two views."""
+        views = torch.cat([self.augment(images, draw), self.augment(images, draw)])
+        return F.normalize(self.head(self.encode(views)), dim=1).unflatten(0, (2, -1))
+
+    def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        z = self.project(images, draw)
+        features = z.transpose(0, 1)  # [B, 2, D]
+        if self.memory is None:
+            return self.criterion(features, labels), {}
+        loss = self.criterion(features, labels, memory=self.memory)
+        self.memory.enqueue(z.flatten(0, 1), labels.repeat(2))
+        return loss, {}
+
+    def encode(self, images: Tensor) -> Tensor:
+        return pool(self.encoder(images)[-1])
+
+
+class SimCLR(SupCon):
+    """The same without labels: each image is its own class."""
+
+    def loss(self, settings: SupConSettings, name: str) -> tuple[Any, None]:
+        if settings.formula == "eager":
+            return partial(eager.nt_xent, settings.simclr_temperature), None
+        options = {"group": processes.group(), "exchange": settings.exchange}
+        return clk.NTXentLoss(settings.simclr_temperature, **options), None
+
+    def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.criterion(*self.project(images, draw)), {}
+
+
+class CrossEntropy(Method):
+    """The encoder under a linear classifier, from one view."""
+
+    def __init__(self, settings: SupConSettings, name: str, data: Data) -> None:
+        super().__init__()
+        self.encoder = ResNet(data.channels, settings)
+        self.classifier = nn.Linear(self.encoder.widths[-1], data.classes)
+        self.augment = DIGITS_STRONG if data.channels == 1 else SUPCON_CIFAR
+
+    def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        return F.cross_entropy(self.classifier(self.encode(self.augment(images, draw))), labels), {}
+
+    def encode(self, images: Tensor) -> Tensor:
+        return pool(self.encoder(images)[-1])
+
+
+METHODS = {"supcon": SupCon, "supcon-in": SupCon, "simclr": SimCLR, "cross-entropy": CrossEntropy}
+
+
+def build(settings: SupConSettings, name: str, data: Data) -> Method:
+    return METHODS[name](settings, name, data)
+
+
+def evaluate(method: Method, data: Data) -> Evaluation:
+    return classification(method, data, corruptions=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    settings = parse(PRESETS, __doc__, arguments)
+    return run(settings, load, build, evaluate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Settings of the paper and of two CPU cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..common.settings import Settings
+
+
+@dataclass(frozen=True)
+class SupConSettings(Settings):
+    methods: tuple[Literal["supcon", "supcon-in", "simclr", "cross-entropy"], ...] = (
+        "supcon",
+        "simclr",
+        "cross-entropy",
+    )
+    """supcon: equation 2 of the paper, "out"; supcon-in: equation 3; simclr: no labels; cross-entropy: one view."""
+    temperature: float = 0.1
+    simclr_temperature: float = 0.5
+    memory: int = 0
+    """Rows of earlier batches, with their labels, that supcon contrasts with too."""
+
+
+# SupContrast's CIFAR runs: 1000 epochs of B = 1024 at a learning rate of 0.5 with 10 epochs of warm-up, D = 128.
+PAPER = SupConSettings(
+    data="cifar10", epochs=1000, batch=1024, lr=0.5, warmup=10, depth=50, width=64, stem="cifar"
+)
+
+PRESETS = {"cpu": SupConSettings(epochs=15, batch=250, lr=0.2, warmup=1), "paper": PAPER}
