@@ -53,7 +53,7 @@ def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.S
 
 
 class Block(nn.Module):
-    """A basic block, or with `bottleneck` one whose outputs are four times as wide as its 3 × 3 convolution."""
+    """Basic block, or with `bottleneck` one whose output is four times as wide as its 3 × 3 convolution."""
 
     def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool) -> None:
         super().__init__()
