@@ -77,9 +77,8 @@ class Probe:
 def nearest(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, neighbours: int = 5) -> float:
     """Accuracy of the vote of the nearest neighbours by cosine."""
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    found = [
-        labels[(part @ train.T).topk(neighbours, 1).indices].mode(1).values for part in test.split(BATCH)
-    ]
+    close = (labels[(part @ train.T).topk(neighbours, 1).indices] for part in test.split(BATCH))
+    found = [votes.mode(1).values for votes in close]
     return float((torch.cat(found) == test_labels).double().mean())
 
 
@@ -91,7 +90,7 @@ def diversity(z: Tensor) -> float:
 
 
 def classification(method: Method, data: Data, corruptions: bool = False) -> Evaluation:
-    """Linear probe and nearest neighbours on frozen features; with `corruptions`, the probe on corrupted tests."""
+    """Linear probe and nearest neighbours on frozen features; with `corruptions`, on corrupted tests too."""
     labels, test_labels = data.train.labels, data.test.labels
     train, test = (features(method.encode, x, method.device) for x in (data.train, data.test))
     probe = Probe(train, labels, data.classes)

@@ -13,7 +13,7 @@ class Log:
     """Lines that are written as they come; `records` are those of all steps, of before a kill too."""
 
     def __init__(self, path: Path | None, steps: int) -> None:
-        """Keep the lines of the first `steps` steps: those after the checkpoint are made again. None: no file."""
+        """Keep the lines of the first `steps` steps, as later ones are made again; None: no file."""
         self.records: list[dict[str, Any]] = []
         self._file = None
         if path is None:

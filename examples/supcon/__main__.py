@@ -1,7 +1,9 @@
-"""Supervised contrastive learning (Khosla et al., 2020): two views, an encoder, a projection head, and the loss
-over all views with labels; then the head is dropped, and a linear classifier is trained on the frozen encoder.
+"""Supervised contrastive learning (Khosla et al., 2020).
 
-    python -m examples.supcon [--preset cpu|paper] [--methods supcon simclr cross-entropy] [--help]
+Two views of each image pass an encoder and a projection head, and the loss contrasts all views by their
+labels; then the head is dropped, and a linear classifier is trained on the frozen encoder.
+
+    python -m examples.supcon [--preset cpu | paper] [--methods supcon simclr cross-entropy] [--help]
 """
 
 from __future__ import annotations

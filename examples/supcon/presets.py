@@ -15,14 +15,14 @@ class SupConSettings(Settings):
         "simclr",
         "cross-entropy",
     )
-    """supcon: equation 2 of the paper, "out"; supcon-in: equation 3; simclr: no labels; cross-entropy: one view."""
+    """supcon: the paper's equation 2, "out"; supcon-in: its equation 3; simclr: no labels; cross-entropy."""
     temperature: float = 0.1
     simclr_temperature: float = 0.5
     memory: int = 0
     """Rows of earlier batches, with their labels, that supcon contrasts with too."""
 
 
-# SupContrast's CIFAR runs: 1000 epochs of B = 1024 at a learning rate of 0.5 with 10 epochs of warm-up, D = 128.
+# SupContrast's CIFAR runs: 1000 epochs of 1024 images, learning rate 0.5, 10 epochs of warm-up, D = 128.
 PAPER = SupConSettings(
     data="cifar10", epochs=1000, batch=1024, lr=0.5, warmup=10, depth=50, width=64, stem="cifar"
 )
