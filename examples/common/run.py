@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -15,46 +16,62 @@ from rich.table import Table
 import cl_kernels as clk
 
 from . import processes
-from .data import Data
+from .data import Data, load
 from .evaluate import Evaluation
 from .log import write
 from .loop import Method, Trainer
-from .settings import Settings
+from .settings import Settings, parse
 
 S = TypeVar("S", bound=Settings)
 FILES = "checkpoint.pt", "log.jsonl", "result.json"
 
 
-def run(
-    settings: S,
-    load: Callable[[str, Path | None, int | None], Data],
-    build: Callable[[S, str, Data], Method],
-    evaluate: Callable[[Method, Data], Evaluation],
-) -> dict[str, dict[str, Any]]:
-    """Train and evaluate each of the settings' methods; their results by name, on the first process.
+@dataclass(frozen=True)
+class Recipe(Generic[S]):
+    """A system: its settings, data, methods by name, and what is evaluated."""
 
-    The output folder gets log.jsonl, checkpoint.pt and result.json for each method, and a plot of them all.
-    """
-    device = processes.join()
-    data = load(settings.data, settings.root, settings.size)
-    results, logs, found = {}, {}, {}
-    for name in settings.methods:
-        folder = settings.output / name
-        prepare(folder, settings.restart)
+    about: str
+    presets: Mapping[str, S]
+    build: Callable[[S, str, Data], Method]
+    evaluate: Callable[[Method, Data], Evaluation]
+    load: Callable[[str, Path | None, int | None], Data] = load
+
+    def main(self, arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Run what the command line asks for; the results of each method by name, on the first process."""
+        settings = parse(self.presets, self.about, arguments)
+        device = processes.join()
+        try:
+            return self.run(settings, device)
+        finally:
+            processes.leave()
+
+    def trainer(self, settings: S, name: str, data: Data, device: torch.device) -> Trainer:
+        """Trainer of one of the methods, its weights drawn from the seed."""
         torch.manual_seed(settings.seed)
-        trainer = Trainer(settings, build(settings, name, data), data.train, device)
-        started = time.perf_counter()
-        logs[name] = trainer.fit(folder, name)
-        if processes.rank() == 0:
-            trainer.method.eval()
-            found[name] = evaluate(trainer.method, data)
-            seconds = time.perf_counter() - started
-            results[name] = result(settings, name, logs[name], found[name], seconds)
-            write(folder / "result.json", json.dumps(results[name], indent=1) + "\n")
-    if results:
-        show(settings, results, found, logs)
-    processes.leave()
-    return results
+        return Trainer(settings, self.build(settings, name, data), data.train, device)
+
+    def run(self, settings: S, device: torch.device) -> dict[str, dict[str, Any]]:
+        """Train and evaluate each of the settings' methods.
+
+        The output folder gets log.jsonl, checkpoint.pt and result.json for each method, and a plot.
+        """
+        data = self.load(settings.data, settings.root, settings.size)
+        results, logs, found = {}, {}, {}
+        for name in settings.methods:
+            folder = settings.output / name
+            prepare(folder, settings.restart)
+            trainer = self.trainer(settings, name, data, device)
+            started = time.perf_counter()
+            logs[name] = trainer.fit(folder, name)
+            if processes.rank() == 0:
+                trainer.method.eval()
+                found[name] = self.evaluate(trainer.method, data)
+                seconds = time.perf_counter() - started
+                results[name] = result(settings, name, logs[name], found[name], seconds)
+                write(folder / "result.json", json.dumps(results[name], indent=1) + "\n")
+        if results:
+            show(settings, results, found, logs)
+        return results
 
 
 def prepare(folder: Path, restart: bool) -> None:

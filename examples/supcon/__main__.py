@@ -8,7 +8,6 @@ labels; then the head is dropped, and a linear classifier is trained on the froz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,12 +20,11 @@ from cl_kernels.bench import eager
 
 from ..common import processes
 from ..common.augment import DIGITS_STRONG, SUPCON_CIFAR, Draw
-from ..common.data import Data, load
+from ..common.data import Data
 from ..common.encoders import ResNet, mlp, pool
 from ..common.evaluate import Evaluation, classification
 from ..common.loop import Method
-from ..common.run import run
-from ..common.settings import parse
+from ..common.run import Recipe
 from .presets import PRESETS, SupConSettings
 
 
@@ -113,10 +111,7 @@ def evaluate(method: Method, data: Data) -> Evaluation:
     return classification(method, data, corruptions=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    settings = parse(PRESETS, __doc__, arguments)
-    return run(settings, load, build, evaluate)
-
+RECIPE = Recipe(__doc__, PRESETS, build, evaluate)
 
 if __name__ == "__main__":
-    main()
+    RECIPE.main()
