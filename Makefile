@@ -6,6 +6,8 @@ PYTEST_FLAGS ?=
 JOBS ?= 2
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
+EXAMPLE_FLAGS ?=
+EVIDENCE_FLAGS ?=
 GATE_FLAGS ?=
 GPU_FLAGS ?=
 CUDA_TORCH ?= 2.12.0
@@ -25,24 +27,32 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES))
 # A stamp for each kind of install, so that changing a switch installs again.
 KIND := $(if $(filter-out 0,$(CL_KERNELS_SKIP_CUDA_BUILD)),-cpu)
+EXAMPLES := $(addprefix example-,supcon selfcon sce dimcl multilevel towers)
 BUILT := $(VENV)/.built$(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),-pure,$(KIND))
 
 .PHONY: help demo test test-full lint format bench bench-report acceptance regression figures compile-gate gpu-check
-.PHONY: build cuda-build clean distclean
+.PHONY: build cuda-build clean distclean evidence $(EXAMPLES)
 .DEFAULT_GOAL := help
 
 help:  ## show this list
 	@awk 'BEGIN {FS = ":.*##"} /^[a-z-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  make example-SYSTEM  train a system: $(EXAMPLES:example-%=%)"
 	@echo
 	@echo "  PYTHON=python3.12          the interpreter that .venv is made with"
 	@echo "  PIP_FLAGS=...              passed to every pip install"
-	@echo "  PYTEST_FLAGS='-k supcon'   passed to pytest; likewise DEMO_, BENCH_, GATE_, GPU_FLAGS"
+	@echo "  PYTEST_FLAGS='-k supcon'   passed to pytest; likewise DEMO_, EXAMPLE_, EVIDENCE_, BENCH_, GATE_, GPU_FLAGS"
 	@echo "  CUDA_TORCH=2.11.0          the torch of cuda-build, each in an environment of its own"
 	@echo "  CL_KERNELS_SKIP_BUILD=1    do without a C++ compiler"
 	@echo "  CL_KERNELS_SKIP_CUDA_BUILD=0    compile the CUDA kernels for torch with CUDA on a machine without a GPU"
 
 demo: $(BUILT)  ## train on handwritten digits, eager against ours; plot time and memory
 	$(BIN)/python examples/digits.py $(DEMO_FLAGS)
+
+$(EXAMPLES): example-%: $(BUILT) $(VENV)/.examples
+	$(BIN)/python -m examples.$* $(EXAMPLE_FLAGS)
+
+evidence: $(BUILT) $(VENV)/.examples  ## all systems, five seeds, ours and eager in turn: docs/evidence.md
+	$(BIN)/python -m examples.evidence $(EVIDENCE_FLAGS)
 
 PYTEST = $(if $(findstring -pure,$(BUILT)),,CL_KERNELS_REQUIRE_EXTENSION=1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
@@ -103,8 +113,12 @@ $(VENV)/.installed: $(VENV)/.demo pyproject.toml
 	CL_KERNELS_SKIP_BUILD=1 CL_KERNELS_FORCE_BUILD= $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.bench requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.examples requirements/dev.txt
 	$(PIP) --requirement requirements/dev.txt
+	@touch $@
+
+$(VENV)/.examples: $(VENV)/.bench requirements/examples.txt
+	$(PIP) --requirement requirements/examples.txt
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo requirements/bench.txt
@@ -141,7 +155,7 @@ $(CUDA_VENV)/.torch:
 	@touch $@
 
 clean:  ## remove build products
-	rm -rf build dist demo_output bench_output gpu_check_output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist demo_output example_output bench_output gpu_check_output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -f cl_kernels/_C.*so cl_kernels/_cuda.*so cl_kernels/_not_built.json $(VENV)/.built* $(VENV)/.installed
 	rm -rf .venv-cuda/*/build
 	find cl_kernels tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

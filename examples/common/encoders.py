@@ -73,7 +73,11 @@ class Block(nn.Module):
         return F.relu(self.layers[-1](y) + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class Encoder(nn.Module):
+    """Base of the networks that --compile compiles."""
+
+
+class ResNet(Encoder):
     """Residual network of four stages (He et al., 2016): images [B, C, H, W] in [0, 1] to their feature maps.
 
     `widths` are the channels of the stages' outputs; `pool` makes features [B, width] of one.

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import processes
 from .augment import Draw
 from .data import Images
-from .encoders import ResNet
+from .encoders import Encoder
 from .log import Log, write
 from .seeds import mixed
 from .settings import Settings
@@ -72,7 +72,7 @@ class Trainer:
         self.method = method.to(device=device, memory_format=torch.channels_last)
         if settings.compile:
             for module in self.method.modules():
-                if isinstance(module, ResNet):
+                if isinstance(module, Encoder):
                     module.compile()
         self.parallel: nn.Module = self.method
         if world > 1:
