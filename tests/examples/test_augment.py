@@ -139,12 +139,13 @@ def test_flip_flips() -> None:
 
 
 def test_rotation_is_rigid_on_an_oblong_image() -> None:
-    """Where both ramps rise by 1 a pixel, a rotated step still has length 1."""
+    """Where both ramps rise by 1 a pixel, steps along both axes keep their length and their right angle."""
     images = ramp(64, 24, 60) * torch.tensor([60.0, 24, 0])[:, None, None]
     views = Augmentation(rotate=30)(images, Draw(0, 0, 64))
-    step = views[:, :2, 12, 30] - views[:, :2, 12, 29]
-    torch.testing.assert_close(step.norm(dim=1), torch.ones(64), rtol=0, atol=1e-3)
-    angle = torch.rad2deg(torch.atan2(step[:, 1], step[:, 0]))
+    right, down = (views[:, :2, end[0], end[1]] - views[:, :2, 11, 29] for end in ((11, 30), (12, 29)))
+    torch.testing.assert_close(right.norm(dim=1), torch.ones(64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(down, torch.stack((-right[:, 1], right[:, 0]), 1), rtol=0, atol=1e-3)
+    angle = torch.rad2deg(torch.atan2(right[:, 1], right[:, 0]))
     assert angle.abs().max() <= 30.1 and angle.min() < -20 and angle.max() > 20
 
 
@@ -184,6 +185,8 @@ def test_brightness_contrast_and_saturation_have_their_meaning() -> None:
     torch.testing.assert_close(augment.luma(views).mean((1, 2)), mean, rtol=0, atol=1e-5)
     spread = views.std((1, 2, 3)) / images.std((1, 2, 3))
     assert 0.45 < spread.min() < 0.8 and 1.2 < spread.max() < 1.55
+    both = Augmentation(jitter=(0.3, 0.5, 0, 0))(images, Draw(0, 0, 13))  # of the brightened image
+    torch.testing.assert_close(augment.luma(both).mean((1, 2)), mean * bright[:, 0, 0, 0], rtol=0, atol=1e-5)
     views = Augmentation(jitter=(0, 0, 0.5, 0))(images, Draw(0, 0, 13))
     torch.testing.assert_close(augment.luma(views), augment.luma(images), rtol=0, atol=1e-5)
 
