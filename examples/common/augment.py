@@ -72,7 +72,7 @@ class Augmentation:
     greyscale do nothing.
     """
 
-    size: int | None = None  # side of the output; None: as the input
+    size: int | None = None  # side of the square output, stretched to it; None: as the input
     crop: tuple[float, float] | None = None  # range of the crop's area, in parts of the image
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's width over its height, where it fits
     flip: float = 0.0  # probability of a flip from left to right
@@ -159,9 +159,8 @@ class Augmentation:
             s = torch.where(draw.chance(self.greyscale), 0.0, s)
         offset = (1 - c) * b * luma(images).mean((1, 2))
         if images.shape[1] == 1:
-            return torch.addcmul(offset[:, None, None, None], images, (b * c)[:, None, None, None]).clamp_(
-                0, 1
-            )
+            factor, offset = (v[:, None, None, None] for v in (b * c, offset))
+            return torch.addcmul(offset, images, factor).clamp_(0, 1)
         angle = hue.double() * (2 * math.pi)
         cos, sin = ((s * turn.float())[:, None, None] for turn in (angle.cos(), angle.sin()))
         grey, quarter = TO_GREY.to(images.device), QUARTER_TURN.to(images.device)
@@ -171,7 +170,7 @@ class Augmentation:
 
 
 def check(images: Tensor, draw: Draw) -> None:
-    """ValueError unless images are float32 [B, 1 or 3, H, W], where B are the rows of `draw`."""
+    """Raise a ValueError unless images are float32 [B, 1 or 3, H, W], where B are the rows of `draw`."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.float32:
         raise ValueError(
             f"images are {images.dtype} {list(images.shape)}; wanted are float32 [B, C, H, W] with C 1 or 3"
@@ -294,7 +293,7 @@ def blur(images: Tensor, draw: Draw, strength: float) -> Tensor:
 
 @corruption
 def contrast(images: Tensor, draw: Draw, strength: float) -> Tensor:
-    """Draw values to the image's mean by 80 % at most."""
+    """Pull values to the image's mean by 80 % at most."""
     return torch.lerp(images, images.mean((1, 2, 3), keepdim=True), 0.8 * strength)
 
 
