@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .seeds import VIEWS, mixed
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: the Y of YIQ
 TO_YIQ = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
@@ -26,7 +27,7 @@ class Draw:
 
     Every process draws all of them, so that a run's views do not depend on how many there are. The calls of
     one object go on in one stream: two views are two augmentations with the same `Draw`. The stream is set by
-    `seed` and `step`, mixed to the 32 bits that torch's CPU generator takes.
+    `seed` and `step`.
     """
 
     def __init__(
@@ -39,8 +40,7 @@ class Draw:
     ) -> None:
         if min(seed, step) < 0:
             raise ValueError(f"seed and step are {seed} and {step}; neither may be negative")
-        mixed = np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1)
-        self.generator = torch.Generator().manual_seed(int(mixed[0]))
+        self.generator = torch.Generator().manual_seed(mixed(seed, VIEWS, step))
         self.batch, self.rows, self.device = batch, rows, torch.device(device)
 
     def __len__(self) -> int:

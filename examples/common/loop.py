@@ -20,7 +20,7 @@ from .augment import Draw
 from .data import Images
 from .encoders import Encoder
 from .log import Log, write
-from .seeds import mixed
+from .seeds import MODULES, ORDER, mixed
 from .settings import Settings
 
 
@@ -96,7 +96,7 @@ class Trainer:
     def chosen(self, step: int) -> Tensor:
         """This process's rows of the step's batch."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        shuffle = torch.Generator().manual_seed(mixed(self.settings.seed, epoch))
+        shuffle = torch.Generator().manual_seed(mixed(self.settings.seed, ORDER, epoch))
         order = torch.randperm(len(self.images), generator=shuffle)
         part = self.settings.batch // processes.count()
         first = place * self.settings.batch + processes.rank() * part
@@ -114,7 +114,7 @@ class Trainer:
         part, rank = len(chosen), processes.rank()
         rows = slice(rank * part, (rank + 1) * part)
         draw = Draw(settings.seed, step, settings.batch, rows, self.device)
-        torch.manual_seed(mixed(settings.seed, step, rank))
+        torch.manual_seed(mixed(settings.seed, MODULES, step, rank))
         rate = self.learning_rate(step)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate

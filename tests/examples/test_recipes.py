@@ -26,11 +26,6 @@ pytestmark = pytest.mark.skipif(not SYSTEMS, reason="not a source checkout")
 pytest.importorskip("tyro", reason="the examples' requirements are not installed")
 
 
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def recipe_of(system: str) -> Any:
     return importlib.import_module(f"examples.{system}.__main__").RECIPE
 
