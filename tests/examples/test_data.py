@@ -352,6 +352,7 @@ def test_imagenet(tmp_path: Path) -> None:
     found = load("imagenet", tmp_path, 16)
     assert found.train.labels.tolist() == [0, 0, 1, 1] and found.test.labels.tolist() == [0, 1]
     assert found.classes == 2 and found.train.pixels.dtype == torch.uint8
+    assert isinstance(found.train, Folder) and isinstance(found.test, Folder)  # not all of it in memory
     jpeg, grey, wide, tall = found.train.pixels
     assert (jpeg.float().mean((1, 2)) - torch.tensor([250, 10, 20])).abs().max() < 4
     assert (grey == 77).all()
