@@ -92,6 +92,10 @@ class Data:
     classes: int
     unlabelled: Images | None = None
 
+    @property
+    def channels(self) -> int:
+        return self.train[torch.arange(1)].shape[1]
+
 
 @functools.cache
 def threads() -> ThreadPoolExecutor:

@@ -150,7 +150,7 @@ class Trainer:
             self.load(torch.load(checkpoint, map_location=self.device, weights_only=True), checkpoint)
         every = self.settings.checkpoint_every or self.steps_per_epoch
         columns = TextColumn(f"{title:<16}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn()
-        bar = Progress(*columns, TextColumn("{task.fields[note]}"), disable=not first)
+        bar = Progress(*columns, TextColumn("{task.fields[note]}"), disable=self.settings.quiet or not first)
         with bar, Log(folder / "log.jsonl" if first else None, self.done) as log:
             task = bar.add_task(title, total=self.total, completed=self.done, note="")
             while self.done < self.total:

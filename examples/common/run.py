@@ -69,7 +69,7 @@ class Recipe(Generic[S]):
                 seconds = time.perf_counter() - started
                 results[name] = result(settings, name, logs[name], found[name], seconds)
                 write(folder / "result.json", json.dumps(results[name], indent=1) + "\n")
-        if results:
+        if results and not settings.quiet:
             show(settings, results, found, logs)
         return results
 

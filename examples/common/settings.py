@@ -27,6 +27,8 @@ class Settings:
     """Folder for logs, checkpoints, results and the plot; a run that was killed goes on from there."""
     restart: bool = False
     """Begin anew where the output folder has another run, or a finished one."""
+    quiet: bool = False
+    """No progress bar, table or plot."""
     seed: int = 0
 
     epochs: int = 10
@@ -64,7 +66,7 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """What has a part in the result, as JSON has it."""
-        apart = {"output", "restart", "methods", "steps", "checkpoint_every", "root"}
+        apart = {"output", "restart", "quiet", "methods", "steps", "checkpoint_every", "root"}
         values = {k: v for k, v in asdict(self).items() if k not in apart}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 

@@ -1,0 +1,80 @@
+"""Evidence that the accelerated losses train like the originals, and of the papers' claims at a small size.
+
+python -m examples.evidence [--systems supcon ...] [--render] [--help]
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import tyro
+
+from cl_kernels.bench import machine
+
+from ..common.log import write
+from .measure import everything
+from .plan import PLANS
+from .report import PICTURE, Report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Options:
+    systems: tuple[str, ...] = tuple(PLANS)
+    seeds: int = 5
+    workers: int = 2
+    """Runs at once, of one thread each."""
+    steps: int | None = None
+    """Stop each run after so many steps: to try it."""
+    output: Path = Path("example_output/evidence")
+    """Folder of the runs; those that are there already go on."""
+    store: Path = ROOT / "examples" / "evidence" / "results.json"
+    """File of the measurements."""
+    document: Path = ROOT / "docs" / "evidence.md"
+    render: bool = False
+    """Only write the document from the stored measurements."""
+
+
+def lines(stored: dict[str, object]) -> str:
+    """JSON with a record a line."""
+    parts = []
+    for key, value in stored.items():
+        if isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            text = json.dumps(value)
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    if unknown := set(options.systems) - set(PLANS):
+        raise SystemExit(f"--systems must be of {', '.join(PLANS)}, got {', '.join(sorted(unknown))}")
+    if options.seeds < 3:
+        raise SystemExit(f"--seeds must be at least 3 for intervals, got {options.seeds}")
+    if not options.render:
+        started = time.perf_counter()
+        here = machine.describe("cpu")
+        found = everything(options.systems, options.seeds, options.workers, options.output, options.steps)
+        minutes = (time.perf_counter() - started) / 60
+        facts = {
+            "date": date.today().isoformat(),
+            "minutes": minutes,
+            "workers": options.workers,
+            "machine": here,
+        }
+        write(options.store, lines(facts | found))
+    report = Report(json.loads(options.store.read_text()))
+    report.draw(options.document.with_name(PICTURE))
+    write(options.document, report.markdown())
+    print(f"{options.document} is written from {options.store}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The measurements: whole runs, the first steps side by side, and the losses alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from cl_kernels.bench import fresh
+
+from ..common.loop import Trainer
+from ..common.run import Recipe
+from .plan import PLANS, Variant
+
+CPU = torch.device("cpu")
+FORMULAS = "cl_kernels", "eager"
+FIRST_STEPS = 3
+
+
+def recipe_of(system: str) -> Recipe[Any]:
+    return importlib.import_module(f"examples.{system}.__main__").RECIPE
+
+
+def settings_of(system: str, variant: Variant, formula: str, seed: int, steps: int | None) -> Any:
+    preset = recipe_of(system).presets["cpu"]
+    return replace(
+        preset,
+        methods=(variant.method,),
+        formula=formula,
+        seed=seed,
+        steps=steps,
+        quiet=True,
+        **variant.changes,
+    )
+
+
+def in_turn(system: str, seed: int) -> Iterator[tuple[Variant, str]]:
+    """What a seed trains: ours and eager in turn, which of them first by turns too, then the others."""
+    plan = PLANS[system]
+    for formula in FORMULAS if seed % 2 else reversed(FORMULAS):
+        yield plan.main, formula
+    for variant in plan.others:
+        yield variant, FORMULAS[0]
+
+
+def train(system: str, seed: int, output: Path, steps: int | None) -> list[dict[str, Any]]:
+    """Run all variants of a seed, or go on where the output folder has them; a record of each."""
+    torch.set_num_threads(1)
+    records = []
+    for variant, formula in in_turn(system, seed):
+        folder = output / system / f"{variant.name}, {formula}, {seed}".replace(", ", "-").replace(" ", "")
+        path = folder / variant.method / "result.json"
+        settings = settings_of(system, variant, formula, seed, steps)
+        recipe_of(system).run(replace(settings, output=folder), CPU)
+        result = json.loads(path.read_text())
+        record = {"system": system, "variant": variant.name, "formula": formula, "seed": seed}
+        record |= {key: result[key] for key in ("figures", "more", "step_ms", "seconds")}
+        if variant == PLANS[system].main:
+            lines = path.with_name("log.jsonl").read_text().splitlines()
+            record["losses"] = [float(f"{json.loads(line)['loss']:.7g}") for line in lines]
+        records.append(record)
+    return records
+
+
+def first_steps(system: str, seed: int) -> list[dict[str, Any]]:
+    """Relative differences from eager, the loss's and in norm that of the gradient of all weights: of ours, and
+    of eager from weights of which each was changed by a rounding, for comparison."""
+    torch.set_num_threads(1)
+    recipe, variant = recipe_of(system), PLANS[system].main
+
+    def start(formula: str) -> Trainer:
+        settings = settings_of(system, variant, formula, seed, None)
+        data = recipe.load(settings.data, settings.root, settings.size)
+        return recipe.trainer(settings, variant.method, data, CPU)
+
+    eager, trainers = start("eager"), {"ours": start("cl_kernels"), "rounded": start("eager")}
+    with torch.no_grad():
+        for weight in trainers["rounded"].method.parameters():
+            weight.mul_(1 + torch.finfo(weight.dtype).eps * torch.randint_like(weight, 2).sub(0.5))
+    records = []
+    for step in range(FIRST_STEPS):
+        loss, gradient = measured(eager)
+        for name, trainer in trainers.items():
+            other, others = measured(trainer)
+            difference = {"loss": abs(other - loss) / abs(loss)}
+            difference["gradient"] = float((others - gradient).norm() / gradient.norm())
+            records.append({"system": system, "seed": seed, "step": step, "run": name} | difference)
+    return records
+
+
+def measured(trainer: Trainer) -> tuple[float, torch.Tensor]:
+    """Loss and gradient, float64, of a step."""
+    loss = trainer.step()["loss"]
+    gradients = [p.grad for p in trainer.method.parameters() if p.grad is not None]
+    return loss, torch.cat([x.double().flatten() for x in gradients])
+
+
+def losses_alone(system: str) -> list[dict[str, Any]]:
+    """Time and peak memory of forward and backward of the loss, each in a process of its own."""
+    records = []
+    for size in ("recipe", "paper"):
+        work = getattr(PLANS[system], size)
+        for formula in FORMULAS:
+            found = fresh.measure(fresh.Task(work, formula, seconds=2, repeats=200))
+            record = {"system": system, "size": size, "work": asdict(work), "formula": formula}
+            records.append(record | {"status": found.status, "ms": found.ms, "peak": found.peak})
+    return records
+
+
+def everything(
+    systems: tuple[str, ...], seeds: int, workers: int, output: Path, steps: int | None
+) -> dict[str, list[dict[str, Any]]]:
+    """All measurements; the losses alone come first, while nothing else runs."""
+    found: dict[str, list[dict[str, Any]]] = {"losses": [], "first_steps": [], "runs": []}
+    with Progress() as bar:
+        alone = bar.add_task("losses alone", total=len(systems))
+        for system in systems:
+            found["losses"] += losses_alone(system)
+            bar.advance(alone)
+        pairs = [(system, seed) for seed in range(seeds) for system in systems]
+        task = bar.add_task("runs", total=len(pairs))
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            started = [pool.submit(first_steps, *pair) for pair in pairs]
+            running = [pool.submit(train, *pair, output, steps) for pair in pairs]
+            for done in as_completed(running):
+                done.result()
+                bar.advance(task)
+            found["first_steps"] = [record for one in started for record in one.result()]
+            found["runs"] = [record for one in running for record in one.result()]
+    return found
