@@ -71,8 +71,8 @@ def train(system: str, seed: int, output: Path, steps: int | None) -> list[dict[
 
 
 def first_steps(system: str, seed: int) -> list[dict[str, Any]]:
-    """Relative differences from eager, the loss's and in norm that of the gradient of all weights: of ours, and
-    of eager from weights of which each was changed by a rounding, for comparison."""
+    """Relative differences from eager, the loss's and in norm that of the gradient of all weights: of ours,
+    and of eager from weights of which each was changed by a rounding, for comparison."""
     torch.set_num_threads(1)
     recipe, variant = recipe_of(system), PLANS[system].main
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, StrictUndefined
 
 from cl_kernels.bench import figures
 from cl_kernels.bench.workloads import Workload
@@ -17,6 +18,7 @@ from .statistics import POWER, paired
 
 OURS, EAGER = "cl_kernels", "eager"
 PICTURE = "evidence.png"
+PAGE = Path(__file__).with_name("page.md.j2")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -199,56 +201,8 @@ class Report:
         figure.savefig(path, dpi=100)
         plt.close(figure)
 
-    def machine(self) -> str:
-        here = self.stored["machine"]
-        return (
-            f"Machine: {here['device']}, {here['cores']} cores, {here['capability']}; torch {here['torch']}; "
-            f"{self.stored['date']}; {self.stored['minutes']:.0f} minutes, {self.stored['workers']} runs at "
-            f"once of one thread each (the losses alone: nothing else, {here['threads']} threads)."
-        )
-
     def markdown(self) -> str:
-        sections = [
-            INTRODUCTION.format(seeds=self.seeds, machine=self.machine()),
-            f"## Ours and the authors' formula\n\n{FIRST}\n\n{self.first_steps()}",
-            EQUAL.format(seeds=self.seeds, power=100 * POWER) + f"\n\n{self.equality()}",
-            f"![Training curves, ours and eager]({PICTURE})",
-            f"## Cost\n\n{COST}\n\n{self.costs()}",
-            f"## The papers' claims\n\n{CLAIMS}\n\n{self.claims()}",
-            "## All figures",
-            f"Means ± standard deviations over {self.seeds} seeds, on test images.",
-        ]
-        sections += [f"### {PLANS[name].title}\n\n{self.accuracies(name)}" for name in self.systems]
-        return "\n\n".join(sections) + "\n"
-
-
-INTRODUCTION = """\
-# Evidence
-
-Each system's recipe (`examples/`, preset `cpu`) trained from {seeds} seeds, with our loss and with the
-authors' formula in eager PyTorch in turn. `make evidence` makes the measurements and writes this page; its
-tables and picture come from `examples/evidence/results.json` alone, and
-`make evidence EVIDENCE_FLAGS=--render` writes them again.
-
-{machine}"""
-
-FIRST = """\
-Relative differences from eager in the first steps, from the same weights and views, float32, the largest over
-the seeds: of the loss, and in norm of the gradient of all weights. For comparison the same of eager itself,
-begun from weights of which each was changed by half a unit in the last place: what rounding alone does to this
-network."""
-
-EQUAL = """\
-After the first steps rounding makes two runs of any code differ. The last loss is the mean of the last tenth
-of the steps. Paired t test over {seeds} seeds; "would be seen" is the difference that the test would have
-found with a probability of {power:.0f} % at the 5 % level, were the spread of the differences what it was here."""
-
-COST = """\
-The step is the recipe's, most of which is the encoder; eager's time over ours. The loss alone, forward and
-backward, at the recipe's size and at the paper's, random inputs, each in a process of its own; peak memory
-beyond the inputs."""
-
-CLAIMS = """\
-Whether what the papers report shows at this size: small networks on thousands of digits, seconds of
-training, where the papers train for days. The same seeds are compared; "shows" and "the opposite shows" are where the
-95 % interval excludes no difference, each claim by itself. A claim that is not decided here is not refuted."""
+        page = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
+            PAGE.read_text()
+        )
+        return page.render(report=self, stored=self.stored, plans=PLANS, picture=PICTURE, power=POWER)
