@@ -6,6 +6,7 @@ python -m examples.evidence [--systems supcon ...] [--render] [--help]
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from datetime import date
@@ -52,6 +53,14 @@ def lines(stored: dict[str, object]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def with_summary(text: str, report: Report) -> str:
+    """Put the systems' table in its place in the README."""
+    parts = re.fullmatch(r"(.*<!-- evidence -->\n).*?(<!-- end -->.*)", text, re.DOTALL)
+    if parts is None:
+        raise ValueError("README.md has no place for the evidence")
+    return f"{parts[1]}{report.summary()}\n{parts[2]}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=arguments, description=__doc__)
     if unknown := set(options.systems) - set(PLANS):
@@ -73,6 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
     report = Report(json.loads(options.store.read_text()))
     report.draw(options.document.with_name(PICTURE))
     write(options.document, report.markdown())
+    if options.document == Options.document:
+        readme = ROOT / "README.md"
+        write(readme, with_summary(readme.read_text(), report))
     print(f"{options.document} is written from {options.store}")
 
 

@@ -23,12 +23,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Claim:
-    """A figure of `better` is above that of `worse`, or with `lower` below it; times and sizes as ratios."""
+    """A figure of `better` is above that of `worse` (which may be `other`), or, `lower`, below it; times and
+    sizes as ratios."""
 
     text: str
     better: str
     worse: str
     figure: str
+    other: str | None = None
     lower: bool = False
     ratio: bool = False
 

@@ -150,6 +150,40 @@ class Report:
         header = ["system", "step", "eager's", "loss alone", "time", "eager's", "peak memory", "eager's"]
         return table(header, rows, left=1)
 
+    def summary(self) -> str:
+        """A row a system for the README: its recipe, command and figures."""
+        alone = pd.DataFrame(self.stored["losses"]).set_index(["system", "size", "formula"])
+        rows = []
+        for system in self.systems:
+            plan = PLANS[system]
+            ours, eager = (
+                spread(self.figure(system, plan.main.name, plan.figure, formula), 1)
+                for formula in (OURS, EAGER)
+            )
+            mine, theirs = (alone.loc[(system, "paper", formula)] for formula in (OURS, EAGER))
+            work = Workload(**mine.work)
+            rows.append(
+                [
+                    f"[{plan.title}](examples/{system}/__main__.py)",
+                    f"`make example-{system}`",
+                    f"{plan.figure} {ours} %",
+                    f"{eager} %",
+                    f"{work.rows} × {work.columns} × {work.width}",
+                    figures.ratio(theirs.ms / mine.ms),
+                    figures.ratio(theirs.peak / mine.peak),
+                ]
+            )
+        header = [
+            "recipe",
+            "command",
+            "trained with our loss",
+            "with eager's",
+            "the paper's loss",
+            "faster",
+            "less memory",
+        ]
+        return table(header, rows, left=5)
+
     def claims(self) -> str:
         return table(
             ["system", "claim", "compared by", "difference", "95 % interval", "p", "at this size"],
@@ -159,7 +193,7 @@ class Report:
 
     def claim(self, system: str, claim: Claim) -> list[str]:
         better = self.figure(system, claim.better, claim.figure)
-        worse = self.figure(system, claim.worse, claim.figure)
+        worse = self.figure(system, claim.worse, claim.other or claim.figure)
         if claim.ratio:
             test = paired(np.log(better), np.log(worse))
             shown = [f"× {np.exp(x):.2f}" for x in (test.mean, test.low, test.high)]
@@ -171,9 +205,12 @@ class Report:
         verdict = "not decided"
         if test.low > 0 or test.high < 0:
             verdict = "shows" if sign * test.mean > 0 else "**the opposite shows**"
-        compared = f"{claim.figure}: {claim.better} − {claim.worse}"
-        if claim.ratio:
-            compared = compared.replace("−", "/")
+        sign_of = "/" if claim.ratio else "−"
+        compared = f"{claim.figure}: {claim.better} {sign_of} {claim.worse}"
+        if claim.other:
+            compared = f"{claim.better}: {claim.figure} {sign_of} {claim.other}"
+            if claim.better != claim.worse:
+                compared = f"{claim.better}'s {claim.figure} {sign_of} {claim.worse}'s {claim.other}"
         interval = f"{shown[1]} to {shown[2]}"
         return [PLANS[system].title, claim.text, compared, shown[0], interval, f"{test.p:.3f}", verdict]
 
