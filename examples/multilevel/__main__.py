@@ -43,12 +43,16 @@ class Levels(Method):
             )
         self.settings = settings
         self.encoder = ResNet(data.channels, settings)
+        self.widths = [self.encoder.widths[level - 1] * settings.places**2 for level in levels[:-1]]
+        self.widths.append(self.encoder.widths[-1])
         self.augment = DIGITS_STRONG if data.channels == 1 else SUPCON_CIFAR
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Features [B, width] of each level, the last stage last."""
         maps = self.encoder(images)
-        return [pool(maps[level - 1]) for level in self.settings.levels]
+        *inner, last = [maps[level - 1] for level in self.settings.levels]
+        places = self.settings.places
+        return [*(F.adaptive_avg_pool2d(x, places).flatten(1) for x in inner), pool(last)]
 
     def encode(self, images: Tensor) -> Tensor:
         return self.levels(images)[-1]
@@ -59,9 +63,7 @@ class MultiLevel(Levels):
 
     def __init__(self, settings: MultiLevelSettings, name: str, data: Data) -> None:
         super().__init__(settings, name, data)
-        widths = [self.encoder.widths[level - 1] for level in settings.levels]
-        if name == "last-level":
-            widths = widths[-1:]
+        widths = self.widths[-1:] if name == "last-level" else self.widths
         weights = settings.weights if name == "multi-level" and settings.weights else [1.0] * len(widths)
         if len(weights) != len(widths):
             raise ValueError(f"weights must be one for each of {len(widths)} levels, got {list(weights)}")
@@ -124,8 +126,8 @@ def evaluate(method: Levels, data: Data) -> Evaluation:
 
 def level_features(method: Levels, images: Images) -> list[Tensor]:
     """Features [N, width] of each level."""
-    widths = [method.encoder.widths[level - 1] for level in method.settings.levels]
-    return [*features(lambda x: torch.cat(method.levels(x), 1), images, method.device).split(widths, 1)]
+    found = features(lambda x: torch.cat(method.levels(x), 1), images, method.device)
+    return [*found.split(method.widths, 1)]
 
 
 RECIPE = Recipe(__doc__, PRESETS, build, evaluate, few_shot)

@@ -14,6 +14,8 @@ class MultiLevelSettings(Settings):
     """multi-level: a loss at each level; last-level: at stage 4 alone; cross-entropy: a classifier there."""
     levels: tuple[int, ...] = (2, 3, 4)
     """Stages, of 1 to 4 and with 4, that have a loss and that episodes are answered by."""
+    places: int = 1
+    """Side of the grid that the maps of levels before the last are pooled to; 1: one mean over all places."""
     head: bool = True
     """Give each level a projection head of two layers; without, its pooled maps are contrasted."""
     weights: tuple[float, ...] = ()
@@ -36,4 +38,4 @@ PAPER = MultiLevelSettings(
     data="miniimagenet", ways=5, epochs=300, batch=256, lr=0.1, warmup=10, depth=18, width=64, stem="imagenet"
 )
 
-PRESETS = {"cpu": MultiLevelSettings(epochs=10, batch=250, lr=0.2, warmup=1), "paper": PAPER}
+PRESETS = {"cpu": MultiLevelSettings(epochs=10, batch=250, lr=0.2, warmup=1, places=2), "paper": PAPER}

@@ -68,7 +68,8 @@ class SelfCon(Method):
         self.stages = [stage - 1 for stage in stages]
         self.exits = nn.ModuleList(Exit(self.encoder, stage, settings) for stage in stages)
         width = self.encoder.widths[-1]
-        self.heads = nn.ModuleList(mlp(width, width, settings.projection) for _ in range(len(stages) + 1))
+        head = partial(mlp, width, width, settings.projection, norm=settings.norm, last_norm=settings.norm)
+        self.heads = nn.ModuleList(head() for _ in range(len(stages) + 1))
         self.augment = DIGITS_STRONG if data.channels == 1 else SUPCON_CIFAR
         self.views = 2 if name == "selfcon-m" else 1
         self.criterion = (eager_loss if settings.formula == "eager" else loss)(settings, name)
