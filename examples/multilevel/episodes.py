@@ -40,12 +40,14 @@ def class_means(support: Tensor, queries: Tensor) -> Tensor:
 
 def logistic(support: Tensor, queries: Tensor, penalty: float = 1e-3) -> Tensor:
     """The same by logistic regression with an L2 penalty, fitted by L-BFGS in all episodes together."""
-    count, ways, shots, width = support.shape
+    count, ways, shots, _ = support.shape
     x = SHARPNESS * support.flatten(1, 2)
+    span = torch.linalg.qr(x.mT).Q  # the weights lie in the span of the labelled images
+    x, queries = x @ span, SHARPNESS * queries @ span
     labels = torch.arange(ways).repeat_interleave(shots).expand(count, -1)
-    weight = torch.zeros(count, width, ways, requires_grad=True)
+    weight = torch.zeros(count, x.shape[2], ways, requires_grad=True)
     bias = torch.zeros(count, 1, ways, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=50, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -57,7 +59,7 @@ def logistic(support: Tensor, queries: Tensor, penalty: float = 1e-3) -> Tensor:
 
     optimizer.step(closure)
     with torch.no_grad():
-        return (SHARPNESS * queries @ weight + bias).softmax(2)
+        return (queries @ weight + bias).softmax(2)
 
 
 CLASSIFIERS = {"mean": class_means, "logistic": logistic}

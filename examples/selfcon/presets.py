@@ -30,8 +30,8 @@ PAPER = SelfConSettings(
     data="cifar100", epochs=1000, batch=1024, lr=0.5, warmup=10, depth=18, width=64, stem="cifar"
 )
 
-# The paper's heads have no norm. Here, without it, all rows of exit and backbone fall to one point within twenty
-# steps, at learning rates of 0.02 to 0.5, and stay there: a head's rows differ less than the two heads' means.
+# The paper's heads have no norm. Here, without it, all rows of exit and backbone fall to one point within 20
+# steps, at learning rates of 0.02 to 0.5, and stay there: a head's rows differ less than the heads' means.
 CPU = SelfConSettings(epochs=10, batch=250, lr=0.2, warmup=1, norm=True)
 
 PRESETS = {"cpu": CPU, "paper": PAPER}
