@@ -98,9 +98,7 @@ class ResNet(Encoder):
             first = Block(inputs, width, 2 if i else 1, bottleneck)
             rest = (Block(self.widths[i], width, 1, bottleneck) for _ in range(blocks - 1))
             self.stages.append(nn.Sequential(first, *rest))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.stem(((images - 0.5) / 0.25).contiguous(memory_format=torch.channels_last))
@@ -109,6 +107,13 @@ class ResNet(Encoder):
             x = stage(x)
             maps.append(x)
         return maps
+
+
+def initialise(network: nn.Module) -> None:
+    """Draw the weights of convolutions as He et al. (2015) do."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def pool(maps: Tensor) -> Tensor:

@@ -70,8 +70,17 @@ class Probe:
         return (x - self.mean) / self.std
 
     @torch.no_grad()
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Give each class's probability, [N, classes]."""
+        return self.linear(self._standard(x)).softmax(1)
+
     def accuracy(self, x: Tensor, labels: Tensor) -> float:
-        return float((self.linear(self._standard(x)).argmax(1) == labels).double().mean())
+        return accuracy(self.probabilities(x), labels)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Share of the rows of scores [N, classes] whose largest is the label's."""
+    return float((scores.argmax(1) == labels).double().mean())
 
 
 def nearest(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, neighbours: int = 5) -> float:

@@ -32,6 +32,7 @@ def draw(path: Path, title: str, logs: dict[str, list[dict[str, Any]]], found: d
     axes[0].set(title="training loss, smoothed", xlabel="step")
     axes[0].legend(frameon=False, fontsize=8)
     table = pd.DataFrame({name: evaluation.figures for name, evaluation in found.items()})
+    table = table[table.abs().max(axis=1) <= 1]  # shares, not times or bytes
     table.plot.barh(ax=axes[1], legend=False, width=0.8)
     axes[1].set(title="on test images, encoder frozen")
     axes[1].invert_yaxis()

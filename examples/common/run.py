@@ -103,12 +103,16 @@ def show(settings: Settings, results: dict[str, Any], found: dict[str, Evaluatio
     from .plot import draw
 
     columns = list(dict.fromkeys(name for evaluation in found.values() for name in evaluation.figures))
-    table = Table("method", *columns, "ms a step")
-    for name, one in results.items():
-        figures = [f"{one['figures'][c]:.4g}" if c in one["figures"] else "-" for c in columns]
-        table.add_row(name, *figures, "-" if one["step_ms"] is None else f"{one['step_ms']:.1f}")
+    table = Table("", *results)
+    for name in columns:
+        table.add_row(name, *(shown(one["figures"].get(name), ".4g") for one in results.values()))
+    table.add_row("ms a step", *(shown(one["step_ms"], ".1f") for one in results.values()))
     console = Console()
     console.print(table)
     picture = settings.output / "plot.png"
     draw(picture, f"{settings.data}, seed {settings.seed}", logs, found)
     console.print(f"Logs, checkpoints, results and plot are in {settings.output}")
+
+
+def shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,86 @@
+"""SelfCon's own: its exits, its eager losses, the memory that is measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("tyro", reason="the examples' requirements are not installed")
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def trainer(name: str, **changes: Any) -> Any:
+    from examples.selfcon.__main__ import RECIPE
+
+    settings = replace(RECIPE.presets["cpu"], data="digits", batch=32, width=8, **changes)
+    return RECIPE.trainer(settings, name, RECIPE.load("digits", None, None), CPU)
+
+
+@pytest.mark.parametrize("name", ["selfcon-s", "selfcon-su", "selfcon-sa", "selfcon-m"])
+@pytest.mark.parametrize("exits", [(2,), (1, 3)])
+def test_eager_formula_has_the_same_value_and_gradients(name: str, exits: tuple[int, ...]) -> None:
+    ours, eager = (trainer(name, exits=exits, formula=x, alpha=0.3) for x in ("cl_kernels", "eager"))
+    assert ours.step()["loss"] == pytest.approx(eager.step()["loss"], rel=1e-5)
+    found, expected = (torch.cat([p.grad.flatten() for p in x.method.parameters()]) for x in (ours, eager))
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+    assert ours.step()["loss"] == pytest.approx(eager.step()["loss"], rel=1e-5)
+
+
+def test_alpha_weighs_the_exits() -> None:
+    """Losses of the first step are backbone + alpha · exits."""
+    zero, one, two = (trainer("selfcon-sa", alpha=alpha).step()["loss"] for alpha in (0.0, 1.0, 2.0))
+    assert one - zero > 0.1
+    assert two - one == pytest.approx(one - zero, rel=1e-4)
+
+
+@pytest.mark.parametrize(("depth", "exit", "blocks"), [(10, "small", 2), (18, "small", 2), (34, "same", 9)])
+@pytest.mark.parametrize("stage", [2])
+def test_exit_has_the_later_stages(depth: int, exit: str, blocks: int, stage: int) -> None:
+    from examples.common.encoders import Block
+
+    method = trainer("selfcon-s", depth=depth, exit=exit, exits=(stage,)).method
+    assert sum(isinstance(module, Block) for module in method.exits.modules()) == blocks
+    outputs = method.outputs(torch.rand(4, 1, 8, 8))
+    assert [list(x.shape) for x in outputs] == [[4, 64], [4, 64]]
+
+
+@pytest.mark.parametrize("exits", [(), (4,), (0, 1), (2, 2)])
+def test_exits_that_cannot_be(exits: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="exits must be different stages of 1, 2, 3, got"):
+        trainer("selfcon-s", exits=exits)
+
+
+def test_saved_bytes_are_those_of_a_known_network() -> None:
+    """A linear layer keeps its input, ReLU its output; weights and what is kept twice count once."""
+    from examples.common.data import load
+    from examples.common.loop import Method
+    from examples.selfcon.__main__ import MEASURED, saved_bytes
+
+    class Known(Method):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(64, 10), torch.nn.Linear(10, 1)
+
+        def forward(self, images: Any, labels: Any, draw: Any) -> Any:
+            return self.last(self.first(images.flatten(1)).relu()).sum(), {}
+
+    assert saved_bytes(Known(), load("digits", None, None)) == 4 * MEASURED * (64 + 10)
+
+
+def test_two_views_keep_about_twice_the_memory() -> None:
+    from examples.common.data import load
+    from examples.selfcon.__main__ import saved_bytes
+
+    data = load("digits", None, None)
+    one, two = (saved_bytes(trainer(name).method, data) for name in ("selfcon-s", "supcon"))
+    assert 0.45 < one / two < 0.75
