@@ -106,7 +106,7 @@ def measured(trainer: Trainer) -> tuple[float, torch.Tensor]:
 def losses_alone(system: str) -> list[dict[str, Any]]:
     """Time and peak memory of forward and backward of the loss, each in a process of its own."""
     records = []
-    for size in ("recipe", "paper"):
+    for size in ("recipe", "large"):
         work = getattr(PLANS[system], size)
         for formula in FORMULAS:
             found = fresh.measure(fresh.Task(work, formula, seconds=2, repeats=200))

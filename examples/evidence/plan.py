@@ -38,14 +38,14 @@ class Claim:
 @dataclass(frozen=True)
 class Plan:
     """A system: `main` is trained with our loss and with the eager formula, `others` with ours; `figure` is
-    what accuracy means; `recipe` and `paper` are the loss alone, of the cpu preset and of the paper."""
+    what accuracy means; `recipe` and `large` are the loss alone, of the cpu preset and of the paper."""
 
     title: str
     main: Variant
     others: tuple[Variant, ...]
     figure: str
     recipe: Workload
-    paper: Workload
+    large: Workload
     claims: tuple[Claim, ...]
 
     @property
@@ -67,5 +67,82 @@ PLANS = {
             Claim("labels over none (SimCLR)", "supcon", "simclr", "linear probe"),
             Claim('"out" over "in"', "supcon", "supcon-in", "linear probe"),
         ),
+    ),
+    "selfcon": Plan(
+        "SelfCon",
+        Variant("selfcon-s"),
+        (Variant("selfcon-m"), Variant("selfcon-sa"), Variant("supcon"), Variant("cross-entropy")),
+        "linear probe",
+        Workload("selfcon", 500, 500, 128),
+        Workload("selfcon", 2048, 2048, 128),
+        (
+            Claim("one view and an exit over two views", "selfcon-s", "supcon", "linear probe"),
+            Claim("over cross-entropy", "selfcon-s", "cross-entropy", "linear probe"),
+            Claim("exits and backbone over backbone", "selfcon-s", "selfcon-s", "ensemble", "linear probe"),
+            Claim(
+                "less time a step than two views", "selfcon-s", "supcon", "step_ms", lower=True, ratio=True
+            ),
+            Claim("less memory a step", "selfcon-s", "supcon", "saved MB", lower=True, ratio=True),
+        ),
+    ),
+    "sce": Plan(
+        "SCE",
+        Variant("sce"),
+        (Variant("moco"), Variant("ressl"), Variant("sce", {"target_temperature": 0.1})),
+        "linear probe",
+        Workload("sce", 250, 1025, 128),
+        Workload("sce", 512, 65537, 256),
+        (
+            Claim("λ = 0.5 over λ = 1 (MoCo)", "sce", "moco", "linear probe"),
+            Claim("λ = 0.5 over λ = 0 (ReSSL)", "sce", "ressl", "linear probe"),
+            Claim("a sharper target over τ_m = τ", "sce", "sce, target_temperature 0.1", "linear probe"),
+        ),
+    ),
+    "dimcl": Plan(
+        "DimCL",
+        Variant("byol+dimcl"),
+        (
+            Variant("byol"),
+            Variant("simsiam"),
+            Variant("simsiam+dimcl"),
+            Variant("byol+dimcl", {"temperature": 1.0}),
+        ),
+        "linear probe",
+        Workload("dimcl", 256, 256, 250),
+        Workload("dimcl", 4096, 4096, 256),
+        (
+            Claim("BYOL with DimCL over without", "byol+dimcl", "byol", "linear probe"),
+            Claim("SimSiam with DimCL over without", "simsiam+dimcl", "simsiam", "linear probe"),
+            Claim("more diverse features (BYOL)", "byol+dimcl", "byol", "corr. z", lower=True),
+            Claim("more diverse features (SimSiam)", "simsiam+dimcl", "simsiam", "corr. z", lower=True),
+            Claim(
+                "hardness-aware: τ = 0.1 over 1", "byol+dimcl", "byol+dimcl, temperature 1.0", "linear probe"
+            ),
+        ),
+    ),
+    "multilevel": Plan(
+        "Multi-level",
+        Variant("multi-level"),
+        (Variant("last-level"),),
+        "1-shot",
+        Workload("multilevel", 500, 500, 128),
+        Workload("multilevel", 2048, 2048, 512),
+        (
+            Claim(
+                "ensemble of levels over its last", "multi-level", "multi-level", "1-shot", "1-shot level 4"
+            ),
+            Claim("over a last level trained alone", "multi-level", "last-level", "1-shot", "1-shot level 4"),
+            Claim("over the ensemble of that network", "multi-level", "last-level", "1-shot"),
+            Claim("over its best inner level", "multi-level", "multi-level", "1-shot", "1-shot level 3"),
+        ),
+    ),
+    "towers": Plan(
+        "Two towers",
+        Variant("clip"),
+        (Variant("supcon"),),
+        "en to es at 1",
+        Workload("clip", 250, 250, 128),
+        Workload("clip", 8192, 8192, 512),
+        (),
     ),
 }

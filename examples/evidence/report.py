@@ -139,7 +139,7 @@ class Report:
             eager = self.figure(system, plan.main.name, "step_ms", EAGER)
             ratio = np.median(np.divide(eager, ours))
             first = [plan.title, f"{np.median(ours):.1f} ms", f"{ratio:.2f}×"]
-            for size in ("recipe", "paper"):
+            for size in ("recipe", "large"):
                 both = alone[(alone.system == system) & (alone["size"] == size)].set_index("formula")
                 work = Workload(**both.work.iloc[0])
                 ms, peak = both.ms[OURS], both.peak[OURS]
@@ -160,7 +160,7 @@ class Report:
                 spread(self.figure(system, plan.main.name, plan.figure, formula), 1)
                 for formula in (OURS, EAGER)
             )
-            mine, theirs = (alone.loc[(system, "paper", formula)] for formula in (OURS, EAGER))
+            mine, theirs = (alone.loc[(system, "large", formula)] for formula in (OURS, EAGER))
             work = Workload(**mine.work)
             rows.append(
                 [
@@ -178,7 +178,7 @@ class Report:
             "command",
             "trained with our loss",
             "with eager's",
-            "the paper's loss",
+            "the loss alone",
             "faster",
             "less memory",
         ]
