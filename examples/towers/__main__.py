@@ -26,7 +26,7 @@ from ..common.encoders import Encoder
 from ..common.evaluate import Evaluation, features
 from ..common.loop import Method
 from ..common.run import Recipe
-from .names import load
+from .names import TONED, load
 from .presets import PRESETS, TowersSettings
 
 LARGEST = 100.0  # scale
@@ -132,7 +132,7 @@ def build(settings: TowersSettings, name: str, data: Data) -> Method:
     return METHODS[name](settings, data)
 
 
-def ranks(x: Tensor, y: Tensor, x_names: Tensor, y_names: Tensor) -> Tensor:
+def ranks(x: Tensor, x_names: Tensor, y: Tensor, y_names: Tensor) -> Tensor:
     """Place, from 0, of the best right answer among the different y for each different x.
 
     Rows of x, y [N, D] embed the names [N, L] of N things; right for a name is each name of a thing that
@@ -146,20 +146,28 @@ def ranks(x: Tensor, y: Tensor, x_names: Tensor, y_names: Tensor) -> Tensor:
     return ((near >= best) & ~right).sum(1)
 
 
+def recall(x: list[Tensor], y: list[Tensor], k: int) -> float:
+    """Part of the names x (rows and names) that have a right answer among the k nearest names y."""
+    return float((ranks(*x, *y) < k).double().mean())
+
+
 def evaluate(method: TwoTowers, data: Data) -> Evaluation:
-    """Recall at 1 and at 5 among the names held out, both ways, and the learnt temperature."""
-    names = data.test[torch.arange(len(data.test))]
-    figures: dict[str, float] = {}
-    z = features(method.encode, data.test, method.device)
+    """Recall at 1 and 5 among the names held out, both ways, at 1 among those without a skin tone too."""
+    names, labels = data.test[torch.arange(len(data.test))], data.test.labels
+    z, plain = features(method.encode, data.test, method.device), labels != TONED
     languages = [(data.test.languages[c], z[:, i], names[:, c]) for i, c in enumerate(method.columns)]
     first = languages[0]
+    figures: dict[str, float] = {}
     for other in languages[1:]:
-        for (a, x, x_names), (b, y, y_names) in ((first, other), (other, first)):
-            places = ranks(x, y, x_names, y_names)
-            figures |= {f"{a} to {b} at {k}": float((places < k).double().mean()) for k in (1, 5)}
+        for (a, *x), (b, *y) in ((first, other), (other, first)):
+            figures |= {f"{a} to {b} at {k}": recall(x, y, k) for k in (1, 5)}
+            if not plain.all():
+                figures[f"{a} to {b} at 1, no tones"] = recall(
+                    [t[plain] for t in x], [t[plain] for t in y], 1
+                )
     if isinstance(method, CLIP):
         figures["temperature"] = math.exp(-method.log_scale.item())
-    return Evaluation(figures, z[:, 0], data.test.labels)
+    return Evaluation(figures, z[:, 0], labels)
 
 
 RECIPE = Recipe(__doc__, PRESETS, build, evaluate, load)

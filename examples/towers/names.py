@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from ..common.data import Data
 
 HELD_OUT = 1000
-SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
-KINDS = THING, PERSON, FLAG = range(3)
+TONES = "[\U0001f3fb-\U0001f3ff\ufe0f]"  # and the mark that asks for a picture
+TONE_NAMES = r"[ ,]*\b(medium-light|medium-dark|light|medium|dark) skin tone"
+KINDS = THING, FLAG, PERSON, TONED = range(4)  # person: or hand, without and with a skin tone
 
 
 class Names:
@@ -54,59 +56,63 @@ class Names:
         return [0, *map(self.languages.index, languages)]
 
 
+def plain(name: str) -> str:
+    """The name in lower case, with single blanks between its words."""
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
 def encoded(rows: list[list[str]], length: int | None) -> Tensor:
-    """Code points int32 [N, V, L] of names in lower case, a blank before and after them and between words."""
-    texts = [f" {' '.join(name.replace('_', ' ').casefold().split())} " for row in rows for name in row]
+    """Code points int32 [N, V, L] of plain names, with a blank before and after each."""
+    texts = [f" {name} " for row in rows for name in row]
     longest = length or max(map(len, texts))
-    bytes_ = "".join(text[:longest].ljust(longest, "\0") for text in texts).encode("utf-32-le")
-    return torch.from_numpy(np.frombuffer(bytes_, np.int32).copy()).view(len(rows), -1, longest)
+    points = "".join(text[:longest].ljust(longest, "\0") for text in texts).encode("utf-32-le")
+    return torch.frombuffer(bytearray(points), dtype=torch.int32).view(len(rows), -1, longest)
 
 
-def split(codes: Tensor, labels: Tensor, languages: Sequence[str], same: np.ndarray) -> Data:
+def split(names: Names, rows: list[list[str]]) -> Data:
     """Hold out about HELD_OUT things, a quarter at most, always the same ones.
 
-    same: int [N, K], whose equal numbers in a column mark things that stay together, in either part.
+    Things whose `rows` of words [N, K] have an equal one in a column lie in one part together.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    n, k = same.shape
-    ties = (same - same.min(0) + n + np.cumsum([0, *np.ptp(same, 0)[:-1] + 1])).ravel()
-    things = np.arange(n).repeat(k)
-    nodes = ties.max() + 1
-    family = connected_components(coo_array((np.ones(n * k), (things, ties)), (nodes, nodes)))[1][:n]
-    family = np.unique(family, return_inverse=True)[1]
+    words = np.stack([np.unique(column, return_inverse=True)[1] for column in zip(*rows, strict=True)], 1)
+    n, k = words.shape
+    nodes = (words + n + np.cumsum([0, *words.max(0)[:-1] + 1])).ravel()  # of a graph: things, then words
+    size = nodes.max() + 1
+    edges = coo_array((np.ones(n * k), (np.arange(n).repeat(k), nodes)), (size, size))
+    family = connected_components(edges, directed=False)[1][:n]
     sizes = np.bincount(family)
     order = np.random.default_rng(0).permutation(len(sizes))
     held = np.zeros(len(sizes), bool)
     held[order[np.cumsum(sizes[order]) <= min(HELD_OUT, n // 4)]] = True
-    names, test = Names(codes, labels, languages), torch.from_numpy(held[family])
+    if not held.any():
+        raise ValueError(f"{n} names of {len(sizes)} families, by equal names; wanted: more to hold some out")
+    test = torch.from_numpy(held[family])
     return Data(names.where(~test), names.where(test), len(KINDS))
 
 
 def emojis(length: int | None) -> Data:
     """Fully qualified emojis with their names in 14 languages, English first, that the package `emoji` holds.
 
-    Emojis that differ in skin tones only, or whose names are equal in a language, lie in one part together.
+    Emojis that differ in skin tones only, by code points or English names, lie in one part together, and so
+    do those with an equal name. Women, men and persons of one activity may lie apart.
     """
     import emoji
 
     emoji.config.load_language()
     known = {k: v for k, v in emoji.EMOJI_DATA.items() if v["status"] == emoji.STATUS["fully_qualified"]}
-    bare = [k.translate(dict.fromkeys(map(ord, SKIN_TONES + "\ufe0f"))) for k in known]
-    tones = {b for b, k in zip(bare, known, strict=True) if set(k) & set(SKIN_TONES)}
-    labels = [
-        PERSON if b in tones else FLAG if "\U0001f1e6" <= k[0] <= "\U0001f1ff" else THING
-        for b, k in zip(bare, known, strict=True)
-    ]
-    rows = [[names[language].strip(":") for language in emoji.LANGUAGES] for names in known.values()]
-    return split(encoded(rows, length), torch.tensor(labels), emoji.LANGUAGES, numbers(bare, rows))
-
-
-def numbers(things: list[str] | None, rows: list[list[str]]) -> np.ndarray:
-    """Numbers int [N, V], with `things` [N, 1 + V], that are equal in a column where its words are."""
-    columns = [*([] if things is None else [things]), *zip(*rows, strict=True)]
-    return np.stack([np.unique(column, return_inverse=True)[1] for column in columns], 1)
+    rows = [[plain(v[language].strip(":")) for language in emoji.LANGUAGES] for v in known.values()]
+    points = [re.sub(TONES, "", k) for k in known]
+    bare = [re.sub(TONE_NAMES, "", row[0]) for row in rows]
+    people = {base for base, row in zip(bare, rows, strict=True) if base != row[0]}
+    kinds = [FLAG if "\U0001f1e6" <= k[0] <= "\U0001f1ff" else THING for k in known]
+    for i, row in enumerate(rows):
+        if bare[i] in people:
+            kinds[i] = PERSON if bare[i] == row[0] else TONED
+    names = Names(encoded(rows, length), torch.tensor(kinds), emoji.LANGUAGES)
+    return split(names, [[x, y, *row] for x, y, row in zip(points, bare, rows, strict=True)])
 
 
 def pairs(path: Path | None, length: int | None) -> Data:
@@ -117,9 +123,7 @@ def pairs(path: Path | None, length: int | None) -> Data:
     if path is None:
         raise ValueError("root is needed for pairs: a file of columns divided by tabs, languages first")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"root={path} is not a file; wanted: columns divided by tabs, languages first"
-        )
+        raise FileNotFoundError(f"root={path} is no file; wanted: columns divided by tabs, languages first")
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     languages, rows = (lines[0], lines[1:]) if lines else ([], [])
@@ -130,8 +134,9 @@ def pairs(path: Path | None, length: int | None) -> Data:
             raise ValueError(f"{path}, line {line}: {row}; wanted: a name for each of {', '.join(languages)}")
     if len(rows) < 8:
         raise ValueError(f"{path} has {len(rows)} rows of names; wanted: 8 or more")
-    labels = torch.zeros(len(rows), dtype=torch.long)
-    return split(encoded(rows, length), labels, languages, numbers(None, rows))
+    rows = [list(map(plain, row)) for row in rows]
+    names = Names(encoded(rows, length), torch.zeros(len(rows), dtype=torch.long), languages)
+    return split(names, rows)
 
 
 def load(name: str, root: Path | None = None, size: int | None = None) -> Data:

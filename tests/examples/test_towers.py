@@ -37,9 +37,11 @@ def test_every_emoji_is_in_one_part_with_its_skin_tones() -> None:
     assert sorted(train + test) == sorted(f" {name.replace('_', ' ').casefold()} " for name in known)
     assert 900 <= len(test) <= 1000
     assert not set(train) & set(test)
-    for base in ("waving hand", "woman astronaut", "thumbs up"):
+    for base, count in {"waving hand": 6, "woman astronaut": 6, "handshake": 26}.items():
         found = [sum(name.startswith(f" {base} ") for name in part) for part in (train, test)]
-        assert sorted(found) == [0, 6], base  # in five skin tones and in none
+        assert sorted(found) == [0, count], base  # with skin tones and without
+    toned = [bool(label) for label in data.test.labels == names.TONED]
+    assert toned == ["skin tone" in name for name in test]
 
 
 def test_parts_do_not_change(data: Any) -> None:
@@ -78,6 +80,12 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str, said: str) -> None:
     assert str(path) in str(error.value)
 
 
+def test_a_file_whose_names_are_all_tied_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text("en\tfr\n" + "a\tb\n" * 9)
+    with pytest.raises(ValueError, match="9 names of 1 families"):
+        names.load("pairs", tmp_path / "pairs.tsv")
+
+
 def test_bad_arguments_are_named(tmp_path: Path, data: Any) -> None:
     with pytest.raises(ValueError, match="root is needed"):
         names.load("pairs")
@@ -107,11 +115,11 @@ def test_ranks_count_equal_names_as_right_and_ties_as_wrong() -> None:
     x, y = torch.tensor([[1.0, 0], [1, 0], [0, 1]]), torch.tensor([[0.0, 1], [1, 0], [1, 0]])
     one, two, three = [1, 0], [2, 0], [3, 0]
     # right for the first name are the answers one (similarity 0) and two (1); three (1) is as near
-    places = recipe.ranks(x, y, torch.tensor([one, one, two]), torch.tensor([one, two, three]))
+    places = recipe.ranks(x, torch.tensor([one, one, two]), y, torch.tensor([one, two, three]))
     assert places.tolist() == [1, 2]
-    places = recipe.ranks(x, y, torch.tensor([one, one, two]), torch.tensor([one, two, two]))
+    places = recipe.ranks(x, torch.tensor([one, one, two]), y, torch.tensor([one, two, two]))
     assert places.tolist() == [0, 1]
-    places = recipe.ranks(x, y, torch.tensor([one, two, three]), torch.tensor([one, two, three]))
+    places = recipe.ranks(x, torch.tensor([one, two, three]), y, torch.tensor([one, two, three]))
     assert places.tolist() == [2, 1, 2]
 
 
