@@ -39,6 +39,10 @@ class Method(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def decayed(self, parameter: nn.Parameter) -> bool:
+        """Whether weight decay takes from a parameter."""
+        return True
+
     def before_step(self, progress: float) -> None:
         """Set what follows a schedule; `progress` goes from 0 to 1."""
 
@@ -77,7 +81,11 @@ class Trainer:
         self.parallel: nn.Module = self.method
         if world > 1:
             self.parallel = DistributedDataParallel(self.method, broadcast_buffers=False)
-        weights = [p for p in self.method.parameters() if p.requires_grad]
+        parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for parameter in self.method.parameters():
+            if parameter.requires_grad:
+                parts[method.decayed(parameter)].append(parameter)
+        weights = [{"params": parts[1]}, {"params": parts[0], "weight_decay": 0.0}]
         decay = settings.weight_decay
         if settings.optimizer == "sgd":
             momentum = settings.momentum
