@@ -132,3 +132,18 @@ def mlp(*widths: int, norm: bool = False, last_norm: bool = False) -> nn.Sequent
         if i < last:
             layers.append(nn.ReLU())
     return nn.Sequential(*layers)
+
+
+class Projected(nn.Module):
+    """Encoder and projection head: images to projections [B, D]."""
+
+    def __init__(self, encoder: ResNet, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features [B, width] of the last stage."""
+        return pool(self.encoder(images)[-1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encode(images))
