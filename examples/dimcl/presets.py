@@ -1,0 +1,76 @@
+"""Settings of the paper and of two CPU cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..common.settings import Settings
+
+Name = Literal[
+    "byol",
+    "byol+dimcl",
+    "simsiam",
+    "simsiam+dimcl",
+    "simclr",
+    "simclr+dimcl",
+    "barlow",
+    "barlow+dimcl",
+]
+
+
+@dataclass(frozen=True)
+class DimCLSettings(Settings):
+    methods: tuple[Name, ...] = ("byol", "byol+dimcl", "simsiam", "simsiam+dimcl")
+    """A loss alone, or with DimCL beside it."""
+    weight: float = 0.1
+    """λ of DimCL; the other loss has 1 - λ."""
+    temperature: float = 0.1
+    """τ of DimCL: the lower, the more the most alike features weigh."""
+
+    simclr_temperature: float = 0.2
+    barlow_weight: float = 0.005
+    """Of the correlations off the diagonal."""
+    barlow_scale: float = 0.1
+    """Factor of the whole loss."""
+    teacher_momentum: float = 0.99
+    """Of BYOL's target network; it goes to 1."""
+
+    projection_wide: int = 2048
+    """D of SimSiam and Barlow Twins; BYOL and SimCLR have `projection`."""
+    hidden: int = 2048
+    """Width of the projectors' hidden layers."""
+    hidden_predictor: int = 512
+    """Width of the predictors'."""
+
+
+# thanhkaist/DimCL, bash_files/pretrain/cifar/: the values of simsiam.sh, and from the others D, SimCLR's
+# temperature, the scale of Barlow Twins and BYOL's momentum. BYOL's heads have 4096 hidden features
+# there; it, SimCLR and Barlow Twins are trained with LARS at 1.0, 0.4 and 0.3. The warm-up is chosen.
+PAPER = DimCLSettings(
+    data="cifar100",
+    epochs=200,
+    batch=256,
+    lr=0.5,
+    warmup=10,
+    weight_decay=1e-5,
+    depth=18,
+    width=64,
+    stem="cifar",
+    projection=256,
+)
+
+# Chosen: narrow heads, and a target network that follows faster.
+CPU = DimCLSettings(
+    epochs=10,
+    batch=250,
+    lr=0.2,
+    warmup=1,
+    projection=128,
+    projection_wide=256,
+    hidden=256,
+    hidden_predictor=128,
+    teacher_momentum=0.95,
+)
+
+PRESETS = {"cpu": CPU, "paper": PAPER}
