@@ -44,6 +44,8 @@ class Siamese(Method):
 
     def __init__(self, settings: DimCLSettings, regularised: bool, data: Data) -> None:
         super().__init__()
+        if not 0 <= settings.weight <= 1:
+            raise ValueError(f"weight must be from 0 to 1, got {settings.weight}")
         self.settings, self.regularised = settings, regularised
         self.augment = DIGITS_STRONG if data.channels == 1 else SIMCLR_CIFAR
         encoder = ResNet(data.channels, settings)

@@ -117,6 +117,8 @@ STRONG = replace(MOCO_V2, size=None)
 
 def small_views(strong: Augmentation, count: int, side: int) -> list[Augmentation]:
     """Views from 6/7 to 3/7 of the side, of crops whose area shrinks with it; as the authors' for count 4."""
+    if count < 0:
+        raise ValueError(f"crops must be at least 0, got {count}")
     parts = torch.linspace(6 / 7, 3 / 7, count).tolist()
     return [replace(strong, size=round(part * side), crop=(0.2 * part, part)) for part in parts]
 
@@ -127,6 +129,8 @@ def scheduled(settings: SCESettings, name: str, progress: float) -> float:
     if start is None:
         return end
     if settings.schedule_epochs is not None:
+        if settings.schedule_epochs <= 0:
+            raise ValueError(f"schedule_epochs must be positive, got {settings.schedule_epochs}")
         progress = min(progress * settings.epochs / settings.schedule_epochs, 1.0)
     return cosine(start, end, progress) if settings.schedule == "cosine" else start + (end - start) * progress
 

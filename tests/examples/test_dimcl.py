@@ -34,6 +34,11 @@ def test_dimcl_is_weighed_beside_the_base(data, base):
     torch.testing.assert_close(total, 0.25 * parts["dimcl"] + 0.75 * alone)
 
 
+def test_weight_outside_its_range_is_named(data):
+    with pytest.raises(ValueError, match=r"weight must be from 0 to 1, got 1\.5"):
+        build(replace(SMALL, weight=1.5), "byol+dimcl", data)
+
+
 def test_barlow_is_the_published_sum(data):
     method = build(replace(SMALL, barlow_weight=0.3, barlow_scale=0.5), "barlow", data)
     z = [torch.randn(20, 3), torch.randn(20, 3)]

@@ -43,6 +43,13 @@ def test_schedule(schedule, epochs, progress, value):
     assert scheduled(settings, "coeff", progress) == pytest.approx(value)
 
 
+def test_wrong_settings_are_named(data):
+    with pytest.raises(ValueError, match="crops must be at least 0, got -1"):
+        SCE(replace(SMALL, crops=-1), "sce", data)
+    with pytest.raises(ValueError, match="schedule_epochs must be positive, got 0"):
+        SCE(replace(SMALL, coeff_start=1.0, schedule_epochs=0), "sce", data)
+
+
 def test_what_a_method_fixes_no_schedule_moves(data):
     method = SCE(replace(SMALL, coeff_start=0.9, temperature=0.2), "ressl", data)
     method.before_step(0.5)
