@@ -71,8 +71,9 @@ def train(system: str, seed: int, output: Path, steps: int | None) -> list[dict[
 
 
 def first_steps(system: str, seed: int) -> list[dict[str, Any]]:
-    """Relative differences from eager, the loss's and in norm that of the gradient of all weights: of ours,
-    and of eager from weights of which each was changed by a rounding, for comparison."""
+    """Relative differences from eager, the loss's and in norm that of the gradient of all weights, along
+    eager's first steps and from its weights: of ours, and for comparison of eager with its weights rounded
+    anew."""
     torch.set_num_threads(1)
     recipe, variant = recipe_of(system), PLANS[system].main
 
@@ -82,11 +83,13 @@ def first_steps(system: str, seed: int) -> list[dict[str, Any]]:
         return recipe.trainer(settings, variant.method, data, CPU)
 
     eager, trainers = start("eager"), {"ours": start("cl_kernels"), "rounded": start("eager")}
-    with torch.no_grad():
-        for weight in trainers["rounded"].method.parameters():
-            weight.mul_(1 + torch.finfo(weight.dtype).eps * torch.randint_like(weight, 2).sub(0.5))
     records = []
     for step in range(FIRST_STEPS):
+        for trainer in trainers.values():
+            trainer.method.load_state_dict(eager.method.state_dict())
+        with torch.no_grad():
+            for weight in trainers["rounded"].method.parameters():
+                weight.mul_(1 + torch.finfo(weight.dtype).eps * torch.randint_like(weight, 2).sub(0.5))
         loss, gradient = measured(eager)
         for name, trainer in trainers.items():
             other, others = measured(trainer)
