@@ -34,12 +34,12 @@ def draw(path: Path, title: str, logs: dict[str, list[dict[str, Any]]], found: d
     table = pd.DataFrame({name: evaluation.figures for name, evaluation in found.items()})
     table = table[table.abs().max(axis=1) <= 1]  # shares, not times or bytes
     table.plot.barh(ax=axes[1], legend=False, width=0.8)
-    axes[1].set(title="on test images, encoder frozen")
+    axes[1].set(title="on test data, encoder frozen")
     axes[1].invert_yaxis()
     for axis, (name, evaluation) in zip(axes[2:], shown.items(), strict=False):
         points, labels = embed(evaluation)
         axis.scatter(*points.T, c=labels, cmap="tab10", s=5)
-        axis.set(title=f"{name}: test images", xticks=[], yticks=[])
+        axis.set(title=f"{name}: test data", xticks=[], yticks=[])
     for axis in axes[count:]:
         axis.axis("off")
     figure.suptitle(title)

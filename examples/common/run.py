@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -30,6 +30,7 @@ FILES = "checkpoint.pt", "log.jsonl", "result.json"
 class Recipe(Generic[S]):
     """A system: its settings, data, methods by name, and what is evaluated."""
 
+    name: str
     about: str
     presets: Mapping[str, S]
     build: Callable[[S, str, Data], Method]
@@ -39,6 +40,8 @@ class Recipe(Generic[S]):
     def main(self, arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         """Run what the command line asks for; the results of each method by name, on the first process."""
         settings = parse(self.presets, self.about, arguments)
+        if settings.output is None:
+            settings = replace(settings, output=Path("example_output") / self.name)
         device = processes.join()
         try:
             return self.run(settings, device)

@@ -23,8 +23,9 @@ class Settings:
     """Folder of the data that is on disk."""
     size: int | None = None
     """Pixels of a side that images of different sizes are decoded to."""
-    output: Path = Path("example_output")
-    """Folder for logs, checkpoints, results and the plot; a run that was killed goes on from there."""
+    output: Path | None = None
+    """Folder for logs, checkpoints, results and the plot, from which a run that was killed goes on; None:
+    example_output/ and the system's name."""
     restart: bool = False
     """Begin anew where the output folder has another run, or a finished one."""
     quiet: bool = False

@@ -176,7 +176,7 @@ def hardest(z0: Tensor, z1: Tensor, temperature: float, part: float = 0.1) -> fl
     return float(weights.topk(round(part * (count - 2)), 1).values.sum(1).mean())
 
 
-RECIPE = Recipe(__doc__, PRESETS, build, evaluate)
+RECIPE = Recipe("dimcl", __doc__, PRESETS, build, evaluate)
 
 if __name__ == "__main__":
     RECIPE.main()

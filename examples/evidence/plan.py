@@ -71,7 +71,13 @@ PLANS = {
     "selfcon": Plan(
         "SelfCon",
         Variant("selfcon-s"),
-        (Variant("selfcon-m"), Variant("selfcon-sa"), Variant("supcon"), Variant("cross-entropy")),
+        (
+            Variant("selfcon-m"),
+            Variant("selfcon-sa"),
+            Variant("selfcon-su"),
+            Variant("supcon"),
+            Variant("cross-entropy"),
+        ),
         "linear probe",
         Workload("selfcon", 500, 500, 128),
         Workload("selfcon", 2048, 2048, 128),
@@ -88,7 +94,12 @@ PLANS = {
     "sce": Plan(
         "SCE",
         Variant("sce"),
-        (Variant("moco"), Variant("ressl"), Variant("sce", {"target_temperature": 0.1})),
+        (
+            Variant("moco"),
+            Variant("ressl"),
+            Variant("sce", {"target_temperature": 0.1}),
+            Variant("sce", {"symmetric": True}),
+        ),
         "linear probe",
         Workload("sce", 250, 1025, 128),
         Workload("sce", 512, 65537, 256),
@@ -105,6 +116,10 @@ PLANS = {
             Variant("byol"),
             Variant("simsiam"),
             Variant("simsiam+dimcl"),
+            Variant("simclr"),
+            Variant("simclr+dimcl"),
+            Variant("barlow"),
+            Variant("barlow+dimcl"),
             Variant("byol+dimcl", {"temperature": 1.0}),
         ),
         "linear probe",
@@ -113,6 +128,8 @@ PLANS = {
         (
             Claim("BYOL with DimCL over without", "byol+dimcl", "byol", "linear probe"),
             Claim("SimSiam with DimCL over without", "simsiam+dimcl", "simsiam", "linear probe"),
+            Claim("SimCLR with DimCL over without", "simclr+dimcl", "simclr", "linear probe"),
+            Claim("Barlow Twins with DimCL over without", "barlow+dimcl", "barlow", "linear probe"),
             Claim("more diverse features (BYOL)", "byol+dimcl", "byol", "corr. z", lower=True),
             Claim("more diverse features (SimSiam)", "simsiam+dimcl", "simsiam", "corr. z", lower=True),
             Claim(

@@ -130,7 +130,7 @@ def level_features(method: Levels, images: Images) -> list[Tensor]:
     return [*found.split(method.widths, 1)]
 
 
-RECIPE = Recipe(__doc__, PRESETS, build, evaluate, few_shot)
+RECIPE = Recipe("multilevel", __doc__, PRESETS, build, evaluate, few_shot)
 
 if __name__ == "__main__":
     RECIPE.main()

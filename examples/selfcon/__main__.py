@@ -161,7 +161,7 @@ def saved_bytes(method: Method, data: Data) -> int:
     return sum(size for storage, size in kept.items() if storage not in weights)
 
 
-RECIPE = Recipe(__doc__, PRESETS, build, evaluate)
+RECIPE = Recipe("selfcon", __doc__, PRESETS, build, evaluate)
 
 if __name__ == "__main__":
     RECIPE.main()

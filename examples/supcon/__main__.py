@@ -111,7 +111,7 @@ def evaluate(method: Method, data: Data) -> Evaluation:
     return classification(method, data, corruptions=True)
 
 
-RECIPE = Recipe(__doc__, PRESETS, build, evaluate)
+RECIPE = Recipe("supcon", __doc__, PRESETS, build, evaluate)
 
 if __name__ == "__main__":
     RECIPE.main()

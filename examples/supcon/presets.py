@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from ..common.settings import Settings
@@ -17,7 +16,6 @@ class SupConSettings(Settings):
         "cross-entropy",
     )
     """supcon: the paper's equation 2, "out"; supcon-in: its equation 3; simclr: no labels; cross-entropy."""
-    output: Path = Path("example_output/supcon")
     temperature: float = 0.1
     simclr_temperature: float = 0.5
     memory: int = 0

@@ -170,7 +170,7 @@ def evaluate(method: TwoTowers, data: Data) -> Evaluation:
     return Evaluation(figures, z[:, 0], labels)
 
 
-RECIPE = Recipe(__doc__, PRESETS, build, evaluate, load)
+RECIPE = Recipe("towers", __doc__, PRESETS, build, evaluate, load)
 
 if __name__ == "__main__":
     RECIPE.main()
