@@ -1,4 +1,4 @@
-"""What a frozen encoder is good for: linear probe, nearest neighbours, corrupted images, diversity."""
+"""Figures of a frozen encoder: linear probe, nearest neighbours, corrupted images, diversity."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class Settings:
     """Each recipe adds its own."""
 
     methods: tuple[str, ...] = ()
-    """What is trained, one after the other from the same seed."""
+    """Methods that are trained, one after the other from the same seed."""
     data: str = "mnist"
     """mnist, digits, photographs, faces; on disk: cifar10, cifar100, stl10, miniimagenet, imagenet."""
     root: Path | None = None
@@ -66,7 +66,7 @@ class Settings:
     """Whose loss: ours, or the published formula in eager PyTorch, with the same value; one process only."""
 
     def record(self) -> dict[str, Any]:
-        """What has a part in the result, as JSON has it."""
+        """Give the settings that have a part in the result, as JSON has them."""
         apart = {"output", "restart", "quiet", "methods", "steps", "checkpoint_every", "root"}
         values = {k: v for k, v in asdict(self).items() if k not in apart}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -30,11 +30,11 @@ class DimCLSettings(Settings):
 
     simclr_temperature: float = 0.2
     barlow_weight: float = 0.005
-    """Of the correlations off the diagonal."""
+    """Weight of the correlations off the diagonal."""
     barlow_scale: float = 0.1
     """Factor of the whole loss."""
     teacher_momentum: float = 0.99
-    """Of BYOL's target network; it goes to 1."""
+    """Momentum of BYOL's target network; it goes to 1."""
 
     projection_wide: int = 2048
     """D of SimSiam and Barlow Twins; BYOL and SimCLR have `projection`."""

@@ -15,7 +15,7 @@ class SCESettings(Settings):
     coefficient 1."""
     temperature: float = 0.1
     target_temperature: float = 0.05
-    """Of the similarities to the teacher; below the other one, it sharpens them."""
+    """Temperature of the similarities to the teacher; below the other one, it sharpens them."""
     coeff: float = 0.5
     """λ, the weight of the positive; the similarities have the rest."""
 

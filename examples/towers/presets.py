@@ -20,7 +20,7 @@ class TowersSettings(Settings):
     size: int | None = None
     """Characters of a name that are read; None: all."""
     language: tuple[str, ...] = ("es",)
-    """What the second tower reads: of names, one or more of es ja ko pt it fr de fa id zh ru tr ar."""
+    """Languages of the second tower: of names, one or more of es ja ko pt it fr de fa id zh ru tr ar."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     width: int = 128
     """Width of the embedding of n-grams."""
@@ -31,7 +31,7 @@ class TowersSettings(Settings):
     dropout: float = 0.1
     """Part of the characters that are left out in training, and with them the n-grams that have them."""
     temperature: float = 0.1
-    """Of supcon; clip's scale begins at 1/0.07 whatever this is."""
+    """Temperature of supcon; clip's scale begins at 1/0.07 whatever this is."""
 
 
 # Of the paper (section 2.5; tables 18 and 20, ViT-B/32): 32,768 pairs a step, 32 epochs, AdamW with weight
