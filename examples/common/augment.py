@@ -251,6 +251,15 @@ BYOL_2 = replace(BYOL_1, blur=0.1, solarize=0.2)
 # Denize et al. 2023 (SCE): the weak view
 WEAK = Augmentation(crop=(0.2, 1), flip=0.5)
 
+
+def supervised(shape: tuple[int, int, int]) -> Augmentation:
+    """Choose the views of supervised contrast for images [C, H, W]: digits, small colour images, large ones."""
+    channels, height, width = shape
+    if channels == 1:
+        return DIGITS_STRONG
+    return SUPCON_CIFAR if max(height, width) <= 96 else MOCO_V2
+
+
 Corruption = Callable[[Tensor, Draw, int], Tensor]
 # After the families of Hendrycks and Dietterich 2019 (ImageNet-C), not with their parameters.
 CORRUPTIONS: dict[str, Corruption] = {}

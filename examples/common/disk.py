@@ -114,12 +114,12 @@ def miniimagenet_part(root: Path | None, part: str) -> dict[str, list[str]]:
 
 
 def imagenet(root: Path | None, size: int | None) -> Data:
-    """ImageNet, 224 pixels square by default, or those of its classes in train/; val/ may have more."""
+    """ImageNet, 256 pixels square by default, or those of its classes in train/; val/ may have more."""
     train, val = by_class("imagenet", root, "train"), by_class("imagenet", root, "val")
     if missing := [name for name in train if name not in val]:
         raise FileNotFoundError(f"{root}/val has no {missing[0]}/; wanted: {LAYOUTS['imagenet']}")
-    test = folder({name: val[name] for name in train}, size or 224)
-    return Data(folder(train, size or 224), test, len(train))
+    test = folder({name: val[name] for name in train}, size or 256)
+    return Data(folder(train, size or 256), test, len(train))
 
 
 def by_class(data: str, root: Path | None, part: str) -> dict[str, list[str]]:

@@ -93,8 +93,13 @@ class Data:
     unlabelled: Images | None = None
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return tuple(self.train[torch.arange(1)].shape[1:])
+
+    @property
     def channels(self) -> int:
-        return self.train[torch.arange(1)].shape[1]
+        return self.shape[0]
 
 
 @functools.cache

@@ -31,6 +31,11 @@ class Log:
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
 
+    def sync(self) -> None:
+        """Put the lines on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def __enter__(self) -> Log:
         return self
 

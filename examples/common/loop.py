@@ -63,6 +63,10 @@ class Trainer:
         world = processes.count()
         if settings.batch % world:
             raise ValueError(f"batch must be a multiple of the {world} processes, got {settings.batch}")
+        if settings.epochs < 0 or (settings.steps is not None and settings.steps < 0):
+            raise ValueError(
+                f"epochs and steps must not be negative, got {settings.epochs}, {settings.steps}"
+            )
         if not world <= settings.batch <= len(images):
             raise ValueError(f"batch must be from {world} to the {len(images)} images, got {settings.batch}")
         if settings.formula == "eager" and world > 1:
@@ -156,6 +160,11 @@ class Trainer:
         first = processes.rank() == 0
         if checkpoint.exists():
             self.load(torch.load(checkpoint, map_location=self.device, weights_only=True), checkpoint)
+        elif (folder / "log.jsonl").exists():
+            raise ValueError(f"{folder} has a log without its checkpoint; --restart loses it")
+        processes.wait()
+        if first and not self.done:
+            self.save(checkpoint)  # whose run the folder is
         every = self.settings.checkpoint_every or self.steps_per_epoch
         columns = TextColumn(f"{title:<16}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn()
         bar = Progress(*columns, TextColumn("{task.fields[note]}"), disable=self.settings.quiet or not first)
@@ -167,9 +176,8 @@ class Trainer:
                 log.append(record)
                 bar.update(task, advance=1, note=f"loss {record['loss']:.4f}")
                 if first and (self.done % every == 0 or self.done == self.total):
+                    log.sync()
                     self.save(checkpoint)
-        if first and not checkpoint.exists():
-            self.save(checkpoint)
         return log.records
 
     def save(self, path: Path) -> None:

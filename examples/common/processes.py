@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+
+@contextmanager
+def joined() -> Iterator[torch.device]:
+    """Be one of the processes that torchrun started, if it did, on this process's device.
+
+    Where one fails, it does not wait for the others, and torchrun ends them.
+    """
+    yield join()
+    wait()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def join() -> torch.device:
     """Join the processes that torchrun started, if it did; this process's device."""
     on_gpu = torch.cuda.is_available()
     if dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        # The first evaluates while the others wait.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=3))
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -24,13 +40,6 @@ def wait() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def leave() -> None:
-    """Wait for all, and end their group."""
-    wait()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def rank() -> int:

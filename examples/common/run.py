@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,22 +35,22 @@ class Recipe(Generic[S]):
     build: Callable[[S, str, Data], Method]
     evaluate: Callable[[Method, Data], Evaluation]
     load: Callable[[str, Path | None, int | None], Data] = load
+    labelled: bool = True
+    """Whether it trains by labels; else on images without labels, where the data has them."""
 
     def main(self, arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         """Run what the command line asks for; the results of each method by name, on the first process."""
         settings = parse(self.presets, self.about, arguments)
         if settings.output is None:
             settings = replace(settings, output=Path("example_output") / self.name)
-        device = processes.join()
-        try:
+        with processes.joined() as device:
             return self.run(settings, device)
-        finally:
-            processes.leave()
 
     def trainer(self, settings: S, name: str, data: Data, device: torch.device) -> Trainer:
         """Trainer of one of the methods, its weights drawn from the seed."""
         torch.manual_seed(settings.seed)
-        return Trainer(settings, self.build(settings, name, data), data.train, device)
+        images = data.train if self.labelled or data.unlabelled is None else data.unlabelled
+        return Trainer(settings, self.build(settings, name, data), images, device)
 
     def run(self, settings: S, device: torch.device) -> dict[str, dict[str, Any]]:
         """Train and evaluate each of the settings' methods.
@@ -64,13 +63,11 @@ class Recipe(Generic[S]):
             folder = settings.output / name
             prepare(folder, settings.restart)
             trainer = self.trainer(settings, name, data, device)
-            started = time.perf_counter()
             logs[name] = trainer.fit(folder, name)
             if processes.rank() == 0:
                 trainer.method.eval()
                 found[name] = self.evaluate(trainer.method, data)
-                seconds = time.perf_counter() - started
-                results[name] = result(settings, name, logs[name], found[name], seconds)
+                results[name] = result(settings, name, logs[name], found[name])
                 write(folder / "result.json", json.dumps(results[name], indent=1) + "\n")
         if results and not settings.quiet:
             show(settings, results, found, logs)
@@ -85,9 +82,7 @@ def prepare(folder: Path, restart: bool) -> None:
     processes.wait()
 
 
-def result(
-    settings: Settings, name: str, log: list[dict[str, Any]], found: Evaluation, seconds: float
-) -> dict[str, Any]:
+def result(settings: Settings, name: str, log: list[dict[str, Any]], found: Evaluation) -> dict[str, Any]:
     times = torch.tensor([record["ms"] for record in log])
     return {
         "method": name,
@@ -95,7 +90,6 @@ def result(
         "figures": found.figures,
         "more": found.more,
         "step_ms": float(times.median()) if len(times) else None,
-        "seconds": seconds,
         "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "versions": {"cl_kernels": clk.__version__, "torch": torch.__version__},

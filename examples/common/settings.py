@@ -67,8 +67,9 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """Give the settings that have a part in the result, as JSON has them."""
-        apart = {"output", "restart", "quiet", "methods", "steps", "checkpoint_every", "root"}
+        apart = {"output", "restart", "quiet", "methods", "steps", "checkpoint_every"}
         values = {k: v for k, v in asdict(self).items() if k not in apart}
+        values["root"] = None if self.root is None else str(self.root.resolve())
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 

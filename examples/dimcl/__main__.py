@@ -155,11 +155,9 @@ def evaluate(method: Siamese, data: Data) -> Evaluation:
     images = data.test[torch.arange(min(BATCH, len(data.test)))].to(method.device)
     draw = Draw(0, 0, len(images), device=method.device)
     views = [method.online(method.augment(images, draw)).float().cpu() for _ in range(2)]
-    more = {
-        "corr. h": diversity(found.embedding),
-        "corr. z": diversity(z),
-        "hardest tenth": hardest(*views, method.settings.temperature),
-    }
+    more = {"corr. h": diversity(found.embedding), "corr. z": diversity(z)}
+    if method.regularised:
+        more["hardest tenth"] = hardest(*views, method.settings.temperature)
     return replace(found, figures=found.figures | more)
 
 
@@ -176,7 +174,7 @@ def hardest(z0: Tensor, z1: Tensor, temperature: float, part: float = 0.1) -> fl
     return float(weights.topk(round(part * (count - 2)), 1).values.sum(1).mean())
 
 
-RECIPE = Recipe("dimcl", __doc__, PRESETS, build, evaluate)
+RECIPE = Recipe("dimcl", __doc__, PRESETS, build, evaluate, labelled=False)
 
 if __name__ == "__main__":
     RECIPE.main()

@@ -21,9 +21,9 @@ import cl_kernels as clk
 from cl_kernels.bench import eager
 
 from ..common import processes
-from ..common.augment import DIGITS_STRONG, SUPCON_CIFAR, Draw
+from ..common.augment import Draw, supervised
 from ..common.data import Data, Images, few_shot
-from ..common.encoders import ResNet, mlp, pool
+from ..common.encoders import ResNet, mlp
 from ..common.evaluate import Evaluation, features
 from ..common.loop import Method
 from ..common.run import Recipe
@@ -41,18 +41,20 @@ class Levels(Method):
             raise ValueError(
                 f"levels must be different stages of 1, 2, 3, 4, rising to 4, got {list(levels)}"
             )
+        held_out = len(data.test.labels.unique())
+        if not 2 <= settings.ways <= held_out:
+            raise ValueError(f"ways must be from 2 to the {held_out} classes held out, got {settings.ways}")
         self.settings = settings
         self.encoder = ResNet(data.channels, settings)
-        self.widths = [self.encoder.widths[level - 1] * settings.places**2 for level in levels[:-1]]
-        self.widths.append(self.encoder.widths[-1])
-        self.augment = DIGITS_STRONG if data.channels == 1 else SUPCON_CIFAR
+        self.widths = [self.encoder.widths[level - 1] * settings.places**2 for level in levels]
+        self.augment = supervised(data.shape)
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Features [B, width] of each level, the last stage last."""
         maps = self.encoder(images)
-        *inner, last = [maps[level - 1] for level in self.settings.levels]
         places = self.settings.places
-        return [*(F.adaptive_avg_pool2d(x, places).flatten(1) for x in inner), pool(last)]
+        chosen = (maps[level - 1] for level in self.settings.levels)
+        return [F.adaptive_avg_pool2d(x, places).flatten(1) for x in chosen]
 
     def encode(self, images: Tensor) -> Tensor:
         return self.levels(images)[-1]
@@ -92,7 +94,7 @@ class CrossEntropy(Levels):
 
     def __init__(self, settings: MultiLevelSettings, name: str, data: Data) -> None:
         super().__init__(settings, name, data)
-        self.classifier = nn.Linear(self.encoder.widths[-1], data.classes)
+        self.classifier = nn.Linear(self.widths[-1], data.classes)
 
     def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         return F.cross_entropy(self.classifier(self.encode(self.augment(images, draw))), labels), {}

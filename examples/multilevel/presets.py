@@ -15,7 +15,7 @@ class MultiLevelSettings(Settings):
     levels: tuple[int, ...] = (2, 3, 4)
     """Stages, of 1 to 4 and with 4, that have a loss and that episodes are answered by."""
     places: int = 1
-    """Side of the grid that the maps of levels before the last are pooled to; 1: one mean over all places."""
+    """Side of the grid that the maps of all levels are pooled to; 1: one mean over all places."""
     head: bool = True
     """Give each level a projection head of two layers; without, its pooled maps are contrasted."""
     weights: tuple[float, ...] = ()
@@ -38,7 +38,8 @@ PAPER = MultiLevelSettings(
     data="miniimagenet", ways=5, epochs=300, batch=256, lr=0.1, warmup=10, depth=18, width=64, stem="imagenet"
 )
 
-# With places=1 the inner levels of so narrow an encoder are weak, and the mean of all is below the last.
+# With places=1 the inner levels of so narrow an encoder are weak, and the mean of all is below the last: seen on
+# seed 0, in episodes of the same four digits that the figures are about.
 CPU = MultiLevelSettings(epochs=10, batch=250, lr=0.2, warmup=1, places=2)
 
 PRESETS = {"cpu": CPU, "paper": PAPER}

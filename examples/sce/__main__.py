@@ -145,7 +145,7 @@ def eager_sce(
     return -(coeff * log_p[:, 0] + (1 - coeff) * (similar * log_p[:, 1:]).sum(1)).mean()
 
 
-RECIPE = Recipe("sce", __doc__, PRESETS, SCE, classification)
+RECIPE = Recipe("sce", __doc__, PRESETS, SCE, classification, labelled=False)
 
 if __name__ == "__main__":
     RECIPE.main()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import cl_kernels as clk
 
 from ..common import processes
-from ..common.augment import DIGITS_STRONG, SUPCON_CIFAR, Draw
+from ..common.augment import Draw, supervised
 from ..common.data import Data
 from ..common.encoders import BLOCKS, Block, ResNet, initialise, mlp, pool
 from ..common.evaluate import Evaluation, Probe, accuracy, classification, features
@@ -70,7 +70,7 @@ class SelfCon(Method):
         width = self.encoder.widths[-1]
         head = partial(mlp, width, width, settings.projection, norm=settings.norm, last_norm=settings.norm)
         self.heads = nn.ModuleList(head() for _ in range(len(stages) + 1))
-        self.augment = DIGITS_STRONG if data.channels == 1 else SUPCON_CIFAR
+        self.augment = supervised(data.shape)
         self.views = 2 if name == "selfcon-m" else 1
         self.criterion = (eager_loss if settings.formula == "eager" else loss)(settings, name)
 

@@ -19,8 +19,6 @@ class SelfConSettings(SupConSettings):
     """Stages, of 1 to 3, that an exit follows."""
     exit: Literal["fc", "small", "same"] = "fc"
     """Sub-network of an exit: a linear layer, or the later stages again with half or all of their blocks."""
-    norm: bool = False
-    """Batch norm after each linear layer of the projection heads of backbone and exits."""
     alpha: float = 1.0
     """Weight of the exits' loss in selfcon-sa; 1 is chosen."""
 

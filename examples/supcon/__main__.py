@@ -19,7 +19,7 @@ import cl_kernels as clk
 from cl_kernels.bench import eager
 
 from ..common import processes
-from ..common.augment import DIGITS_STRONG, SUPCON_CIFAR, Draw
+from ..common.augment import Draw, supervised
 from ..common.data import Data
 from ..common.encoders import ResNet, mlp, pool
 from ..common.evaluate import Evaluation, classification
@@ -35,8 +35,8 @@ class SupCon(Method):
         super().__init__()
         self.encoder = ResNet(data.channels, settings)
         width = self.encoder.widths[-1]
-        self.head = mlp(width, width, settings.projection)
-        self.augment = DIGITS_STRONG if data.channels == 1 else SUPCON_CIFAR
+        self.head = mlp(width, width, settings.projection, norm=settings.norm, last_norm=settings.norm)
+        self.augment = supervised(data.shape)
         self.criterion, self.memory = self.loss(settings, name)
 
     def loss(self, settings: SupConSettings, name: str) -> tuple[Any, clk.KeyQueue | None]:
@@ -72,29 +72,30 @@ class SupCon(Method):
 
 
 class SimCLR(SupCon):
-    """The same without labels: each image is its own class."""
+    """The same without labels: each image is its own class. As in SupContrast the loss has the factor τ / 0.07."""
 
     def loss(self, settings: SupConSettings, name: str) -> tuple[Any, None]:
+        temperature = settings.simclr_temperature
         if settings.formula == "eager":
-            return partial(eager.nt_xent, settings.simclr_temperature), None
-        options = {"group": processes.group(), "exchange": settings.exchange}
-        return clk.NTXentLoss(settings.simclr_temperature, **options), None
+            return lambda z: eager.supcon(temperature, z, torch.arange(len(z), device=z.device)), None
+        return clk.SupConLoss(temperature, group=processes.group(), exchange=settings.exchange), None
 
     def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.criterion(*self.project(images, draw)), {}
+        return self.criterion(self.project(images, draw).transpose(0, 1)), {}
 
 
 class CrossEntropy(Method):
-    """The encoder under a linear classifier, from one view."""
+    """The encoder under a linear classifier, from one view of each image or more."""
 
     def __init__(self, settings: SupConSettings, name: str, data: Data) -> None:
         super().__init__()
         self.encoder = ResNet(data.channels, settings)
         self.classifier = nn.Linear(self.encoder.widths[-1], data.classes)
-        self.augment = DIGITS_STRONG if data.channels == 1 else SUPCON_CIFAR
+        self.augment, self.views = supervised(data.shape), settings.views
 
     def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        return F.cross_entropy(self.classifier(self.encode(self.augment(images, draw))), labels), {}
+        views = torch.cat([self.augment(images, draw) for _ in range(self.views)])
+        return F.cross_entropy(self.classifier(self.encode(views)), labels.repeat(self.views)), {}
 
     def encode(self, images: Tensor) -> Tensor:
         return pool(self.encoder(images)[-1])

@@ -18,6 +18,10 @@ class SupConSettings(Settings):
     """supcon: the paper's equation 2, "out"; supcon-in: its equation 3; simclr: no labels; cross-entropy."""
     temperature: float = 0.1
     simclr_temperature: float = 0.5
+    norm: bool = False
+    """Batch norm after each linear layer of the projection heads."""
+    views: int = 1
+    """Views of an image a step that cross-entropy has; the other methods have two."""
     memory: int = 0
     """Rows of earlier batches, with their labels, that supcon contrasts with too."""
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SYSTEMS = sorted(path.parent.name for path in ROOT.glob("examples/*/__main__.py"))
+SYSTEMS = sorted(path.parent.name for path in ROOT.glob("examples/*/presets.py"))
 CPU = torch.device("cpu")
 SMALL = {"data": "digits", "batch": 32, "width": 8, "epochs": 30}
 
