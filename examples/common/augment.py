@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import exactly
 from .seeds import VIEWS, mixed
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: the Y of YIQ
@@ -101,6 +102,10 @@ class Augmentation:
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Draw a view of each image: float32 [B, C, size, size], for the B rows of `draw`, on its device."""
         check(images, draw)
+        with exactly(images):
+            return self._view(images, draw)
+
+    def _view(self, images: Tensor, draw: Draw) -> Tensor:
         images = self._move(images, draw)
         if self.jitter is not None or self.greyscale:
             images = self._colour(images, draw)
@@ -253,7 +258,7 @@ WEAK = Augmentation(crop=(0.2, 1), flip=0.5)
 
 
 def supervised(shape: tuple[int, int, int]) -> Augmentation:
-    """Choose the views of supervised contrast for images [C, H, W]: digits, small colour images, large ones."""
+    """Choose the views of supervised contrast for images [C, H, W]: digits, small and large colour images."""
     channels, height, width = shape
     if channels == 1:
         return DIGITS_STRONG

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import torch.distributed.nn.functional as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives as collectives
 
 from . import processes
 from .settings import Settings
@@ -32,9 +32,10 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         x = input.float()
         axes = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        mean = collectives.all_reduce(x.mean(axes)) / world
+        group = processes.group()
+        mean = collectives.all_reduce(x.mean(axes), "sum", group) / world
         centred = x - mean.view(shape)
-        variance = collectives.all_reduce(centred.square().mean(axes)) / world
+        variance = collectives.all_reduce(centred.square().mean(axes), "sum", group) / world
         n = world * x.numel() // x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 import time
@@ -22,6 +23,11 @@ from .encoders import Encoder
 from .log import Log, write
 from .seeds import MODULES, ORDER, mixed
 from .settings import Settings
+
+# What keeps DistributedDataParallel from sending buffers at each step, before torch 2.14 and from then on.
+BUFFERS = "broadcast_buffers"
+if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
+    BUFFERS = "forward_sync_buffers"
 
 
 class Method(nn.Module):
@@ -63,6 +69,8 @@ class Trainer:
         world = processes.count()
         if settings.batch % world:
             raise ValueError(f"batch must be a multiple of the {world} processes, got {settings.batch}")
+        if settings.checkpoint_every is not None and settings.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {settings.checkpoint_every}")
         if settings.epochs < 0 or (settings.steps is not None and settings.steps < 0):
             raise ValueError(
                 f"epochs and steps must not be negative, got {settings.epochs}, {settings.steps}"
@@ -73,6 +81,7 @@ class Trainer:
             raise ValueError("formula must be cl_kernels over several processes, got eager")
         self.settings, self.images, self.device = settings, images, device
         self.done = 0
+        self.order = -1, torch.empty(0, dtype=torch.int64)  # of the images, in an epoch
         self.steps_per_epoch = len(images) // settings.batch
         planned = settings.epochs * self.steps_per_epoch
         self.total = planned if settings.steps is None else min(settings.steps, planned)
@@ -84,7 +93,7 @@ class Trainer:
                     module.compile()
         self.parallel: nn.Module = self.method
         if world > 1:
-            self.parallel = DistributedDataParallel(self.method, broadcast_buffers=False)
+            self.parallel = DistributedDataParallel(self.method, **{BUFFERS: False})
         parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
         for parameter in self.method.parameters():
             if parameter.requires_grad:
@@ -101,7 +110,7 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         warm = self.settings.warmup * self.steps_per_epoch
         if step < warm:
-            return self.settings.lr * (step + 1) / warm
+            return self.settings.lr * min((step + 1) / warm, 1.0)
         passed = (step - warm) / max(self.planned - warm, 1)
         return self.settings.lr * 0.5 * (1 + math.cos(math.pi * min(passed, 1)))
 
@@ -109,10 +118,11 @@ class Trainer:
         """This process's rows of the step's batch."""
         epoch, place = divmod(step, self.steps_per_epoch)
         shuffle = torch.Generator().manual_seed(mixed(self.settings.seed, ORDER, epoch))
-        order = torch.randperm(len(self.images), generator=shuffle)
+        if self.order[0] != epoch:
+            self.order = epoch, torch.randperm(len(self.images), generator=shuffle)
         part = self.settings.batch // processes.count()
         first = place * self.settings.batch + processes.rank() * part
-        return order[first : first + part]
+        return self.order[1][first : first + part]
 
     def step(self) -> dict[str, float]:
         """One step; the loss and the method's figures, means over the processes."""
@@ -145,7 +155,7 @@ class Trainer:
             dist.all_reduce(means)
             means /= processes.count()
         record = dict(zip(("loss", *figures), means.tolist(), strict=True))
-        if not math.isfinite(record["loss"]) and settings.amp != "float16":
+        if not math.isfinite(record["loss"]):
             raise FloatingPointError(f"the loss of step {step} is {record['loss']}")
         return record | {"lr": rate, "ms": 1e3 * (time.perf_counter() - started)}
 
@@ -159,10 +169,11 @@ class Trainer:
         checkpoint = folder / "checkpoint.pt"
         first = processes.rank() == 0
         if checkpoint.exists():
-            self.load(torch.load(checkpoint, map_location=self.device, weights_only=True), checkpoint)
+            self.load(torch.load(checkpoint, map_location="cpu", weights_only=True), checkpoint)
         elif (folder / "log.jsonl").exists():
             raise ValueError(f"{folder} has a log without its checkpoint; --restart loses it")
-        processes.wait()
+        if not processes.agree(self.done):
+            raise ValueError(f"{checkpoint} must be the same for all processes")
         if first and not self.done:
             self.save(checkpoint)  # whose run the folder is
         every = self.settings.checkpoint_every or self.steps_per_epoch

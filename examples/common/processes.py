@@ -42,6 +42,14 @@ def wait() -> None:
         dist.barrier()
 
 
+def agree(number: int) -> bool:
+    """Whether all processes have the same number."""
+    numbers = [number] * count()
+    if count() > 1:
+        dist.all_gather_object(numbers, number)
+    return len(set(numbers)) == 1
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -43,6 +43,8 @@ class Recipe(Generic[S]):
         settings = parse(self.presets, self.about, arguments)
         if settings.output is None:
             settings = replace(settings, output=Path("example_output") / self.name)
+        if not settings.methods:
+            raise SystemExit(f"--methods must name some of those of {self.name}")
         with processes.joined() as device:
             return self.run(settings, device)
 
@@ -90,6 +92,7 @@ def result(settings: Settings, name: str, log: list[dict[str, Any]], found: Eval
         "figures": found.figures,
         "more": found.more,
         "step_ms": float(times.median()) if len(times) else None,
+        "steps": len(log),
         "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "versions": {"cl_kernels": clk.__version__, "torch": torch.__version__},

@@ -29,6 +29,7 @@ from ..common.encoders import Projected, ResNet, mlp
 from ..common.evaluate import BATCH, Evaluation, classification, diversity, features
 from ..common.loop import Method
 from ..common.momentum import cosine, follow, follower
+from ..common.precision import exactly
 from ..common.run import Recipe
 from .presets import PRESETS, DimCLSettings
 
@@ -119,7 +120,8 @@ class Barlow(Siamese):
     def base(self, views: list[Tensor], z: list[Tensor]) -> Tensor:
         rows = [clk.distributed.gather_rows(x, processes.group()) for x in z]  # statistics over all processes
         standard = [F.batch_norm(x, None, None, training=True) for x in rows]
-        correlation = standard[0].T @ standard[1] / len(rows[0])
+        with exactly(rows[0]):
+            correlation = standard[0].T @ standard[1] / len(rows[0])
         diagonal = correlation.diagonal()
         others = correlation.square().sum() - diagonal.square().sum()
         loss = (1 - diagonal).square().sum() + self.settings.barlow_weight * others

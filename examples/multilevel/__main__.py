@@ -80,7 +80,7 @@ class MultiLevel(Levels):
     def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         views = torch.cat([self.augment(images, draw), self.augment(images, draw)])
         levels = self.levels(views)[-len(self.heads) :]
-        z = [F.normalize(head(x), dim=1) for head, x in zip(self.heads, levels, strict=True)]
+        z = [F.normalize(head(x).float(), dim=1) for head, x in zip(self.heads, levels, strict=True)]
         return self.criterion([x.unflatten(0, (2, -1)).transpose(0, 1) for x in z], labels), {}
 
 

@@ -38,8 +38,8 @@ PAPER = MultiLevelSettings(
     data="miniimagenet", ways=5, epochs=300, batch=256, lr=0.1, warmup=10, depth=18, width=64, stem="imagenet"
 )
 
-# With places=1 the inner levels of so narrow an encoder are weak, and the mean of all is below the last: seen on
-# seed 0, in episodes of the same four digits that the figures are about.
+# With places=1 the inner levels of so narrow an encoder are weak, and the mean of all is below the last:
+# seen on seed 0, in episodes of the same four digits that the figures are about.
 CPU = MultiLevelSettings(epochs=10, batch=250, lr=0.2, warmup=1, places=2)
 
 PRESETS = {"cpu": CPU, "paper": PAPER}

@@ -25,6 +25,7 @@ from ..common.encoders import Projected, ResNet, mlp
 from ..common.evaluate import classification
 from ..common.loop import Method
 from ..common.momentum import cosine, follow, follower
+from ..common.precision import exactly
 from ..common.run import Recipe
 from .presets import PRESETS, SCESettings
 
@@ -80,7 +81,8 @@ class SCE(Method):
     def losses(self, queries: list[Tensor], k: Tensor) -> list[Tensor]:
         """The loss of each view's rows [B, D] against the teacher's [B, D]."""
         if self.settings.formula == "eager":
-            return [eager_sce(q, k, self.queue.filled, **self.now) for q in queries]
+            with exactly(k):
+                return [eager_sce(q, k, self.queue.filled, **self.now) for q in queries]
         targets = None
         if len(queries) > 1:
             targets = clk.sce_targets(k, queue=self.queue, target_temperature=self.now["target_temperature"])

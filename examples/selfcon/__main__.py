@@ -77,7 +77,7 @@ class SelfCon(Method):
     def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         views = torch.cat([self.augment(images, draw) for _ in range(self.views)])
         z = [head(x) for head, x in zip(self.heads, self.outputs(views), strict=True)]
-        return self.criterion(F.normalize(torch.stack(z, 1), dim=2), labels), {}
+        return self.criterion(F.normalize(torch.stack(z, 1).float(), dim=2), labels), {}
 
     def outputs(self, images: Tensor) -> list[Tensor]:
         """Features [B, width] of the exits and, last, of the backbone."""

@@ -56,15 +56,14 @@ class SupCon(Method):
     def project(self, images: Tensor, draw: Draw) -> Tensor:
         """Unit rows [2, B, D] of two views."""
         views = torch.cat([self.augment(images, draw), self.augment(images, draw)])
-        return F.normalize(self.head(self.encode(views)), dim=1).unflatten(0, (2, -1))
+        return F.normalize(self.head(self.encode(views)).float(), dim=1).unflatten(0, (2, -1))
 
     def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        z = self.project(images, draw)
-        features = z.transpose(0, 1)  # [B, 2, D]
+        features = self.project(images, draw).transpose(0, 1)  # [B, 2, D]
         if self.memory is None:
             return self.criterion(features, labels), {}
         loss = self.criterion(features, labels, memory=self.memory)
-        self.memory.enqueue(z.flatten(0, 1), labels.repeat(2))
+        self.memory.enqueue(features.flatten(0, 1), labels.repeat_interleave(2))
         return loss, {}
 
     def encode(self, images: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ class SupCon(Method):
 
 
 class SimCLR(SupCon):
-    """The same without labels: each image is its own class. As in SupContrast the loss has the factor τ / 0.07."""
+    """The same without labels: each image is its own class; with SupContrast's factor τ / 0.07."""
 
     def loss(self, settings: SupConSettings, name: str) -> tuple[Any, None]:
         temperature = settings.simclr_temperature

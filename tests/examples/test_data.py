@@ -359,7 +359,7 @@ def test_imagenet(tmp_path: Path) -> None:
     assert (wide[1, :, :8] == 255).all() and not wide[1, :, 8:].any() and not wide[[0, 2]].any()
     assert (tall[2, :8] == 255).all() and not tall[2, 8:].any() and not tall[:2].any()
     assert found.test.pixels.float().mean((1, 2, 3)).round().tolist() == [2, 200]  # n00 is no class of train
-    assert load("imagenet", tmp_path).train[torch.tensor([3])].shape == (1, 3, 224, 224)
+    assert load("imagenet", tmp_path).train[torch.tensor([3])].shape == (1, 3, 256, 256)
 
 
 def test_decode_takes_the_shorter_side(tmp_path: Path) -> None:
