@@ -33,7 +33,9 @@ class Options:
     steps: int | None = None
     """Stop each run after so many steps: to try it."""
     output: Path = Path("example_output/evidence")
-    """Folder of the runs; those that are there already go on."""
+    """Folder of the runs."""
+    go_on: bool = False
+    """Go on with the runs in the folder, after a kill; else they begin anew."""
     store: Path = ROOT / "examples" / "evidence" / "results.json"
     """File of the measurements."""
     document: Path = ROOT / "docs" / "evidence.md"
@@ -67,11 +69,19 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--systems must be of {', '.join(PLANS)}, got {', '.join(sorted(unknown))}")
     if options.seeds < 3:
         raise SystemExit(f"--seeds must be at least 3 for intervals, got {options.seeds}")
+    partial = options.steps is not None or options.systems != Options.systems
+    if (
+        partial
+        and not options.render
+        and (options.store == Options.store or options.document == Options.document)
+    ):
+        raise SystemExit("--steps and --systems are for trying: give --store and --document of your own")
     if not options.render:
         started = time.perf_counter()
         here = machine.describe("cpu")
-        found = everything(options.systems, options.seeds, options.workers, options.output, options.steps)
-        minutes = (time.perf_counter() - started) / 60
+        how = options.workers, options.output, options.steps, not options.go_on
+        found = everything(options.systems, options.seeds, *how)
+        minutes = None if options.go_on else (time.perf_counter() - started) / 60
         facts = {
             "date": date.today().isoformat(),
             "minutes": minutes,

@@ -23,6 +23,7 @@ from .plan import PLANS, Variant
 CPU = torch.device("cpu")
 FORMULAS = "cl_kernels", "eager"
 FIRST_STEPS = 3
+ROUNDS = 15  # of steps that are timed
 
 
 def recipe_of(system: str) -> Recipe[Any]:
@@ -45,24 +46,24 @@ def settings_of(system: str, variant: Variant, formula: str, seed: int, steps: i
 def in_turn(system: str, seed: int) -> Iterator[tuple[Variant, str]]:
     """What a seed trains: ours and eager in turn, which of them first by turns too, then the others."""
     plan = PLANS[system]
-    for formula in FORMULAS if seed % 2 else reversed(FORMULAS):
+    for formula in FORMULAS if seed % 2 else FORMULAS[::-1]:
         yield plan.main, formula
     for variant in plan.others:
         yield variant, FORMULAS[0]
 
 
-def train(system: str, seed: int, output: Path, steps: int | None) -> list[dict[str, Any]]:
-    """Run all variants of a seed, or go on where the output folder has them; a record of each."""
+def train(system: str, seed: int, output: Path, steps: int | None, restart: bool) -> list[dict[str, Any]]:
+    """Run all variants of a seed, or without `restart` go on with those in the folder; a record of each."""
     torch.set_num_threads(1)
     records = []
     for variant, formula in in_turn(system, seed):
         folder = output / system / f"{variant.name}, {formula}, {seed}".replace(", ", "-").replace(" ", "")
         path = folder / variant.method / "result.json"
         settings = settings_of(system, variant, formula, seed, steps)
-        recipe_of(system).run(replace(settings, output=folder), CPU)
+        recipe_of(system).run(replace(settings, output=folder, restart=restart), CPU)
         result = json.loads(path.read_text())
         record = {"system": system, "variant": variant.name, "formula": formula, "seed": seed}
-        record |= {key: result[key] for key in ("figures", "more", "step_ms", "seconds")}
+        record |= {key: result[key] for key in ("figures", "more")}
         if variant == PLANS[system].main:
             lines = path.with_name("log.jsonl").read_text().splitlines()
             record["losses"] = [float(f"{json.loads(line)['loss']:.7g}") for line in lines]
@@ -75,21 +76,20 @@ def first_steps(system: str, seed: int) -> list[dict[str, Any]]:
     eager's first steps and from its weights: of ours, and for comparison of eager with its weights rounded
     anew."""
     torch.set_num_threads(1)
-    recipe, variant = recipe_of(system), PLANS[system].main
-
-    def start(formula: str) -> Trainer:
-        settings = settings_of(system, variant, formula, seed, None)
-        data = recipe.load(settings.data, settings.root, settings.size)
-        return recipe.trainer(settings, variant.method, data, CPU)
-
-    eager, trainers = start("eager"), {"ours": start("cl_kernels"), "rounded": start("eager")}
+    variant = PLANS[system].main
+    eager = start(system, variant, "eager", seed)
+    trainers = {
+        "ours": start(system, variant, "cl_kernels", seed),
+        "rounded": start(system, variant, "eager", seed),
+    }
     records = []
     for step in range(FIRST_STEPS):
         for trainer in trainers.values():
             trainer.method.load_state_dict(eager.method.state_dict())
         with torch.no_grad():
             for weight in trainers["rounded"].method.parameters():
-                weight.mul_(1 + torch.finfo(weight.dtype).eps * torch.randint_like(weight, 2).sub(0.5))
+                up = torch.rand_like(weight) < 0.5
+                weight.copy_(torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf)))
         loss, gradient = measured(eager)
         for name, trainer in trainers.items():
             other, others = measured(trainer)
@@ -97,6 +97,27 @@ def first_steps(system: str, seed: int) -> list[dict[str, Any]]:
             difference["gradient"] = float((others - gradient).norm() / gradient.norm())
             records.append({"system": system, "seed": seed, "step": step, "run": name} | difference)
     return records
+
+
+def start(system: str, variant: Variant, formula: str, seed: int) -> Trainer:
+    settings = settings_of(system, variant, formula, seed, None)
+    recipe = recipe_of(system)
+    data = recipe.load(settings.data, settings.root, settings.size)
+    return recipe.trainer(settings, variant.method, data, CPU)
+
+
+def steps_in_turn(system: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Milliseconds of a step of ours, of eager, and of the variants that the plan times, in turn."""
+    plan = PLANS[system]
+    kinds = [(plan.main, formula) for formula in FORMULAS] + [(x, FORMULAS[0]) for x in plan.timed]
+    trainers = [start(system, variant, formula, 0) for variant, formula in kinds]
+    for trainer in trainers:
+        trainer.step()  # sets up
+    times = [[trainer.step()["ms"] for trainer in trainers] for _ in range(rounds)]
+    return [
+        {"system": system, "variant": variant.name, "formula": formula, "ms": [row[i] for row in times]}
+        for i, (variant, formula) in enumerate(kinds)
+    ]
 
 
 def measured(trainer: Trainer) -> tuple[float, torch.Tensor]:
@@ -119,20 +140,22 @@ def losses_alone(system: str) -> list[dict[str, Any]]:
 
 
 def everything(
-    systems: tuple[str, ...], seeds: int, workers: int, output: Path, steps: int | None
+    systems: tuple[str, ...], seeds: int, workers: int, output: Path, steps: int | None, restart: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """All measurements; the losses alone come first, while nothing else runs."""
-    found: dict[str, list[dict[str, Any]]] = {"losses": [], "first_steps": [], "runs": []}
+    """All measurements; times come first, while nothing else runs. Seed 0, by which settings were chosen, is
+    left out."""
+    found: dict[str, list[dict[str, Any]]] = {"losses": [], "steps": [], "first_steps": [], "runs": []}
     with Progress() as bar:
-        alone = bar.add_task("losses alone", total=len(systems))
+        alone = bar.add_task("losses and steps alone", total=len(systems))
         for system in systems:
             found["losses"] += losses_alone(system)
+            found["steps"] += steps_in_turn(system)
             bar.advance(alone)
-        pairs = [(system, seed) for seed in range(seeds) for system in systems]
+        pairs = [(system, seed) for seed in range(1, seeds + 1) for system in systems]
         task = bar.add_task("runs", total=len(pairs))
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             started = [pool.submit(first_steps, *pair) for pair in pairs]
-            running = [pool.submit(train, *pair, output, steps) for pair in pairs]
+            running = [pool.submit(train, *pair, output, steps, restart) for pair in pairs]
             for done in as_completed(running):
                 done.result()
                 bar.advance(task)

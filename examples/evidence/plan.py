@@ -11,20 +11,21 @@ from cl_kernels.bench.workloads import Workload
 
 @dataclass(frozen=True)
 class Variant:
-    """A method of a recipe, with settings that differ from the preset's."""
+    """A method of a recipe, with settings that differ from the preset's, and perhaps a name of its own."""
 
     method: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return ", ".join([self.method, *(f"{k} {v}" for k, v in self.changes.items())])
+        return self.label or ", ".join([self.method, *(f"{k} {v}" for k, v in self.changes.items())])
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A figure of `better` is above that of `worse` (which may be `other`), or, `lower`, below it; times and
-    sizes as ratios."""
+    """A figure of `better` is above that of `worse` (which may be `other`), or, `lower`, below it; sizes as
+    ratios."""
 
     text: str
     better: str
@@ -47,23 +48,33 @@ class Plan:
     recipe: Workload
     large: Workload
     claims: tuple[Claim, ...]
+    timed: tuple[Variant, ...] = ()  # whose steps are timed beside the main one's
 
     @property
     def variants(self) -> tuple[Variant, ...]:
         return (self.main, *self.others)
 
 
+UNTRAINED = {"epochs": 0}
+TWO_VIEWS = {"views": 2}
+
 PLANS = {
     "supcon": Plan(
         "SupCon",
         Variant("supcon"),
-        (Variant("supcon-in"), Variant("simclr"), Variant("cross-entropy")),
+        (
+            Variant("supcon-in"),
+            Variant("simclr"),
+            Variant("cross-entropy"),
+            Variant("cross-entropy", TWO_VIEWS),
+            Variant("supcon", UNTRAINED, "untrained"),
+        ),
         "linear probe",
         Workload("supcon", 500, 500, 128),
         Workload("supcon", 2048, 2048, 128),
         (
-            Claim("SupCon over cross-entropy", "supcon", "cross-entropy", "linear probe"),
-            Claim("the same under corruptions", "supcon", "cross-entropy", "corrupted"),
+            Claim("SupCon over cross-entropy", "supcon", "cross-entropy, views 2", "linear probe"),
+            Claim("the same under corruptions", "supcon", "cross-entropy, views 2", "corrupted"),
             Claim("labels over none (SimCLR)", "supcon", "simclr", "linear probe"),
             Claim('"out" over "in"', "supcon", "supcon-in", "linear probe"),
         ),
@@ -86,10 +97,10 @@ PLANS = {
             Claim("over cross-entropy", "selfcon-s", "cross-entropy", "linear probe"),
             Claim("exits and backbone over backbone", "selfcon-s", "selfcon-s", "ensemble", "linear probe"),
             Claim(
-                "less time a step than two views", "selfcon-s", "supcon", "step_ms", lower=True, ratio=True
+                "less memory a step than two views", "selfcon-s", "supcon", "saved MB", lower=True, ratio=True
             ),
-            Claim("less memory a step", "selfcon-s", "supcon", "saved MB", lower=True, ratio=True),
         ),
+        (Variant("selfcon-m"), Variant("supcon"), Variant("cross-entropy")),
     ),
     "sce": Plan(
         "SCE",
@@ -98,7 +109,7 @@ PLANS = {
             Variant("moco"),
             Variant("ressl"),
             Variant("sce", {"target_temperature": 0.1}),
-            Variant("sce", {"symmetric": True}),
+            Variant("sce", UNTRAINED, "untrained"),
         ),
         "linear probe",
         Workload("sce", 250, 1025, 128),
@@ -120,13 +131,18 @@ PLANS = {
             Variant("simclr+dimcl"),
             Variant("barlow"),
             Variant("barlow+dimcl"),
+            Variant("byol+dimcl", {"weight": 1.0}, "dimcl alone"),
+            Variant("byol+dimcl", {"temperature": 0.05}),
+            Variant("byol+dimcl", {"temperature": 0.3}),
             Variant("byol+dimcl", {"temperature": 1.0}),
+            Variant("byol+dimcl", UNTRAINED, "untrained"),
         ),
         "linear probe",
         Workload("dimcl", 256, 256, 250),
         Workload("dimcl", 4096, 4096, 256),
         (
             Claim("BYOL with DimCL over without", "byol+dimcl", "byol", "linear probe"),
+            Claim("and over DimCL alone", "byol+dimcl", "dimcl alone", "linear probe"),
             Claim("SimSiam with DimCL over without", "simsiam+dimcl", "simsiam", "linear probe"),
             Claim("SimCLR with DimCL over without", "simclr+dimcl", "simclr", "linear probe"),
             Claim("Barlow Twins with DimCL over without", "barlow+dimcl", "barlow", "linear probe"),
@@ -140,7 +156,11 @@ PLANS = {
     "multilevel": Plan(
         "Multi-level",
         Variant("multi-level"),
-        (Variant("last-level"),),
+        (
+            Variant("last-level"),
+            Variant("multi-level", {"places": 1}),
+            Variant("multi-level", UNTRAINED, "untrained"),
+        ),
         "1-shot",
         Workload("multilevel", 500, 500, 128),
         Workload("multilevel", 2048, 2048, 512),

@@ -36,6 +36,15 @@ def paired(ours: Sequence[float], others: Sequence[float]) -> Paired:
     return Paired(mean, float(interval.low), float(interval.high), float(test.pvalue), effect(n) * deviation)
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values adjusted for their number (Holm, 1979), in the same order."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(np.argsort(ps)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
 def effect(n: int) -> float:
     """The mean over standard deviation that a paired t test of `n` >= 3 differences finds with POWER."""
     critical = stats.t.ppf(1 - LEVEL / 2, n - 1)
