@@ -62,7 +62,7 @@ PAPER = DimCLSettings(
 
 # Chosen: narrow heads, and a target network that follows faster.
 CPU = DimCLSettings(
-    epochs=20,
+    epochs=15,
     batch=250,
     lr=0.2,
     warmup=1,
