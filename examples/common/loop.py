@@ -20,6 +20,7 @@ from . import processes
 from .augment import Draw
 from .data import Images
 from .encoders import Encoder
+from .lars import LARS
 from .log import Log, write
 from .seeds import MODULES, ORDER, mixed
 from .settings import Settings
@@ -99,12 +100,13 @@ class Trainer:
             if parameter.requires_grad:
                 parts[method.decayed(parameter)].append(parameter)
         weights = [{"params": parts[1]}, {"params": parts[0], "weight_decay": 0.0}]
-        decay = settings.weight_decay
+        rate, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
         if settings.optimizer == "sgd":
-            momentum = settings.momentum
-            self.optimizer = torch.optim.SGD(weights, settings.lr, momentum, weight_decay=decay)
+            self.optimizer = torch.optim.SGD(weights, rate, momentum, weight_decay=decay)
+        elif settings.optimizer == "lars":
+            self.optimizer = LARS(weights, rate, momentum, decay, settings.trust)
         else:
-            self.optimizer = torch.optim.AdamW(weights, settings.lr, weight_decay=decay)
+            self.optimizer = torch.optim.AdamW(weights, rate, weight_decay=decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
 
     def learning_rate(self, step: int) -> float:

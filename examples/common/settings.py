@@ -39,8 +39,11 @@ class Settings:
     """Highest learning rate: of a linear warm-up, then half a cosine down to 0."""
     warmup: float = 0.0
     """Epochs of the warm-up."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
     momentum: float = 0.9
+    """Momentum of sgd and lars."""
+    trust: float = 0.001
+    """Trust coefficient of lars."""
     weight_decay: float = 1e-4
     steps: int | None = None
     """Stop after so many steps in all; None: after the epochs."""
