@@ -25,7 +25,7 @@ from ..common.evaluate import Evaluation, Probe, accuracy, classification, featu
 from ..common.loop import Method
 from ..common.run import Recipe
 from ..supcon.__main__ import CrossEntropy, SimCLR, SupCon
-from .formula import Loss, eager_loss
+from .formula import Loss, augmentations, eager_loss
 from .presets import PRESETS, SelfConSettings
 
 MEASURED = 250  # images of the step whose memory is measured
@@ -71,7 +71,7 @@ class SelfCon(Method):
         head = partial(mlp, width, width, settings.projection, norm=settings.norm, last_norm=settings.norm)
         self.heads = nn.ModuleList(head() for _ in range(len(stages) + 1))
         self.augment = supervised(data.shape)
-        self.views = 2 if name == "selfcon-m" else 1
+        self.views = augmentations(name)
         self.criterion = (eager_loss if settings.formula == "eager" else loss)(settings, name)
 
     def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,22 +90,22 @@ class SelfCon(Method):
 
 
 def loss(settings: SelfConSettings, name: str) -> Loss:
-    """S, SU and M: SupCon over all rows; S*: over the backbone's alone, and α times of the exits' anchors."""
-    options = {
-        "temperature": settings.temperature,
-        "group": processes.group(),
-        "exchange": settings.exchange,
-    }
-    selfcon = partial(clk.selfcon_loss, **options)
-    if name == "selfcon-su":
+    """S, M: SupCon over all rows; SU, MU: without labels; S*, M*: over the backbone's rows alone, and α times
+    of the exits' anchors."""
+    selfcon = partial(
+        clk.selfcon_loss,
+        temperature=settings.temperature,
+        augmentations=augmentations(name),
+        group=processes.group(),
+        exchange=settings.exchange,
+    )
+    if name.endswith("u"):
         return lambda features, labels: selfcon(features)
-    if name == "selfcon-m":
-        return partial(selfcon, augmentations=2)
-    if name == "selfcon-s":
+    if not name.endswith("a"):
         return selfcon
 
     def weighted(features: Tensor, labels: Tensor) -> Tensor:
-        backbone = clk.supcon_loss(features[:, -1:], labels, no_positive="drop", **options)
+        backbone = selfcon(features[:, -1:], labels, no_positive="drop")
         return backbone + settings.alpha * selfcon(features, labels, anchors="exits")
 
     return weighted

@@ -15,23 +15,26 @@ from .presets import SelfConSettings
 Loss = Callable[[Tensor, Tensor], Tensor]  # of features [views · B, exits + 1, D] and labels [B]
 
 
+def augmentations(name: str) -> int:
+    """Views of each image that a method takes: M, MU and M* two, S, SU and S* one."""
+    return 2 if name.startswith("selfcon-m") else 1
+
+
 def eager_loss(settings: SelfConSettings, name: str) -> Loss:
     """Choose the loss of a method by its name."""
-    supcon = partial(eager.supcon, settings.temperature)
-    if name == "selfcon-su":
-        return lambda features, labels: supcon(features, torch.arange(len(features), device=features.device))
-    if name == "selfcon-m":
-        return lambda features, labels: supcon(features, labels.repeat(2))
-    if name == "selfcon-s":
-        return supcon
     anchored = partial(eager_anchored, settings.temperature)
 
-    def weighted(features: Tensor, labels: Tensor) -> Tensor:
+    def loss(features: Tensor, labels: Tensor) -> Tensor:
+        if name.endswith("u"):  # each image is its own class
+            labels = torch.arange(len(labels), device=labels.device)
+        labels = labels.repeat(augmentations(name))
+        if not name.endswith("a"):
+            return eager.supcon(settings.temperature, features, labels)
         rows, repeated = eager.views(features, labels), labels.repeat(features.shape[1])
         exits, backbone = rows[: -len(labels)], rows[-len(labels) :]
         return anchored(backbone, backbone, labels) + settings.alpha * anchored(exits, rows, repeated)
 
-    return weighted
+    return loss
 
 
 def eager_anchored(temperature: float, anchors: Tensor, keys: Tensor, labels: Tensor) -> Tensor:

@@ -7,20 +7,31 @@ from typing import Literal
 
 from ..supcon.presets import SupConSettings
 
+Name = Literal[
+    "selfcon-s",
+    "selfcon-su",
+    "selfcon-sa",
+    "selfcon-m",
+    "selfcon-mu",
+    "selfcon-ma",
+    "supcon",
+    "simclr",
+    "cross-entropy",
+]
+
 
 @dataclass(frozen=True)
 class SelfConSettings(SupConSettings):
-    methods: tuple[
-        Literal["selfcon-s", "selfcon-su", "selfcon-sa", "selfcon-m", "supcon", "simclr", "cross-entropy"],
-        ...,
-    ] = ("selfcon-s", "selfcon-m", "supcon", "cross-entropy")
-    """selfcon-s: one view; -su: no labels; -sa: S*, with alpha; -m: two views; the others have no exits."""
+    methods: tuple[Name, ...] = ("selfcon-s", "selfcon-m", "supcon", "cross-entropy")
+    """selfcon-s: one view; -su: no labels; -sa: S*, with alpha; -m, -mu, -ma: two views; the others have no
+    exits. In -mu all rows of an image, of both views, are its positives; the authors' code has each view's
+    alone."""
     exits: tuple[int, ...] = (2,)
     """Stages, of 1 to 3, that an exit follows."""
     exit: Literal["fc", "small", "same"] = "fc"
     """Sub-network of an exit: a linear layer, or the later stages again with half or all of their blocks."""
     alpha: float = 1.0
-    """Weight of the exits' loss in selfcon-sa; 1 is chosen."""
+    """Weight of the exits' loss in selfcon-sa and -ma; 1 is chosen."""
 
 
 # The authors' script for CIFAR-100: 1000 epochs, 10 of them warm-up, of 1024 images, learning rate 0.5.
