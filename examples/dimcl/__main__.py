@@ -1,7 +1,7 @@
 """Dimensional contrastive learning (Nguyen et al., 2023): a regulariser to make the features of projections
 unlike one another, beside a loss that makes two views of an image alike.
 
-    python -m examples.dimcl [--preset cpu|paper] [--methods byol byol+dimcl ...] [--temperature 0.1] [--help]
+    python -m examples.dimcl [--preset cpu|paper|paper-byol] [--methods byol ...] [--temperature 0.1] [--help]
 
 Beside the accuracy on frozen features, the figures are the mean absolute correlation of two features, of the
 representation (corr. h) and of the projection (corr. z), which is lower where they are more diverse; and the
@@ -23,7 +23,7 @@ import cl_kernels as clk
 from cl_kernels.bench import eager
 
 from ..common import processes
-from ..common.augment import DIGITS_STRONG, SIMCLR_CIFAR, Draw
+from ..common.augment import BYOL_1, BYOL_2, DIGITS_STRONG, SIMCLR_CIFAR, Draw
 from ..common.data import Data
 from ..common.encoders import Projected, ResNet, mlp
 from ..common.evaluate import BATCH, Evaluation, classification, diversity, features
@@ -34,6 +34,7 @@ from ..common.run import Recipe
 from .presets import PRESETS, DimCLSettings
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of two views [B, D]
+BYOL_VIEWS = [replace(view, size=None, blur=0.0) for view in (BYOL_1, BYOL_2)]
 
 
 class Siamese(Method):
@@ -48,7 +49,9 @@ class Siamese(Method):
         if not 0 <= settings.weight <= 1:
             raise ValueError(f"weight must be from 0 to 1, got {settings.weight}")
         self.settings, self.regularised = settings, regularised
-        self.augment = DIGITS_STRONG if data.channels == 1 else SIMCLR_CIFAR
+        self.augmentations = BYOL_VIEWS
+        if settings.views == "same":
+            self.augmentations = [DIGITS_STRONG if data.channels == 1 else SIMCLR_CIFAR] * 2
         encoder = ResNet(data.channels, settings)
         hidden = [settings.hidden] * (self.layers - 1)
         self.width = settings.projection_wide if self.wide else settings.projection
@@ -57,7 +60,7 @@ class Siamese(Method):
         self.dimcl, self.nt_xent = losses(settings)
 
     def forward(self, images: Tensor, labels: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        views = [self.augment(images, draw), self.augment(images, draw)]
+        views = [augment(images, draw) for augment in self.augmentations]
         z = [self.online(view).float() for view in views]
         base = self.base(views, z)
         if not self.regularised:
@@ -156,7 +159,7 @@ def evaluate(method: Siamese, data: Data) -> Evaluation:
     z = features(method.online, data.test, method.device)
     images = data.test[torch.arange(min(BATCH, len(data.test)))].to(method.device)
     draw = Draw(0, 0, len(images), device=method.device)
-    views = [method.online(method.augment(images, draw)).float().cpu() for _ in range(2)]
+    views = [method.online(augment(images, draw)).float().cpu() for augment in method.augmentations]
     more = {"corr. h": diversity(found.embedding), "corr. z": diversity(z)}
     if method.regularised:
         more["hardest tenth"] = hardest(*views, method.settings.temperature)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..common.settings import Settings
@@ -35,6 +35,8 @@ class DimCLSettings(Settings):
     """Factor of the whole loss."""
     teacher_momentum: float = 0.99
     """Momentum of BYOL's target network; it goes to 1."""
+    views: Literal["same", "byol"] = "same"
+    """Augmentations of the two views: the same, or BYOL's without blur, of which the second solarizes."""
 
     projection_wide: int = 2048
     """D of SimSiam and Barlow Twins; BYOL and SimCLR have `projection`."""
@@ -44,10 +46,11 @@ class DimCLSettings(Settings):
     """Width of the predictors'."""
 
 
-# thanhkaist/DimCL, bash_files/pretrain/cifar/: the values of simsiam.sh, and from the others D, SimCLR's
-# temperature, the scale of Barlow Twins and BYOL's momentum. BYOL's heads have 4096 hidden features
-# there; it, SimCLR and Barlow Twins are trained with LARS at 1.0, 0.4 and 0.3. The warm-up is chosen.
+# thanhkaist/DimCL, bash_files/pretrain/cifar/simsiam.sh; the 10 epochs of warm-up are its default. What
+# departs: there, blocks begin as the identity, the first convolution pads by 2, and training is in float16.
+# SimCLR's temperature, the scale of Barlow Twins and BYOL's momentum above are from the scripts beside it.
 PAPER = DimCLSettings(
+    methods=("simsiam", "simsiam+dimcl"),
     data="cifar100",
     epochs=200,
     batch=256,
@@ -57,7 +60,21 @@ PAPER = DimCLSettings(
     depth=18,
     width=64,
     stem="cifar",
+)
+
+# byol.sh there. What departs, beside padding and float16: the step of its LARS is the smaller of the learning
+# rate and trust · ‖w‖ / (‖g‖ + β ‖w‖), here their product; at the highest rate, 1, these are equal unless the
+# second is above 1. SimCLR and Barlow Twins are trained so too, at 0.4 and 0.3, with views of their own.
+PAPER_BYOL = replace(
+    PAPER,
+    methods=("byol", "byol+dimcl"),
+    lr=1.0,
+    optimizer="lars",
+    trust=0.02,
     projection=256,
+    hidden=4096,
+    hidden_predictor=4096,
+    views="byol",
 )
 
 # Chosen: narrow heads, and a target network that follows faster.
@@ -73,4 +90,4 @@ CPU = DimCLSettings(
     teacher_momentum=0.95,
 )
 
-PRESETS = {"cpu": CPU, "paper": PAPER}
+PRESETS = {"cpu": CPU, "paper": PAPER, "paper-byol": PAPER_BYOL}

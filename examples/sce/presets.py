@@ -60,14 +60,16 @@ PAPER = SCESettings(
     queue=4096,
 )
 
-# CEA-LIST/SCE, run/pretrain/sce/resnet50/resnet50_imagenet_multi_crop.yaml, but for the optimiser: LARS
-# there, at 4.8 and with a weight decay of 1e-6; the values for SGD are chosen.
+# CEA-LIST/SCE, run/pretrain/sce/resnet50/resnet50_imagenet_multi_crop.yaml: a learning rate of 0.3 for 256
+# images. Their LARS divides by ‖g + β w‖ and multiplies by the learning rate after the momentum.
 PAPER_IMAGENET = SCESettings(
     data="imagenet",
     epochs=200,
     batch=4096,
-    lr=0.48,
+    lr=4.8,
     warmup=10,
+    optimizer="lars",
+    weight_decay=1e-6,
     depth=50,
     width=64,
     stem="imagenet",

@@ -4,7 +4,7 @@ A network has exits after inner stages. Each exit, a small sub-network, gives fe
 backbone's and has a projection head of its own; the loss contrasts the rows of exits and backbone by their
 labels, as SupCon does those of two views. So one view of an image is enough, and a step costs about half.
 
-    python -m examples.selfcon [--preset cpu | paper] [--methods selfcon-s selfcon-m supcon] [--help]
+    python -m examples.selfcon [--preset cpu | paper | paper-imagenet] [--methods selfcon-s supcon] [--help]
 """
 
 from __future__ import annotations

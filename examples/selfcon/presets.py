@@ -39,8 +39,22 @@ PAPER = SelfConSettings(
     data="cifar100", epochs=1000, batch=1024, lr=0.5, warmup=10, depth=18, width=64, stem="cifar"
 )
 
+# The authors' scripts/selfcon_represent_imagenet.sh. What departs: float16 there, and no blur of the views.
+PAPER_IMAGENET = SelfConSettings(
+    methods=("selfcon-s",),
+    data="imagenet",
+    epochs=800,
+    batch=2048,
+    lr=0.25,
+    warmup=10,
+    depth=34,
+    width=64,
+    stem="imagenet",
+    exit="same",
+)
+
 # The paper's heads have no norm. Here, without it, all rows of exit and backbone fall to one point within 20
 # steps, at learning rates of 0.02 to 0.5, and stay there: a head's rows differ less than the heads' means.
 CPU = SelfConSettings(epochs=10, batch=250, lr=0.2, warmup=1, norm=True)
 
-PRESETS = {"cpu": CPU, "paper": PAPER}
+PRESETS = {"cpu": CPU, "paper": PAPER, "paper-imagenet": PAPER_IMAGENET}

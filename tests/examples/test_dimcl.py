@@ -69,3 +69,22 @@ def test_the_published_formula_gives_the_same_losses_and_gradients(data, base):
     (ours, gradients), (theirs, others) = found
     assert ours == pytest.approx(theirs, rel=1e-5)
     torch.testing.assert_close(gradients, others, rtol=1e-3, atol=1e-4)
+
+
+def test_views_of_byol_differ_in_solarization(data):
+    same, byol = (
+        build(replace(SMALL, views=views), "byol", data).augmentations for views in ("same", "byol")
+    )
+    assert same[0] == same[1]
+    assert [(view.solarize, view.blur, view.size) for view in byol] == [(0, 0, None), (0.2, 0, None)]
+    assert replace(byol[1], solarize=0) == byol[0]
+
+
+def test_each_view_has_its_augmentation(data):
+    method = build(replace(SMALL, views="byol"), "byol", data)
+    images, seen = data.train[torch.arange(64)], []
+    method.base = lambda views, z: seen.extend(views) or z[0].sum()
+    method(images, None, Draw(0, 0, 64))
+    draw = Draw(0, 0, 64)
+    for view, augment in zip(seen, method.augmentations, strict=True):
+        assert torch.equal(view, augment(images, draw))
