@@ -1,8 +1,8 @@
-"""docs/evidence.md and its picture, from the stored measurements alone."""
+"""docs/evidence.md, its picture, and the README's table, from the stored measurements alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from cl_kernels.bench import figures
 from cl_kernels.bench.workloads import Workload
 
 from .plan import PLANS, Claim
-from .statistics import POWER, paired
+from .statistics import LEVEL, POWER, Paired, holm, paired
 
 OURS, EAGER = "cl_kernels", "eager"
+PARTS = 10  # of a curve
 PICTURE = "evidence.png"
 PAGE = Path(__file__).with_name("page.md.j2")
+PLAIN = ("corr. h", "corr. z", "hardest tenth", "saved MB", "temperature")  # figures that are no shares
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -29,6 +31,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 def spread(values: Sequence[float], digits: int = 2, unit: float = 100) -> str:
     """Mean ± standard deviation, by default of shares in per cent."""
     return f"{unit * np.mean(values):.{digits}f} ± {unit * np.std(values, ddof=1):.{digits}f}"
+
+
+def shape(work: Workload) -> str:
+    """Rows × columns × width, each width of several levels."""
+    return f"{work.rows} × {work.columns} × {', '.join(map(str, work.widths))}"
 
 
 class Report:
@@ -45,130 +52,128 @@ class Report:
         return runs[(runs.system == system) & (runs.variant == variant) & (runs.formula == formula)]
 
     def figure(self, system: str, variant: str, name: str, formula: str = OURS) -> list[float]:
-        found = self.of(system, variant, formula)
-        if name == "step_ms":
-            return found.step_ms.tolist()
-        return [figures[name] for figures in found.figures]
+        """A figure of each seed."""
+        return [found[name] for found in self.of(system, variant, formula).figures if name in found]
+
+    def curves(self, system: str, formula: str) -> np.ndarray:
+        """Losses of the main variant, [seeds, steps]."""
+        return np.array(self.of(system, PLANS[system].main.name, formula).losses.tolist())
 
     def first_steps(self) -> str:
         """The largest relative differences of the first steps, over all seeds."""
         found = pd.DataFrame(self.stored["first_steps"])
         worst = found.groupby(["system", "run", "step"], sort=False)[["loss", "gradient"]].max()
-        steps = sorted(found.step.unique())
+        kinds = [(kind, step) for kind in worst for step in sorted(found.step.unique())]
         rows = [
-            [
-                PLANS[system].title,
-                text,
-                *(f"{worst[kind][system, run, s]:.1e}" for kind in worst for s in steps),
-            ]
+            [PLANS[system].title, text, *(f"{worst[kind][system, run, step]:.1e}" for kind, step in kinds)]
             for system in self.systems
             for run, text in (("ours", "ours"), ("rounded", "eager, other rounding"))
         ]
-        return table(
-            ["system", "", *(f"{kind}, step {s + 1}" for kind in worst for s in steps)], rows, left=2
-        )
+        return table(["system", "", *(f"{kind}, step {step + 1}" for kind, step in kinds)], rows, left=2)
 
     def equality(self) -> str:
-        """Ours and eager from the same seeds: the last losses and the accuracy, and how they differ."""
-        rows = []
-        for system in self.systems:
-            plan = PLANS[system]
-            last = {
-                formula: [
-                    float(np.mean(losses[-max(len(losses) // 10, 1) :]))
-                    for losses in self.of(system, plan.main.name, formula).losses
-                ]
-                for formula in (OURS, EAGER)
-            }
-            right = {
-                formula: self.figure(system, plan.main.name, plan.figure, formula)
-                for formula in (OURS, EAGER)
-            }
-            for name, pair, unit, digits in (
-                ("last loss", last, 1.0, 4),
-                (f"{plan.figure}, %", right, 100.0, 2),
-            ):
-                test = paired(pair[OURS], pair[EAGER])
-                cells = (spread(pair[formula], digits, unit) for formula in (OURS, EAGER))
-                bounds = f"{unit * test.low:+.{digits}f} to {unit * test.high:+.{digits}f}"
-                found = [
-                    f"{unit * test.mean:+.{digits}f}",
-                    bounds,
-                    f"{test.p:.2f}",
-                    f"{unit * test.detectable:.{digits}f}",
-                ]
-                rows.append([plan.title, name, *cells, *found])
+        """Ours and eager from the same seeds: curves and accuracy, and how they differ."""
         header = ["system", "figure", "ours", "eager", "difference", "95 % interval", "p", "would be seen"]
-        return table(header, rows, left=2)
+        return table(header, [row for system in self.systems for row in self.equal(system)], left=2)
 
-    def accuracies(self, system: str) -> str:
-        """Every method's figures: means and standard deviations over the seeds."""
+    def equal(self, system: str) -> Iterator[list[str]]:
         plan = PLANS[system]
-        names = list(
-            dict.fromkeys(name for found in self.runs[self.runs.system == system].figures for name in found)
+        tenths = [
+            np.stack([x.mean(1) for x in np.array_split(self.curves(system, formula), PARTS, 1)])
+            for formula in (OURS, EAGER)
+        ]
+        tests = [paired(*both) for both in zip(*tenths, strict=True)]
+        ps = [min(1.0, PARTS * test.p) for test in tests]
+        most = int(np.argmin(ps))
+        yield from (
+            self.compared(system, f"loss, {word}", tenths[0][i], tenths[1][i], p, 1.0, 4)
+            for word, i, p in (
+                (f"part {most + 1} of {PARTS}, which differs most", most, ps[most]),
+                ("last part", PARTS - 1, tests[-1].p),
+            )
         )
-        rows = []
-        for variant in plan.variants:
-            cells = [variant.name]
-            for name in names:
-                present = [f[name] for f in self.of(system, variant.name).figures if name in f]
-                cells.append(self.cell(name, present))
-            rows.append([*cells, spread(self.figure(system, variant.name, "step_ms"), 1, 1)])
-        return table(["method", *map(self.label, names), "ms a step"], rows)
+        right = [self.figure(system, plan.main.name, plan.figure, formula) for formula in (OURS, EAGER)]
+        yield self.compared(system, f"{plan.figure}, %", *right, paired(*right).p, 100.0, 2)
 
     @staticmethod
-    def share(values: Sequence[float]) -> bool:
-        return all(0 <= x <= 1 for x in values)
+    def compared(
+        system: str, name: str, ours: Any, eager: Any, p: float, unit: float, digits: int
+    ) -> list[str]:
+        test = paired(ours, eager)
+        means = [spread(x, digits, unit) for x in (ours, eager)]
+        low, high = (f"{unit * x:+.{digits}f}" for x in (test.low, test.high))
+        difference, seen = f"{unit * test.mean:+.{digits}f}", f"{unit * test.detectable:.{digits}f}"
+        return [PLANS[system].title, name, *means, difference, f"{low} to {high}", f"{p:.2f}", seen]
 
     def label(self, name: str) -> str:
-        values = [figures[name] for figures in self.runs.figures if name in figures]
-        return f"{name}, %" if self.share(values) else name
+        return name if name in PLAIN else f"{name}, %"
 
-    def cell(self, name: str, values: Sequence[float]) -> str:
+    def shown(self, name: str, values: Sequence[float]) -> str:
         if not values:
             return figures.MISSING
-        return spread(values) if self.label(name).endswith("%") else spread(values, 3, 1)
+        return spread(values, 3, 1) if name in PLAIN else spread(values)
 
-    def costs(self) -> str:
-        """Eager's time of a step over ours, seed by seed in turn; the loss alone, time and peak memory."""
-        alone = pd.DataFrame(self.stored["losses"])
+    def accuracies(self, system: str) -> str:
+        """Every variant's figures: means and standard deviations over the seeds."""
+        found = self.runs[self.runs.system == system].figures
+        names = list(dict.fromkeys(name for one in found for name in one))
+        variants = [variant.name for variant in PLANS[system].variants]
+        rows = [[x, *(self.shown(name, self.figure(system, x, name)) for name in names)] for x in variants]
+        return table(["", *map(self.label, names)], rows)
+
+    def timed(self, system: str) -> dict[str, np.ndarray]:
+        """Milliseconds of steps in turn; ours first, then eager, then other variants."""
+        found = [record for record in self.stored["steps"] if record["system"] == system]
+        return {EAGER if x["formula"] == EAGER else x["variant"]: np.array(x["ms"]) for x in found}
+
+    def steps(self) -> str:
+        """A step of each timed variant; the median of the ratios of steps in turn."""
         rows = []
         for system in self.systems:
-            plan = PLANS[system]
-            ours = self.figure(system, plan.main.name, "step_ms")
-            eager = self.figure(system, plan.main.name, "step_ms", EAGER)
-            ratio = np.median(np.divide(eager, ours))
-            first = [plan.title, f"{np.median(ours):.1f} ms", f"{ratio:.2f}×"]
+            times = self.timed(system)
+            ours = times[PLANS[system].main.name]
+            rows += [
+                [PLANS[system].title, name, f"{np.median(ms):.1f}", figures.ratio(np.median(ms / ours))]
+                for name, ms in times.items()
+            ]
+        return table(["system", "", "ms a step", "over ours"], rows, left=2)
+
+    def alone(self, system: str, size: str) -> tuple[Workload, pd.Series, pd.Series]:
+        """The loss alone, of ours and of eager."""
+        found = pd.DataFrame(self.stored["losses"])
+        both = found[(found.system == system) & (found["size"] == size)].set_index("formula")
+        return Workload(**both.work.iloc[0]), both.loc[OURS], both.loc[EAGER]
+
+    def losses(self) -> str:
+        rows = []
+        for system in self.systems:
             for size in ("recipe", "large"):
-                both = alone[(alone.system == system) & (alone["size"] == size)].set_index("formula")
-                work = Workload(**both.work.iloc[0])
-                ms, peak = both.ms[OURS], both.peak[OURS]
-                cells = [figures.time(ms / 1e3), f"{both.ms[EAGER] / ms:.1f}×", figures.size(peak)]
-                shape = f"{work.rows} × {work.columns} × {work.width}"
-                rows.append([*first, shape, *cells, figures.size(both.peak[EAGER])])
-                first = ["", "", ""]
-        header = ["system", "step", "eager's", "loss alone", "time", "eager's", "peak memory", "eager's"]
-        return table(header, rows, left=1)
+                work, ours, eager = self.alone(system, size)
+                times = figures.time(ours.ms / 1e3), figures.ratio(eager.ms / ours.ms)
+                peaks = figures.size(ours.peak), figures.size(eager.peak)
+                rows.append([PLANS[system].title, shape(work), *times, *peaks])
+        return table(["system", "", "time", "eager's", "peak memory", "eager's"], rows, left=2)
 
     def summary(self) -> str:
         """A row a system for the README: its recipe, command and figures."""
-        alone = pd.DataFrame(self.stored["losses"]).set_index(["system", "size", "formula"])
         rows = []
         for system in self.systems:
             plan = PLANS[system]
-            ours, eager = (
+            right = [
                 spread(self.figure(system, plan.main.name, plan.figure, formula), 1)
                 for formula in (OURS, EAGER)
-            )
-            mine, theirs = (alone.loc[(system, "large", formula)] for formula in (OURS, EAGER))
-            work = Workload(**mine.work)
+            ]
+            times = self.timed(system)
+            step = np.median(times[EAGER] / times[plan.main.name])
+            work, mine, theirs = self.alone(system, "large")
             rows.append(
                 [
                     f"[{plan.title}](examples/{system}/__main__.py)",
                     f"`make example-{system}`",
-                    f"{plan.figure} {ours} %",
-                    f"{eager} %",
-                    f"{work.rows} × {work.columns} × {work.width}",
+                    f"{plan.figure}: {right[0]} %",
+                    f"{right[1]} %",
+                    figures.ratio(step),
+                    shape(work),
                     figures.ratio(theirs.ms / mine.ms),
                     figures.ratio(theirs.peak / mine.peak),
                 ]
@@ -178,41 +183,55 @@ class Report:
             "command",
             "trained with our loss",
             "with eager's",
+            "eager's step",
             "the loss alone",
-            "faster",
-            "less memory",
         ]
-        return table(header, rows, left=5)
+        return table([*header, "eager's time", "eager's memory"], rows, left=3)
 
     def claims(self) -> str:
-        return table(
-            ["system", "claim", "compared by", "difference", "95 % interval", "p", "at this size"],
-            [self.claim(system, claim) for system in self.systems for claim in PLANS[system].claims],
-            left=3,
-        )
+        pairs = [(system, claim) for system in self.systems for claim in PLANS[system].claims]
+        tests = [self.test(*pair) for pair in pairs]
+        adjusted = holm([test.p for test in tests])
+        rows = [self.claim(*x) for x in zip(*zip(*pairs, strict=True), tests, adjusted, strict=True)]
+        header = ["system", "claim", "compared by", "difference", "95 % interval", "p", "would be seen"]
+        return table([*header, "at this size"], rows, left=3)
 
-    def claim(self, system: str, claim: Claim) -> list[str]:
+    def test(self, system: str, claim: Claim) -> Paired:
         better = self.figure(system, claim.better, claim.figure)
         worse = self.figure(system, claim.worse, claim.other or claim.figure)
-        if claim.ratio:
-            test = paired(np.log(better), np.log(worse))
-            shown = [f"× {np.exp(x):.2f}" for x in (test.mean, test.low, test.high)]
+        return paired(np.log(better), np.log(worse)) if claim.ratio else paired(better, worse)
+
+    def claim(self, system: str, claim: Claim, test: Paired, p: float) -> list[str]:
+        """A row; p is adjusted for the number of claims."""
+        sign = "/" if claim.ratio else "−"
+        name = self.label(claim.figure)
+        if not claim.other:
+            compared = f"{name}: {claim.better} {sign} {claim.worse}"
+        elif claim.better == claim.worse:
+            compared = f"{claim.better}: {claim.figure} {sign} {self.label(claim.other)}"
         else:
-            test = paired(better, worse)
-            percent = self.label(claim.figure).endswith("%")
-            shown = [f"{100 * x:+.2f}" if percent else f"{x:+.3f}" for x in (test.mean, test.low, test.high)]
-        sign = -1 if claim.lower else 1
+            compared = f"{claim.better}'s {claim.figure} {sign} {claim.worse}'s {self.label(claim.other)}"
+        write = self.writer(claim)
         verdict = "not decided"
-        if test.low > 0 or test.high < 0:
-            verdict = "shows" if sign * test.mean > 0 else "**the opposite shows**"
-        sign_of = "/" if claim.ratio else "−"
-        compared = f"{claim.figure}: {claim.better} {sign_of} {claim.worse}"
-        if claim.other:
-            compared = f"{claim.better}: {claim.figure} {sign_of} {claim.other}"
-            if claim.better != claim.worse:
-                compared = f"{claim.better}'s {claim.figure} {sign_of} {claim.worse}'s {claim.other}"
-        interval = f"{shown[1]} to {shown[2]}"
-        return [PLANS[system].title, claim.text, compared, shown[0], interval, f"{test.p:.3f}", verdict]
+        if p < LEVEL:
+            verdict = "shows" if (test.mean < 0) == claim.lower else "**the opposite shows**"
+        bounds = f"{write(test.low)} to {write(test.high)}"
+        seen = write(test.detectable).lstrip("+")
+        return [
+            PLANS[system].title,
+            claim.text,
+            compared,
+            write(test.mean),
+            bounds,
+            f"{p:.3f}",
+            seen,
+            verdict,
+        ]
+
+    def writer(self, claim: Claim) -> Callable[[float], str]:
+        if claim.ratio:
+            return lambda x: f"× {np.exp(x):.2f}"
+        return (lambda x: f"{x:+.3f}") if claim.figure in PLAIN else (lambda x: f"{100 * x:+.2f}")
 
     def draw(self, path: Path) -> None:
         """Both curves of each system, the mean over the seeds, and the band of all seeds."""
@@ -223,12 +242,12 @@ class Report:
 
         figure, axes = plt.subplots(2, 3, figsize=(13, 7))
         for axis, system in zip(axes.flat, self.systems, strict=False):
-            plan = PLANS[system]
             for formula, style in ((EAGER, "-"), (OURS, "--")):
-                curves = np.array(self.of(system, plan.main.name, formula).losses.tolist())
+                curves = self.curves(system, formula)
                 axis.plot(curves.mean(0), style, label=formula, lw=2 if style == "-" else 1.5)
                 if formula == EAGER:
                     axis.fill_between(range(curves.shape[1]), curves.min(0), curves.max(0), alpha=0.2)
+            plan = PLANS[system]
             axis.set(title=f"{plan.title}: {plan.main.name}", xlabel="step", ylabel="loss")
             axis.legend(frameon=False)
         for axis in axes.flat[len(self.systems) :]:

@@ -16,7 +16,7 @@ from examples.evidence import measure
 from examples.evidence.__main__ import ROOT, Options, main, with_summary
 from examples.evidence.plan import PLANS, Claim
 from examples.evidence.report import Report
-from examples.evidence.statistics import POWER, effect, paired
+from examples.evidence.statistics import POWER, effect, holm, paired
 
 SEEDS = range(5)
 
@@ -50,20 +50,26 @@ def made(better: float) -> dict[str, Any]:
                 right = 0.9 + 0.001 * seed + (better + 1e-4 * seed) * (variant.method == "supcon")
                 figures = {"linear probe": right, "corrupted": right - 0.1}
                 run = {"system": "supcon", "variant": variant.name, "formula": formula, "seed": seed}
-                runs.append(run | {"figures": figures, "step_ms": 10.0, "losses": [3.0, 2.0, 1.0]})
+                runs.append(run | {"figures": figures})
     return {"runs": runs}
 
 
 @pytest.mark.parametrize(
     ("better", "verdict"), [(0.02, "shows"), (-0.02, "**the opposite shows**"), (-2e-4, "not decided")]
 )
-def test_claims_are_judged_by_their_interval(better: float, verdict: str) -> None:
-    claim = Claim("", "supcon", "cross-entropy", "linear probe")
-    *_, difference, interval, _, found = Report(made(better)).claim("supcon", claim)
+def test_claims_are_judged_by_their_p(better: float, verdict: str) -> None:
+    claim, report = Claim("", "supcon", "cross-entropy", "linear probe"), Report(made(better))
+    test = report.test("supcon", claim)
+    *_, difference, interval, _, _, found = report.claim("supcon", claim, test, test.p)
     assert found == verdict
     assert float(difference) == pytest.approx(100 * (better + 2e-4), abs=0.006)
     low, high = map(float, interval.split(" to "))
     assert low <= float(difference) <= high
+
+
+def test_holm_is_bonferroni_for_the_smallest_and_never_falls() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_first_steps_of_ours_and_eager(one_thread: None) -> None:
@@ -94,6 +100,14 @@ def test_page_is_that_of_the_stored_measurements(tmp_path: Path) -> None:
     assert with_summary(readme, Report(json.loads(Options.store.read_text()))) == readme, stale
 
 
-def test_seeds_for_an_interval() -> None:
-    with pytest.raises(SystemExit, match="--seeds must be at least 3"):
-        main(["--seeds", "2"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "2"], "--seeds must be at least 3"),
+        (["--steps", "5"], "give --store and --document of your own"),
+        (["--systems", "supcom"], "--systems must be of supcon, .* got supcom"),
+    ],
+)
+def test_wrong_options_lose_nothing(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(arguments)
