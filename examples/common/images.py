@@ -104,7 +104,8 @@ class Data:
 
 @functools.cache
 def threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return ThreadPoolExecutor(max(share, 1), thread_name_prefix="decode")
 
 
 def decode(path: str | Path, size: int) -> Tensor:

@@ -46,7 +46,10 @@ class Recipe(Generic[S]):
         if not settings.methods:
             raise SystemExit(f"--methods must name some of those of {self.name}")
         with processes.joined() as device:
-            return self.run(settings, device)
+            try:
+                return self.run(settings, device)
+            except (ValueError, FileNotFoundError) as error:
+                raise SystemExit(f"{self.name}: {error}") from error
 
     def trainer(self, settings: S, name: str, data: Data, device: torch.device) -> Trainer:
         """Trainer of one of the methods, its weights drawn from the seed."""

@@ -3,7 +3,7 @@
 Two views of each image pass an encoder and a projection head, and the loss contrasts all views by their
 labels; then the head is dropped, and a linear classifier is trained on the frozen encoder.
 
-    python -m examples.supcon [--preset cpu | paper] [--methods supcon simclr cross-entropy] [--help]
+    python -m examples.supcon [--preset cpu | paper | paper-imagenet] [--methods supcon simclr] [--help]
 """
 
 from __future__ import annotations

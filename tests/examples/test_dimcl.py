@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("tyro", reason="the examples' requirements are not installed")
+
 from examples.common.augment import Draw
 from examples.common.data import load
 from examples.dimcl.__main__ import RECIPE, build, hardest

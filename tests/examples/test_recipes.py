@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -18,17 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-SYSTEMS = sorted(path.parent.name for path in ROOT.glob("examples/*/presets.py"))
-CPU = torch.device("cpu")
-SMALL = {"data": "digits", "batch": 32, "width": 8, "epochs": 30}
-
-pytestmark = pytest.mark.skipif(not SYSTEMS, reason="not a source checkout")
 pytest.importorskip("tyro", reason="the examples' requirements are not installed")
 
+from examples.evidence.measure import recipe_of
+from examples.evidence.plan import PLANS
 
-def recipe_of(system: str) -> Any:
-    return importlib.import_module(f"examples.{system}.__main__").RECIPE
+ROOT = Path(__file__).resolve().parents[2]
+SYSTEMS = list(PLANS)
+CPU = torch.device("cpu")
+SMALL = {"data": "digits", "batch": 32, "width": 8, "epochs": 30}
 
 
 def small(system: str, output: Path, **changes: Any) -> Any:
@@ -229,6 +226,11 @@ def test_warm_up_rises_to_the_learning_rate(warmup: float, factors: list[float],
     assert max(rates) <= 0.2 and rates[-1] < 1e-5
 
 
+def test_colour_images(tmp_path: Path) -> None:
+    settings = small("sce", tmp_path, data="photographs", symmetric=True, crops=1, steps=2)
+    assert [record["step"] for record in train("sce", settings, "sce")] == [0, 1]
+
+
 def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
     settings = small("supcon", tmp_path, steps=1)
     train("supcon", settings, "supcon")
@@ -242,6 +244,21 @@ def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
 def test_batch_that_cannot_be_had(batch: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"batch must be .*, got {batch}"):
         train("supcon", small("supcon", tmp_path, batch=batch), "supcon")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "mnisst"], "mnist"),
+        (["--data", "cifar10", "--root", "/nowhere"], "cifar-10-batches-py"),
+        (["--epochs", "-1"], "epochs and steps must not be negative, got -1"),
+        (["--checkpoint-every", "0"], "checkpoint_every must be at least 1, got 0"),
+        (["--methods"], "--methods must name some"),
+    ],
+)
+def test_wrong_options_end_in_a_line(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=message):
+        recipe_of("supcon").main(["--data", "digits", "--output", str(tmp_path), *words])
 
 
 def test_unknown_option_says_which(capsys: pytest.CaptureFixture[str]) -> None:

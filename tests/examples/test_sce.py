@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("tyro", reason="the examples' requirements are not installed")
+
 from examples.common.augment import WEAK, Draw
 from examples.common.data import load
 from examples.common.momentum import cosine, follow, follower
