@@ -78,18 +78,17 @@ class Report:
 
     def equal(self, system: str) -> Iterator[list[str]]:
         plan = PLANS[system]
-        tenths = [
-            np.stack([x.mean(1) for x in np.array_split(self.curves(system, formula), PARTS, 1)])
-            for formula in (OURS, EAGER)
-        ]
-        tests = [paired(*both) for both in zip(*tenths, strict=True)]
-        ps = [min(1.0, PARTS * test.p) for test in tests]
+        curves = [self.curves(system, formula) for formula in (OURS, EAGER)]
+        count = min(PARTS, curves[0].shape[1])
+        parts = [np.stack([x.mean(1) for x in np.array_split(curve, count, 1)]) for curve in curves]
+        tests = [paired(*both) for both in zip(*parts, strict=True)]
+        ps = [min(1.0, count * test.p) for test in tests]
         most = int(np.argmin(ps))
         yield from (
-            self.compared(system, f"loss, {word}", tenths[0][i], tenths[1][i], p, 1.0, 4)
+            self.compared(system, f"loss, {word}", parts[0][i], parts[1][i], p, 1.0, 4)
             for word, i, p in (
-                (f"part {most + 1} of {PARTS}, which differs most", most, ps[most]),
-                ("last part", PARTS - 1, tests[-1].p),
+                (f"part {most + 1} of {count}, which differs most", most, ps[most]),
+                ("last part", count - 1, tests[-1].p),
             )
         )
         right = [self.figure(system, plan.main.name, plan.figure, formula) for formula in (OURS, EAGER)]
