@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,25 +11,19 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("tyro", reason="the examples' requirements are not installed")
-ROOT = Path(__file__).resolve().parents[2]
+
+from examples.multilevel.__main__ import RECIPE
+from examples.multilevel.episodes import SHARPNESS, accuracies, class_means, draw, interval, logistic
+
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def trainer(name: str = "multi-level", **changes: Any) -> Any:
-    from examples.multilevel.__main__ import RECIPE
-
     settings = replace(RECIPE.presets["cpu"], data="digits", batch=32, width=8, **changes)
     return RECIPE.trainer(settings, name, RECIPE.load("digits", None, None), CPU)
 
 
 def test_episodes_are_of_different_images_of_different_classes() -> None:
-    from examples.multilevel.episodes import draw
-
     labels = torch.tensor([3, 7, 7, 3, 9, 9, 9, 9, 3, 7, 5, 5, 5])  # 3 or 4 images of a class
     rows = draw(labels, episodes=500, ways=3, images=3)
     found = labels[rows]
@@ -46,8 +39,6 @@ def test_episodes_are_of_different_images_of_different_classes() -> None:
 
 @pytest.mark.parametrize(("ways", "images", "message"), [(5, 1, "ways .* 4 classes, got 5"), (2, 4, "got 4")])
 def test_episodes_that_cannot_be(ways: int, images: int, message: str) -> None:
-    from examples.multilevel.episodes import draw
-
     with pytest.raises(ValueError, match=message):
         draw(torch.arange(12) % 4, 10, ways, images)
 
@@ -60,8 +51,6 @@ def episode(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_class_means_are_those_of_numpy() -> None:
-    from examples.multilevel.episodes import accuracies, class_means
-
     support, queries = episode(0.8)
     found = class_means(support, queries)
     assert torch.allclose(found.sum(2), torch.ones(20, 21))
@@ -76,8 +65,6 @@ def test_class_means_are_those_of_numpy() -> None:
 def test_logistic_regression_is_scikit_learns() -> None:
     from sklearn.linear_model import LogisticRegression
 
-    from examples.multilevel.episodes import SHARPNESS, logistic
-
     support, queries = episode(0.8)
     found = logistic(support, queries, penalty=0.01)
     labels = np.repeat(np.arange(3), 5)
@@ -91,8 +78,6 @@ def test_logistic_regression_is_scikit_learns() -> None:
 
 def test_interval_is_scipys() -> None:
     from scipy import stats
-
-    from examples.multilevel.episodes import interval
 
     values = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mean, half = interval(values)

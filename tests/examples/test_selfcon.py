@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("tyro", reason="the examples' requirements are not installed")
-ROOT = Path(__file__).resolve().parents[2]
+
+from examples.common.data import load
+from examples.common.encoders import Block
+from examples.common.loop import Method
+from examples.selfcon.__main__ import MEASURED, RECIPE, loss, saved_bytes
+from examples.selfcon.formula import augmentations, eager_loss
+from examples.selfcon.presets import SelfConSettings
+
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def trainer(name: str, **changes: Any) -> Any:
-    from examples.selfcon.__main__ import RECIPE
-
     settings = replace(RECIPE.presets["cpu"], data="digits", batch=32, width=8, **changes)
     return RECIPE.trainer(settings, name, RECIPE.load("digits", None, None), CPU)
 
@@ -60,10 +59,6 @@ METHODS = ["selfcon-s", "selfcon-su", "selfcon-sa", "selfcon-m", "selfcon-mu", "
 @pytest.mark.parametrize("exits", [1, 2])
 def test_losses_are_their_definitions(name: str, exits: int) -> None:
     """In float64, ours and the eager ones; one image is alone in its class."""
-    from examples.selfcon.__main__ import loss
-    from examples.selfcon.formula import augmentations, eager_loss
-    from examples.selfcon.presets import SelfConSettings
-
     settings, labels = SelfConSettings(temperature=0.2, alpha=0.3), [0, 1, 2, 0, 1]
     shape, generator = (augmentations(name) * len(labels), exits + 1, 6), torch.Generator().manual_seed(0)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -97,8 +92,6 @@ def test_alpha_weighs_the_exits(name: str) -> None:
 @pytest.mark.parametrize(("depth", "exit", "blocks"), [(10, "small", 2), (18, "small", 2), (34, "same", 9)])
 @pytest.mark.parametrize("stage", [2])
 def test_exit_has_the_later_stages(depth: int, exit: str, blocks: int, stage: int) -> None:
-    from examples.common.encoders import Block
-
     method = trainer("selfcon-s", depth=depth, exit=exit, exits=(stage,)).method
     assert sum(isinstance(module, Block) for module in method.exits.modules()) == blocks
     outputs = method.outputs(torch.rand(4, 1, 8, 8))
@@ -113,9 +106,6 @@ def test_exits_that_cannot_be(exits: tuple[int, ...]) -> None:
 
 def test_saved_bytes_are_those_of_a_known_network() -> None:
     """A linear layer keeps its input, ReLU its output; weights and what is kept twice count once."""
-    from examples.common.data import load
-    from examples.common.loop import Method
-    from examples.selfcon.__main__ import MEASURED, saved_bytes
 
     class Known(Method):
         def __init__(self) -> None:
@@ -129,9 +119,6 @@ def test_saved_bytes_are_those_of_a_known_network() -> None:
 
 
 def test_two_views_keep_about_twice_the_memory() -> None:
-    from examples.common.data import load
-    from examples.selfcon.__main__ import saved_bytes
-
     data = load("digits", None, None)
     one, two = (saved_bytes(trainer(name).method, data) for name in ("selfcon-s", "supcon"))
     assert 0.45 < one / two < 0.75
