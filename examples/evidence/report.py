@@ -73,10 +73,14 @@ class Report:
 
     def equality(self) -> str:
         """Ours and eager from the same seeds: curves and accuracy, and how they differ."""
-        header = ["system", "figure", "ours", "eager", "difference", "95 % interval", "p", "would be seen"]
-        return table(header, [row for system in self.systems for row in self.equal(system)], left=2)
+        header = ["system", "figure", "ours", "eager", "difference", "95 % interval", "would be seen", "p"]
+        found = [pair for system in self.systems for pair in self.equal(system)]
+        adjusted = holm([p for _, p in found])
+        rows = [[*cells, f"{p:.2f}"] for (cells, _), p in zip(found, adjusted, strict=True)]
+        return table(header, rows, left=2)
 
-    def equal(self, system: str) -> Iterator[list[str]]:
+    def equal(self, system: str) -> Iterator[tuple[list[str], float]]:
+        """Rows, and their p."""
         plan = PLANS[system]
         curves = [self.curves(system, formula) for formula in (OURS, EAGER)]
         count = min(PARTS, curves[0].shape[1])
@@ -84,25 +88,21 @@ class Report:
         tests = [paired(*both) for both in zip(*parts, strict=True)]
         ps = [min(1.0, count * test.p) for test in tests]
         most = int(np.argmin(ps))
-        yield from (
-            self.compared(system, f"loss, {word}", parts[0][i], parts[1][i], p, 1.0, 4)
-            for word, i, p in (
-                (f"part {most + 1} of {count}, which differs most", most, ps[most]),
-                ("last part", count - 1, tests[-1].p),
-            )
-        )
+        for word, i, p in (
+            (f"part {most + 1} of {count}, which differs most", most, ps[most]),
+            ("last part", count - 1, tests[-1].p),
+        ):
+            yield self.compared(system, f"loss, {word}", parts[0][i], parts[1][i], 1.0, 4), p
         right = [self.figure(system, plan.main.name, plan.figure, formula) for formula in (OURS, EAGER)]
-        yield self.compared(system, f"{plan.figure}, %", *right, paired(*right).p, 100.0, 2)
+        yield self.compared(system, f"{plan.figure}, %", *right, 100.0, 2), paired(*right).p
 
     @staticmethod
-    def compared(
-        system: str, name: str, ours: Any, eager: Any, p: float, unit: float, digits: int
-    ) -> list[str]:
+    def compared(system: str, name: str, ours: Any, eager: Any, unit: float, digits: int) -> list[str]:
         test = paired(ours, eager)
         means = [spread(x, digits, unit) for x in (ours, eager)]
         low, high = (f"{unit * x:+.{digits}f}" for x in (test.low, test.high))
         difference, seen = f"{unit * test.mean:+.{digits}f}", f"{unit * test.detectable:.{digits}f}"
-        return [PLANS[system].title, name, *means, difference, f"{low} to {high}", f"{p:.2f}", seen]
+        return [PLANS[system].title, name, *means, difference, f"{low} to {high}", seen]
 
     def label(self, name: str) -> str:
         return name if name in PLAIN else f"{name}, %"
