@@ -266,7 +266,7 @@ def supervised(shape: tuple[int, int, int]) -> Augmentation:
 
 
 Corruption = Callable[[Tensor, Draw, int], Tensor]
-# After the families of Hendrycks and Dietterich 2019 (ImageNet-C), not with their parameters.
+# Kinds of ImageNet-C (Hendrycks and Dietterich, 2019) that no view of digits has; the parameters are our own.
 CORRUPTIONS: dict[str, Corruption] = {}
 
 
@@ -286,12 +286,6 @@ def corruption(function: Callable[[Tensor, Draw, float], Tensor]) -> Corruption:
 
 
 @corruption
-def gaussian_noise(images: Tensor, draw: Draw, strength: float) -> Tensor:
-    """Add noise of standard deviation 0.3 at most."""
-    return images + 0.3 * strength * draw.normal(*images.shape[1:])
-
-
-@corruption
 def impulse_noise(images: Tensor, draw: Draw, strength: float) -> Tensor:
     """Set 25 % of the values at most to 0 or 1."""
     share, drawn = 0.25 * strength, draw.uniform(0, 1, *images.shape[1:])
@@ -306,32 +300,9 @@ def blur(images: Tensor, draw: Draw, strength: float) -> Tensor:
 
 
 @corruption
-def contrast(images: Tensor, draw: Draw, strength: float) -> Tensor:
-    """Pull values to the image's mean by 80 % at most."""
-    return torch.lerp(images, images.mean((1, 2, 3), keepdim=True), 0.8 * strength)
-
-
-@corruption
 def brightness(images: Tensor, draw: Draw, strength: float) -> Tensor:
     """Add 0.5 at most."""
     return images + 0.5 * strength
-
-
-@corruption
-def occlusion(images: Tensor, draw: Draw, strength: float) -> Tensor:
-    """Set a square to grey, 0.5, at a random place; its side is half the shorter one at most."""
-    side = torch.full((len(images),), 0.5 * strength, device=images.device)
-    return torch.where(square(images, side, draw.uniform(0, 1, 2)), 0.5, images)
-
-
-@corruption
-def shift(images: Tensor, draw: Draw, strength: float) -> Tensor:
-    """Move by 20 % of the sides at most in a random direction; zeros come in."""
-    angle = draw.uniform(-math.pi, math.pi).double()
-    x, y = (0.4 * strength * way.float() for way in (angle.cos(), angle.sin()))
-    one = torch.ones_like(x)
-    h, w = images.shape[2:]
-    return sample(images, torch.stack((one, 0 * x, x, 0 * x, one, y), 1), (h, w), "zeros")
 
 
 @corruption

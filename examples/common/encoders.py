@@ -123,7 +123,7 @@ def pool(maps: Tensor) -> Tensor:
 
 
 def mlp(*widths: int, norm: bool = False, last_norm: bool = False) -> nn.Sequential:
-    """Linear layers with ReLU between them, and batch norm before each ReLU and, `last_norm`, at the end."""
+    """Linear layers with ReLU between them; `norm`: batch norm before each; `last_norm`: one at the end."""
     layers: list[nn.Module] = []
     last = len(widths) - 2
     for i, (inputs, outputs) in enumerate(pairwise(widths)):

@@ -15,7 +15,6 @@ from .loop import Method
 
 BATCH = 500
 SEVERITY = 3  # of corruptions, of 5
-UNSEEN = "impulse_noise", "blur", "brightness", "pixelate"  # corruptions that no view of digits has
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Evaluation:
     figures: dict[str, float]
     embedding: Tensor | None = None
     labels: Tensor | None = None
-    more: dict[str, list[float]] = field(default_factory=dict)  # what is kept for evidence
+    more: dict[str, list[float]] = field(default_factory=dict)  # for result.json
 
 
 def batches(images: Images) -> Iterator[Tensor]:
@@ -93,7 +92,7 @@ def nearest(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, ne
 
 
 def diversity(z: Tensor) -> float:
-    """Mean absolute off-diagonal correlation of the features of z [N, D]: 0 where they are all unlike."""
+    """Mean absolute off-diagonal correlation of the features of z [N, D]: 0 where none correlate."""
     correlation = torch.corrcoef(z.double().T).nan_to_num()
     d = len(correlation)
     return float((correlation.abs().sum() - correlation.diagonal().abs().sum()) / (d * (d - 1)))
@@ -109,7 +108,7 @@ def classification(method: Method, data: Data, corruptions: bool = False) -> Eva
         "nearest neighbours": nearest(train, labels, test, test_labels),
     }
     if corruptions:
-        found = [probe.accuracy(corrupted(method, data.test, name), test_labels) for name in UNSEEN]
+        found = [probe.accuracy(corrupted(method, data.test, name), test_labels) for name in CORRUPTIONS]
         figures["corrupted"] = sum(found) / len(found)
     return Evaluation(figures, test, test_labels)
 

@@ -63,7 +63,7 @@ class Trainer:
     What is random is a function of seed and step alone: the order of the images, the views, and, by PyTorch's
     own generators, what a module draws. With the weights, the optimiser, buffers (a queue's among them) and
     the scaler of mixed precision, the number of steps is all that a checkpoint needs: a run that goes on from
-    one is bit for bit the run that was not interrupted.
+    one is, on CPUs bit for bit, the run that was not interrupted.
     """
 
     def __init__(self, settings: Settings, method: Method, images: Images, device: torch.device) -> None:
@@ -119,8 +119,8 @@ class Trainer:
     def chosen(self, step: int) -> Tensor:
         """This process's rows of the step's batch."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        shuffle = torch.Generator().manual_seed(mixed(self.settings.seed, ORDER, epoch))
         if self.order[0] != epoch:
+            shuffle = torch.Generator().manual_seed(mixed(self.settings.seed, ORDER, epoch))
             self.order = epoch, torch.randperm(len(self.images), generator=shuffle)
         part = self.settings.batch // processes.count()
         first = place * self.settings.batch + processes.rank() * part

@@ -22,7 +22,7 @@ class Settings:
     root: Path | None = None
     """Folder of the data that is on disk."""
     size: int | None = None
-    """Pixels of a side that images of different sizes are decoded to."""
+    """Side in pixels that images are resized to; None: the data's, 84 for miniimagenet, 256 for imagenet."""
     output: Path | None = None
     """Folder for logs, checkpoints, results and the plot, from which a run that was killed goes on; None:
     example_output/ and the system's name."""

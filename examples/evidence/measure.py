@@ -63,7 +63,7 @@ def train(system: str, seed: int, output: Path, steps: int | None, restart: bool
         recipe_of(system).run(replace(settings, output=folder, restart=restart), CPU)
         result = json.loads(path.read_text())
         record = {"system": system, "variant": variant.name, "formula": formula, "seed": seed}
-        record |= {key: result[key] for key in ("figures", "more")}
+        record["figures"] = result["figures"]
         if variant == PLANS[system].main:
             lines = path.with_name("log.jsonl").read_text().splitlines()
             record["losses"] = [float(f"{json.loads(line)['loss']:.7g}") for line in lines]

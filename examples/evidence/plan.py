@@ -24,8 +24,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Claim:
-    """A figure of `better` is above that of `worse` (which may be `other`), or, `lower`, below it; sizes as
-    ratios."""
+    """That the variant `better` has a higher `figure` than `worse` (of which `other` is taken, if given).
+
+    lower: that it has a lower one. ratio: compared by their ratio, not their difference.
+    """
 
     text: str
     better: str

@@ -169,7 +169,7 @@ class Report:
                 [
                     f"[{plan.title}](examples/{system}/__main__.py)",
                     f"`make example-{system}`",
-                    f"{plan.figure}: {right[0]} %",
+                    f"[{plan.figure}](docs/evidence.md#{plan.title.lower().replace(' ', '-')}): {right[0]} %",
                     f"{right[1]} %",
                     figures.ratio(step),
                     shape(work),

@@ -51,8 +51,9 @@ class SCE(Method):
         if settings.predictor:
             self.predictor = mlp(width, settings.hidden, width, norm=True)
         self.queue = full_queue(settings.queue, width)
-        self.strong, self.weak = (DIGITS_STRONG, DIGITS_WEAK) if data.channels == 1 else (STRONG, WEAK)
-        side = data.train[torch.arange(1)].shape[-1]
+        side = min(data.shape[-1], 224)
+        strong, weak = (DIGITS_STRONG, DIGITS_WEAK) if data.channels == 1 else (MOCO_V2, WEAK)
+        self.strong, self.weak = replace(strong, size=side), replace(weak, size=side)  # as in CEA-LIST/SCE
         self.small = small_views(self.strong, settings.crops, side)
         self.before_step(0.0)
 
@@ -111,10 +112,6 @@ def full_queue(size: int, width: int) -> clk.KeyQueue:
     queue = clk.KeyQueue(size, width, group=processes.group())
     queue.load_state_dict(rows.state_dict())
     return queue
-
-
-# CEA-LIST/SCE: MoCo v2's for the student, at the size of the data.
-STRONG = replace(MOCO_V2, size=None)
 
 
 def small_views(strong: Augmentation, count: int, side: int) -> list[Augmentation]:

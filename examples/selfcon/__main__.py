@@ -2,7 +2,8 @@
 
 A network has exits after inner stages. Each exit, a small sub-network, gives features as wide as the
 backbone's and has a projection head of its own; the loss contrasts the rows of exits and backbone by their
-labels, as SupCon does those of two views. So one view of an image is enough, and a step costs about half.
+labels, as SupCon does those of two views. So one view of an image is enough, and a step costs about half
+of SupCon's.
 
     python -m examples.selfcon [--preset cpu | paper | paper-imagenet] [--methods selfcon-s supcon] [--help]
 """

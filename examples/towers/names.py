@@ -14,13 +14,13 @@ from torch import Tensor
 from ..common.data import Data
 
 HELD_OUT = 1000
-TONES = "[\U0001f3fb-\U0001f3ff\ufe0f]"  # and the mark that asks for a picture
+TONES = "[\U0001f3fb-\U0001f3ff\ufe0f]"  # and variation selector 16 (emoji presentation)
 TONE_NAMES = r"[ ,]*\b(medium-light|medium-dark|light|medium|dark) skin tone"
-KINDS = THING, FLAG, PERSON, TONED = range(4)  # person: or hand, without and with a skin tone
+KINDS = THING, FLAG, PERSON, TONED = range(4)  # a person or hand without and with a skin tone
 
 
 class Names:
-    """Names of N things in V languages, with the interface of `Images`; labels int64 [N] are for pictures.
+    """Names of N things in V languages, with the interface of `Images`; labels int64 [N] colour the plot.
 
     `codes` int32 [N, V, L] are the characters' code points, with 0 after the end.
     """

@@ -273,7 +273,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="images have 2 rows, draw has 3"):
         augment.WEAK(torch.zeros(2, 1, 8, 8), Draw(0, 0, 9, slice(1, 4)))
     with pytest.raises(ValueError, match="severity is 6"):
-        CORRUPTIONS["contrast"](torch.zeros(2, 1, 8, 8), Draw(0, 0, 2), 6)
+        CORRUPTIONS["blur"](torch.zeros(2, 1, 8, 8), Draw(0, 0, 2), 6)
     with pytest.raises(ValueError, match=r"crop is \(0.08, 8\)"):
         Augmentation(crop=(0.08, 8))
     with pytest.raises(ValueError, match="blur is 2"):
