@@ -1,7 +1,7 @@
 """Evidence that the accelerated losses train like the originals, and of the papers' claims at a small size.
 
-    python -m examples.evidence [--render] [--help]
-    python -m examples.evidence --systems supcon --store try.json --document try.md
+python -m examples.evidence [--render] [--help]
+python -m examples.evidence --systems supcon --store try.json --document try.md
 """
 
 from __future__ import annotations
