@@ -18,7 +18,7 @@ import tyro
 from cl_kernels.bench import machine
 
 from ..common.log import write
-from .measure import everything
+from .measure import again, everything
 from .plan import PLANS
 from .report import PICTURE, Report
 
@@ -40,6 +40,8 @@ class Options:
     store: Path = ROOT / "examples" / "evidence" / "results.json"
     """File of the measurements."""
     document: Path = ROOT / "docs" / "evidence.md"
+    again: tuple[str, ...] = ()
+    """Train ours and eager of these systems from as many further seeds, and add them to the measurements."""
     render: bool = False
     """Only write the document from the stored measurements."""
 
@@ -66,7 +68,7 @@ def with_summary(text: str, report: Report) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    if unknown := set(options.systems) - set(PLANS):
+    if unknown := {*options.systems, *options.again} - set(PLANS):
         raise SystemExit(f"--systems must be of {', '.join(PLANS)}, got {', '.join(sorted(unknown))}")
     if options.seeds < 3:
         raise SystemExit(f"--seeds must be at least 3 for intervals, got {options.seeds}")
@@ -77,7 +79,12 @@ def main(arguments: list[str] | None = None) -> None:
         and (options.store == Options.store or options.document == Options.document)
     ):
         raise SystemExit("--steps and --systems are for trying: give --store and --document of your own")
-    if not options.render:
+    if options.again:
+        stored = json.loads(options.store.read_text())
+        seeds = range(options.seeds + 1, 2 * options.seeds + 1)
+        stored["again"] = again(options.again, seeds, options.workers, options.output)
+        write(options.store, lines(stored))
+    elif not options.render:
         started = time.perf_counter()
         here = machine.describe("cpu")
         how = options.workers, options.output, options.steps, not options.go_on

@@ -43,20 +43,22 @@ def settings_of(system: str, variant: Variant, formula: str, seed: int, steps: i
     )
 
 
-def in_turn(system: str, seed: int) -> Iterator[tuple[Variant, str]]:
-    """What a seed trains: ours and eager in turn, which of them first by turns too, then the others."""
+def in_turn(system: str, seed: int, others: bool) -> Iterator[tuple[Variant, str]]:
+    """Give what a seed trains: ours and eager in turn, which of them first by turns too, then the others."""
     plan = PLANS[system]
     for formula in FORMULAS if seed % 2 else FORMULAS[::-1]:
         yield plan.main, formula
-    for variant in plan.others:
+    for variant in plan.others if others else ():
         yield variant, FORMULAS[0]
 
 
-def train(system: str, seed: int, output: Path, steps: int | None, restart: bool) -> list[dict[str, Any]]:
+def train(
+    system: str, seed: int, output: Path, steps: int | None, restart: bool, others: bool = True
+) -> list[dict[str, Any]]:
     """Run all variants of a seed, or without `restart` go on with those in the folder; a record of each."""
     torch.set_num_threads(1)
     records = []
-    for variant, formula in in_turn(system, seed):
+    for variant, formula in in_turn(system, seed, others):
         folder = output / system / f"{variant.name}, {formula}, {seed}".replace(", ", "-").replace(" ", "")
         path = folder / variant.method / "result.json"
         settings = settings_of(system, variant, formula, seed, steps)
@@ -162,3 +164,11 @@ def everything(
             found["first_steps"] = [record for one in started for record in one.result()]
             found["runs"] = [record for one in running for record in one.result()]
     return found
+
+
+def again(systems: tuple[str, ...], seeds: range, workers: int, output: Path) -> list[dict[str, Any]]:
+    """Runs of ours and eager alone from further seeds."""
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        pairs = [(system, seed) for system in systems for seed in seeds]
+        running = [pool.submit(train, *pair, output, None, True, False) for pair in pairs]
+        return [record for one in running for record in one.result()]

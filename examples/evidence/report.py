@@ -44,6 +44,7 @@ class Report:
     def __init__(self, stored: dict[str, Any]) -> None:
         self.stored = stored
         self.runs = pd.DataFrame(stored["runs"]).sort_values("seed")
+        self.again = Report({"runs": stored["again"]}) if stored.get("again") else None
         self.systems = [name for name in PLANS if name in set(self.runs.system)]
         self.seeds = self.runs.seed.nunique()
 
