@@ -1,4 +1,4 @@
-"""What is compared: the runs of each system, the losses alone, and the papers' claims."""
+"""Comparisons: the runs of each system, the losses alone, and the papers' claims."""
 
 from __future__ import annotations
 

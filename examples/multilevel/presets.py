@@ -19,7 +19,7 @@ class MultiLevelSettings(Settings):
     head: bool = True
     """Give each level a projection head of two layers; without, its pooled maps are contrasted."""
     weights: tuple[float, ...] = ()
-    """Of the levels' losses; none: all 1."""
+    """Weights of the levels' losses; none: all 1."""
     temperature: float = 0.1
 
     ways: int = 4
