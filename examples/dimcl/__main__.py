@@ -26,7 +26,7 @@ from ..common import processes
 from ..common.augment import BYOL_1, BYOL_2, DIGITS_STRONG, SIMCLR_CIFAR, Draw
 from ..common.data import Data
 from ..common.encoders import Projected, ResNet, mlp
-from ..common.evaluate import BATCH, Evaluation, classification, diversity, features
+from ..common.evaluate import BATCH, Evaluation, classification, diversity
 from ..common.loop import Method
 from ..common.momentum import cosine, follow, follower
 from ..common.precision import exactly
@@ -156,7 +156,7 @@ def build(settings: DimCLSettings, name: str, data: Data) -> Method:
 @torch.no_grad()
 def evaluate(method: Siamese, data: Data) -> Evaluation:
     found = classification(method, data)
-    z = features(method.online, data.test, method.device)
+    z = method.online.head(found.embedding.to(method.device)).float().cpu()
     images = data.test[torch.arange(min(BATCH, len(data.test)))].to(method.device)
     draw = Draw(0, 0, len(images), device=method.device)
     views = [method.online(augment(images, draw)).float().cpu() for augment in method.augmentations]

@@ -18,10 +18,10 @@ from cl_kernels.bench import fresh
 
 from ..common.loop import Trainer
 from ..common.run import Recipe
-from .plan import PLANS, Variant
+from .plan import EAGER, OURS, PLANS, Variant
 
 CPU = torch.device("cpu")
-FORMULAS = "cl_kernels", "eager"
+FORMULAS = OURS, EAGER
 FIRST_STEPS = 3
 ROUNDS = 15  # of steps that are timed
 

@@ -57,6 +57,7 @@ class Plan:
         return (self.main, *self.others)
 
 
+OURS, EAGER = "cl_kernels", "eager"  # whose loss
 UNTRAINED = {"epochs": 0}
 TWO_VIEWS = {"views": 2}
 

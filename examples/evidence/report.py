@@ -13,10 +13,9 @@ from jinja2 import Environment, StrictUndefined
 from cl_kernels.bench import figures
 from cl_kernels.bench.workloads import Workload
 
-from .plan import PLANS, Claim
+from .plan import EAGER, OURS, PLANS, Claim
 from .statistics import LEVEL, POWER, Paired, holm, paired
 
-OURS, EAGER = "cl_kernels", "eager"
 PARTS = 10  # of a curve
 PICTURE = "evidence.png"
 PAGE = Path(__file__).with_name("page.md.j2")
