@@ -30,7 +30,7 @@ KIND := $(if $(filter-out 0,$(CL_KERNELS_SKIP_CUDA_BUILD)),-cpu)
 EXAMPLES := $(addprefix example-,supcon selfcon sce dimcl multilevel towers)
 BUILT := $(VENV)/.built$(if $(filter-out 0,$(CL_KERNELS_SKIP_BUILD)),-pure,$(KIND))
 
-.PHONY: help demo test test-full lint format bench bench-report acceptance regression figures compile-gate gpu-check
+.PHONY: help demo test test-full test-peers lint format bench bench-report acceptance regression figures compile-gate gpu-check
 .PHONY: build cuda-build clean distclean evidence $(EXAMPLES)
 .DEFAULT_GOAL := help
 
@@ -58,6 +58,9 @@ PYTEST = $(if $(findstring -pure,$(BUILT)),,CL_KERNELS_REQUIRE_EXTENSION=1) OMP_
 
 test: $(BUILT) $(VENV)/.dev  ## the test suite as a push runs it
 	$(PYTEST) $(PYTEST_FLAGS)
+
+test-peers: $(BUILT) $(VENV)/.peers  ## the losses of other libraries beside ours: values, gradients
+	$(PYTEST) tests/peers $(PYTEST_FLAGS)
 
 test-full: $(BUILT) $(VENV)/.dev  ## the whole of it: every dtype and temperature
 	$(PYTEST) -m full $(PYTEST_FLAGS)
@@ -115,6 +118,10 @@ $(VENV)/.installed: $(VENV)/.demo pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.examples requirements/dev.txt
 	$(PIP) --requirement requirements/dev.txt
+	@touch $@
+
+$(VENV)/.peers: $(VENV)/.dev requirements/peers.txt
+	$(PIP) --requirement requirements/peers.txt
 	@touch $@
 
 $(VENV)/.examples: $(VENV)/.bench requirements/examples.txt

@@ -1,7 +1,8 @@
 """Exact contrastive losses for PyTorch that never hold the N x N matrix."""
 
-from . import distributed, ops, reference
+from . import distributed, integrations, ops, reference
 from .dispatch import BackendError, use_backend
+from .integrations import accelerate, patch, unpatch
 from .losses import (
     ClipLoss,
     DCLLoss,
@@ -52,16 +53,19 @@ __all__ = [
     "SelfConLoss",
     "StableRepLoss",
     "SupConLoss",
+    "accelerate",
     "clip_loss",
     "contrastive_lse",
     "dcl_loss",
     "dimcl_loss",
     "distributed",
     "info_nce_loss",
+    "integrations",
     "masked_log_softmax",
     "multilevel_loss",
     "nt_xent_loss",
     "ops",
+    "patch",
     "reference",
     "sce_loss",
     "sce_targets",
@@ -70,5 +74,6 @@ __all__ = [
     "soft_target_cross_entropy",
     "stablerep_loss",
     "supcon_loss",
+    "unpatch",
     "use_backend",
 ]

@@ -1,0 +1,210 @@
+"""Fused losses in code that is not to be changed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from types import FunctionType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ._registry import LIBRARIES, digest, library
+from ._swap import Swap, Unfused, holders, logger, swaps
+
+T = TypeVar("T")
+
+_patched: dict[str, list[tuple[Any, str, Any]]] = {}
+
+
+class Patch:
+    """What `patch` swapped, a context manager that swaps it back.
+
+    Attributes:
+        library: its name.
+        swapped: the targets that this call swapped, empty where the library was patched before.
+    """
+
+    def __init__(self, library: str, swapped: list[str]) -> None:
+        self.library, self.swapped = library, swapped
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.swapped:
+            unpatch(self.library)
+
+    def __repr__(self) -> str:
+        return f"Patch({self.library!r}, swapped={self.swapped})"
+
+
+def patch(name: str, *, verbose: bool = True) -> Patch:
+    """Replace the losses of an imported or installed library, in place.
+
+    Methods are replaced on the library's own classes: instances, subclasses and names that exist already run
+    fused too, and signatures stay. Functions are replaced in every module of the library that holds them,
+    not in modules that have imported them by name before.
+
+    Args:
+        name: one of `cl_kernels.integrations.LIBRARIES`.
+        verbose: whether to print what is swapped.
+
+    Returns:
+        A context manager that swaps back; as a call, until `unpatch`.
+
+    Raises:
+        ImportError: if the library is not installed.
+        RuntimeError: if its version, or the source of what would be replaced, is not one that was compared.
+
+    Example:
+        >>> import cl_kernels as clk
+        >>> clk.patch("lightly")  # doctest: +SKIP
+        cl_kernels: lightly.loss.ntx_ent_loss:NTXentLoss.forward
+    """
+    known = library(name)
+    if name in _patched:
+        return Patch(name, [])
+    wrong = known.unknown()
+    if wrong is not None:
+        raise RuntimeError(f"{wrong}; an adapter can be imported from cl_kernels.integrations.{name}")
+    found = [swap for swap in swaps(name) if _there(swap)]
+    if not found:
+        raise ImportError(f"nothing of {name} is importable as {LIBRARIES[name]}")
+    for swap in found:
+        _refuse_unknown_source(swap, swap.original())
+    undo = _patched[name] = []
+    for swap in found:
+        owner, attribute, original = swap.owner(), swap.qualname.rpartition(".")[2], swap.original()
+        places = [(owner, attribute)] if inspect.isclass(owner) else holders(swap, original)
+        replaced = swap.over(original, owner if inspect.isclass(owner) else None)
+        for place, held in places:
+            undo.append((place, held, original))
+            setattr(place, held, replaced)
+        if verbose:
+            print(f"cl_kernels: {swap.target}")
+    return Patch(name, [swap.target for swap in found])
+
+
+def unpatch(name: str | None = None) -> None:
+    """Swap back what `patch` swapped, in one library or (None) in all."""
+    for each in [name] if name is not None else list(_patched):
+        if each not in LIBRARIES:
+            raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {each!r}")
+        for place, attribute, original in reversed(_patched.pop(each, [])):
+            setattr(place, attribute, original)
+
+
+def accelerate(criterion: T) -> T:
+    """The fused twin of a loss of a known library; the same object, and a logged reason, where there is none.
+
+    Args:
+        criterion: an instance of a loss class, or a loss function. A class is known by its name and library,
+            or, if it belongs to a paper's repository, wherever it was copied to, by its source; a subclass
+            with methods of its own is not. Losses inside of a library's wrappers are replaced too.
+
+    Returns:
+        A shallow copy, an instance of a subclass: parameters and buffers are shared with the original.
+
+    Example:
+        >>> import torch, cl_kernels as clk
+        >>> criterion = clk.accelerate(torch.nn.CrossEntropyLoss())  # not ours to replace: the same object
+    """
+    try:
+        return _twin(criterion)
+    except Unfused as reason:
+        logger.warning("%s is left as it is: %s", _title(criterion), reason)
+        return criterion
+
+
+def _twin(criterion: Any) -> Any:
+    kind: Any = criterion if isinstance(criterion, FunctionType) else type(criterion)
+    if getattr(kind, "unfused", None) is not None or kind.__module__.startswith(f"{__package__}."):
+        return criterion
+    found = _swaps_of(kind)
+    if found:
+        if not isinstance(kind, type):
+            return found[0].over(criterion)
+        twin = copy.copy(criterion)
+        twin.__class__ = _fused_class(kind, tuple(found))
+        return twin if not isinstance(twin, nn.Module) else _with_children(twin) or twin
+    if isinstance(criterion, nn.Module) and _root(kind) in LIBRARIES.values():
+        twin = _with_children(copy.copy(criterion))
+        if twin is not None:
+            return twin
+    raise Unfused(f"no adapter here knows {kind.__module__}.{kind.__qualname__}")
+
+
+def _with_children(module: nn.Module) -> nn.Module | None:
+    """`module`, a copy, with fused losses for its own; None if it has no known ones."""
+    fused: dict[str, nn.Module | None] = {}
+    for name, child in module._modules.items():
+        if child is not None and _root(type(child)) in LIBRARIES.values():
+            try:
+                fused[name] = _twin(child)
+            except Unfused:
+                continue
+    if not fused:
+        return None
+    module._modules = {**module._modules, **fused}
+    return module
+
+
+def _swaps_of(kind: Any) -> list[Swap]:
+    """What replaces a function, or methods of a class."""
+    for name, root in LIBRARIES.items():
+        at_home = _root(kind) == root
+        if not at_home and name not in ("supcontrast", "selfcon", "dimcl", "eztorch", "solo_learn"):
+            continue
+        library_module = import_module(f".{name}", __package__)
+        mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
+        if library_module.LIBRARY.distribution is not None:
+            mine = [swap for swap in mine if swap.module == kind.__module__]
+        else:
+            mine = [swap for swap in mine if _source(swap, kind) in swap.known]
+        if mine:
+            return mine
+    return []
+
+
+def _source(swap: Swap, kind: Any) -> str | None:
+    function = kind if isinstance(kind, FunctionType) else vars(kind).get(swap.qualname.rpartition(".")[2])
+    try:
+        return digest(function) if function is not None else None
+    except (OSError, TypeError):  # defined where no source can be read
+        return None
+
+
+@functools.cache
+def _fused_class(kind: type, found: tuple[Swap, ...]) -> type:
+    """A subclass of `kind`: the adapter's own, if it is one."""
+    adapter = getattr(import_module(f".{found[0].library}", __package__), kind.__name__, None)
+    if inspect.isclass(adapter) and issubclass(adapter, kind):
+        return adapter
+    methods = {swap.qualname.rpartition(".")[2]: swap for swap in found}
+    body: dict[str, Any] = {name: swap.over(getattr(kind, name), kind) for name, swap in methods.items()}
+    return type(kind.__name__, (kind,), {**body, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _there(swap: Swap) -> bool:
+    try:
+        swap.original()
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def _refuse_unknown_source(swap: Swap, function: Callable[..., Any]) -> None:
+    if swap.known and digest(function) not in swap.known:
+        raise RuntimeError(f"{swap.target} has another source than the versions that were compared")
+
+
+def _root(kind: Any) -> str:
+    return str(kind.__module__).partition(".")[0]
+
+
+def _title(criterion: Any) -> str:
+    return getattr(criterion, "__qualname__", type(criterion).__qualname__)
