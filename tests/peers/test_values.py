@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from peers.cases import PeerCase, cases
 from peers.side_by_side import assert_same
 
