@@ -130,6 +130,9 @@ def _twin(criterion: Any) -> Any:
             return found[0].over(criterion)
         twin = copy.copy(criterion)
         twin.__class__ = _fused_class(kind, tuple(found))
+        rebind = getattr(import_module(f".{found[0].library}", __package__), "rebind", None)
+        if rebind is not None:
+            rebind(twin)
         return twin if not isinstance(twin, nn.Module) else _with_children(twin) or twin
     if isinstance(criterion, nn.Module) and _root(kind) in LIBRARIES.values():
         twin = _with_children(copy.copy(criterion))
@@ -160,14 +163,22 @@ def _swaps_of(kind: Any) -> list[Swap]:
         if not at_home and name not in ("supcontrast", "selfcon", "dimcl", "eztorch", "solo_learn"):
             continue
         library_module = import_module(f".{name}", __package__)
-        mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
         if library_module.LIBRARY.distribution is not None:
-            mine = [swap for swap in mine if swap.module == kind.__module__]
+            mine = [swap for swap in swaps(name) if _has(kind, swap)]
         else:
+            mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
             mine = [swap for swap in mine if _source(swap, kind) in swap.known]
         if mine:
             return mine
     return []
+
+
+def _has(kind: Any, swap: Swap) -> bool:
+    """Whether a function is what `swap` replaces, or a class has it, be it inherited."""
+    if not isinstance(kind, type):
+        return (kind.__module__, kind.__qualname__) == (swap.module, swap.qualname)
+    owner, name = swap.owner(), swap.qualname.rpartition(".")[2]
+    return inspect.isclass(owner) and issubclass(kind, owner) and getattr(kind, name) is getattr(owner, name)
 
 
 def _source(swap: Swap, kind: Any) -> str | None:

@@ -6,14 +6,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.losses import (
+    cached_gist_embed,
+    cached_multiple_negatives_ranking,
+    gist_embed,
+    multiple_negatives_ranking,
+)
 from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
-from sentence_transformers.util import all_gather_with_grad, batch_to_device, cos_sim, dot_score, get_rank
+from sentence_transformers.util import batch_to_device, cos_sim, dot_score
 from sentence_transformers.util.similarity import pytorch_cos_sim
 from torch import Tensor, nn
 
@@ -49,18 +56,19 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
 
     @fused(f"{_LOSSES}.multiple_negatives_ranking:MultipleNegativesRankingLoss.compute_loss_from_embeddings")
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        return _ranking_loss(self, embeddings)
+        return _ranking_loss(self, multiple_negatives_ranking, embeddings)
 
 
 class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLoss):
-    """`MultipleNegativesRankingLoss` on embeddings whose gradients are cached, that of all mini-batches in one
-    pass."""
+    """`MultipleNegativesRankingLoss` on embeddings whose gradients are cached, in one pass."""
 
     @fused(f"{_LOSSES}.cached_multiple_negatives_ranking:CachedMultipleNegativesRankingLoss.calculate_loss")
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        return _with_backward(_ranking_loss(self, [torch.cat(column) for column in reps]), with_backward)
+        embeddings = [torch.cat(column) for column in reps]
+        loss = _ranking_loss(self, cached_multiple_negatives_ranking, embeddings)
+        return _with_backward(loss, with_backward)
 
 
 class MultipleNegativesSymmetricRankingLoss(
@@ -99,7 +107,7 @@ class GISTEmbedLoss(losses.GISTEmbedLoss):
             if self.must_retokenize:
                 for_guide = [_retokenized(self, column) for column in features]
             guides = embed_columns(self.guide, for_guide)
-        return _guided_loss(self, embeddings, guides)
+        return _guided_loss(self, gist_embed, embeddings, guides)
 
 
 class CachedGISTEmbedLoss(losses.CachedGISTEmbedLoss):
@@ -113,11 +121,12 @@ class CachedGISTEmbedLoss(losses.CachedGISTEmbedLoss):
         if len(reps) != len(reps_guided) or len(reps) < 2:
             raise Unfused("the columns are not an anchor, a positive and negatives")
         embeddings, guides = ([torch.cat(column) for column in columns] for columns in (reps, reps_guided))
-        return _with_backward(_guided_loss(self, embeddings, guides), with_backward)
+        loss = _guided_loss(self, cached_gist_embed, embeddings, guides)
+        return _with_backward(loss, with_backward)
 
 
-def rebound(twin: nn.Module) -> None:
-    """Make what MatryoshkaLoss put over a cached loss call the twin's method, not the original's."""
+def rebind(twin: nn.Module) -> None:
+    """Let what MatryoshkaLoss put over a cached loss call the method of the loss's twin."""
     over = vars(twin).get("calculate_loss")
     if isinstance(over, CachedLossDecorator):
         over = copy.copy(over)
@@ -149,26 +158,34 @@ class _Rows(NamedTuple):
         return self.n == self.queries.shape[0]
 
 
+def _ranking_loss(loss: Any, home: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
+    """The mean over rows, in the library's dtype; `home` is its module, whose collectives are used."""
+    rows = _ranking_rows(loss, home, embeddings)
+    dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
+    if dtype == torch.float32 and embeddings[0].is_cpu and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")  # where its logsumexp does not go back to float32
+    return rows.mean().to(dtype)
+
+
 @dtypes.full_precision
-def _ranking_loss(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
+def _ranking_rows(loss: Any, home: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
     if loss.similarity_fct not in (*_COSINES, dot_score):
         raise Unfused("similarity_fct is neither cos_sim nor dot_score")
     embeddings = _floats(embeddings)
     scale = validation.scale("scale", loss.scale, embeddings[0])
-    queries, *docs = (_gathered(loss, x) for x in embeddings)
-    count = embeddings[0].shape[0]
+    n, first = embeddings[0].shape[0], 0
+    if loss.gather_across_devices:
+        first = home.get_rank() * n
+        embeddings = [home.all_gather_with_grad(x) for x in embeddings]
     if loss.similarity_fct in _COSINES:
-        queries, *docs = (F.normalize(x, dim=1) for x in (queries, *docs))
-    rows = _Rows(queries, docs, get_rank() * count if loss.gather_across_devices else 0, count)
-
-    blocks = _above_positive(loss, rows, scale)
+        embeddings = [F.normalize(x, dim=1) for x in embeddings]
+    blocks = _above_positive(loss, _Rows(embeddings[0], embeddings[1:], first, n), scale)
     if loss.partition_mode == "per_direction":
-        rows_loss = torch.stack(blocks).mean(0)
-    else:
-        rows_loss = blocks[0]
-        for block in blocks[1:]:
-            rows_loss = log_add(rows_loss, block)
-    return rows_loss.mean().to(queries.dtype)
+        return torch.stack(blocks).mean(0)
+    found = blocks[0]
+    for block in blocks[1:]:
+        found = log_add(found, block)
+    return found
 
 
 def _floats(embeddings: Sequence[Tensor]) -> list[Tensor]:
@@ -185,10 +202,6 @@ def _floats(embeddings: Sequence[Tensor]) -> list[Tensor]:
     if any((x.dtype, x.device) != (found[0].dtype, found[0].device) for x in found):
         raise Unfused("the columns are of different dtypes or devices")
     return found
-
-
-def _gathered(loss: Any, x: Tensor) -> Tensor:
-    return all_gather_with_grad(x) if loss.gather_across_devices else x
 
 
 def _above_positive(loss: Any, rows: _Rows, scale: float | Tensor) -> list[Tensor]:
@@ -287,19 +300,25 @@ def _retokenized(loss: Any, column: dict[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def _guided_loss(loss: Any, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
-    autocast = torch.is_autocast_enabled(embeddings[0].device.type)
-    dtype = torch.promote_types(embeddings[0].dtype, torch.float32) if autocast else embeddings[0].dtype
-    return _guided_rows(loss, embeddings, guides).mean().to(dtype)
+def _guided_loss(
+    loss: Any, home: ModuleType, embeddings: Sequence[Tensor], guides: Sequence[Tensor]
+) -> Tensor:
+    """The mean over rows, as for `_ranking_loss`."""
+    dtype = embeddings[0].dtype
+    if torch.is_autocast_enabled(embeddings[0].device.type):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return _guided_rows(loss, home, embeddings, guides).mean().to(dtype)
 
 
 @dtypes.full_precision
-def _guided_rows(loss: Any, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
-    count = embeddings[0].shape[0]
-    offset = get_rank() * count if loss.gather_across_devices else 0
-    model = _sides(loss, embeddings, offset)
+def _guided_rows(
+    loss: Any, home: ModuleType, embeddings: Sequence[Tensor], guides: Sequence[Tensor]
+) -> Tensor:
+    n = embeddings[0].shape[0]
+    offset = home.get_rank() * n if loss.gather_across_devices else 0
+    model = _sides(loss, home, embeddings, offset)
     with torch.no_grad():
-        guide = _sides(loss, guides, offset)
+        guide = _sides(loss, home, guides, offset)
     columns = sum(keys.shape[0] for keys in model[1::2])
     margin, relative = loss.margin, loss.margin_strategy == "relative"
 
@@ -317,15 +336,16 @@ def _guided_rows(loss: Any, embeddings: Sequence[Tensor], guides: Sequence[Tenso
         scores = scores.masked_fill(false, -torch.inf)
         return (scores.logsumexp(1) - scores[rows, positives],)
 
-    return in_chunks(count, columns, chunk, loss.temperature, *model, *guide)
+    return in_chunks(n, columns, chunk, loss.temperature, *model, *guide)
 
 
-def _sides(loss: Any, embeddings: Sequence[Tensor], offset: int) -> list[Tensor]:
+def _sides(loss: Any, home: ModuleType, embeddings: Sequence[Tensor], offset: int) -> list[Tensor]:
     """What is compared, rows and keys by turns: anchors with all, and positives with positives. The positives
     are the first keys."""
     eps = loss.similarity_fct.eps
     anchors, positives, *negatives = (_cosine_rows(x, eps) for x in embeddings)
-    positives, *negatives = (_gathered(loss, x) for x in (positives, *negatives))
+    if loss.gather_across_devices:
+        positives, *negatives = (home.all_gather_with_grad(x) for x in (positives, *negatives))
     keys = torch.cat([positives, *([anchors] if loss.contrast_anchors else []), *negatives])
     if not loss.contrast_positives:
         return [anchors, keys]
