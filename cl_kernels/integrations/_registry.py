@@ -24,11 +24,14 @@ LIBRARIES = {
 }
 
 
+# Those that are cloned rather than installed, and copied: their losses are known by their source.
+REPOSITORIES = ("solo_learn", "supcontrast", "selfcon", "eztorch", "dimcl")
+
+
 class Library(NamedTuple):
     """What an adapter module knows of its library, as its `LIBRARY`.
 
-    `versions` are those of `distribution` that it was compared with. A repository that is not installed as a
-    distribution has none: its functions are known by their source.
+    `versions` are those of `distribution` that it was compared with; one of REPOSITORIES has neither.
     """
 
     name: str
@@ -39,7 +42,8 @@ class Library(NamedTuple):
         """What is wrong with the version that is installed; None for one that is known."""
         if self.distribution is None:
             return None
-        version = metadata.version(self.distribution)
+        package = import_module(LIBRARIES[self.name])
+        version = getattr(package, "__version__", None) or metadata.version(self.distribution)
         if version in self.versions:
             return None
         return f"{self.distribution} {version} is not one that was compared: {', '.join(self.versions)}"
