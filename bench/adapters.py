@@ -86,7 +86,7 @@ def memory(case: PeerCase, whose: str) -> int:
 
 
 def apart(*arguments: str) -> Any:
-    """What this script prints, in a process of its own, for one case."""
+    """Run this script in a process of its own, for one case, and return what it prints."""
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -169,11 +169,11 @@ def gloo(file: str) -> str:
 
 
 def run(file: str) -> str:
-    """What the scripts of bench/ say of theirs."""
+    """On what, when and by which command a script of bench/ ran."""
     found = json.loads(stored(file).read_text())
     here = found["machine"]
     return (
-        f"Machine: {here['device']}, {here['cores']} cores, {here['threads']} threads a process, "
+        f"Machine: {here['device']}, {here['cores']} cores, threads of a process: {here['threads']}, "
         f"{here['capability']}; load {here['load_before']} before and {here['load_after']} after; "
         f"torch {here['torch']}; {found['date']}. "
         f"Command: `{found['command']}`; all figures: `bench/results/{file}`."

@@ -22,7 +22,7 @@ _patched: dict[str, list[tuple[Any, str, Any]]] = {}
 
 
 class Patch:
-    """What `patch` swapped, a context manager that swaps it back.
+    """The swaps that `patch` made, a context manager that takes them back.
 
     Attributes:
         library: its name.
@@ -158,7 +158,7 @@ def _with_children(module: nn.Module) -> nn.Module | None:
 
 
 def _swaps_of(kind: Any) -> list[Swap]:
-    """What replaces a function, or methods of a class."""
+    """Those that replace a function, or methods of a class."""
     for name, root in LIBRARIES.items():
         if name not in REPOSITORIES and _root(kind) != root:
             continue

@@ -29,7 +29,7 @@ REPOSITORIES = ("solo_learn", "supcontrast", "selfcon", "eztorch", "dimcl")
 
 
 class Library(NamedTuple):
-    """What an adapter module knows of its library, as its `LIBRARY`.
+    """An adapter module's knowledge of its library, as its `LIBRARY`.
 
     `versions` are those of `distribution` that it was compared with; one of REPOSITORIES has neither.
     """
@@ -39,7 +39,7 @@ class Library(NamedTuple):
     versions: tuple[str, ...] = ()
 
     def unknown(self) -> str | None:
-        """What is wrong with the version that is installed; None for one that is known."""
+        """The fault of the version that is installed; None for one that is known."""
         if self.distribution is None:
             return None
         package = import_module(LIBRARIES[self.name])

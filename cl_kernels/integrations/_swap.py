@@ -22,7 +22,7 @@ logger = logging.getLogger("cl_kernels.integrations")
 
 
 class Unfused(Exception):
-    """What an adapter cannot fuse, raised before anything has changed; the text says why."""
+    """A call that an adapter cannot fuse, raised before anything has changed; the text says why."""
 
 
 class Calls(NamedTuple):
