@@ -4,6 +4,7 @@ cached forms and the symmetric ones."""
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from types import ModuleType
@@ -71,16 +72,18 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
         return _with_backward(loss, with_backward)
 
 
-class MultipleNegativesSymmetricRankingLoss(
-    MultipleNegativesRankingLoss, losses.MultipleNegativesSymmetricRankingLoss
-):
-    """`MultipleNegativesRankingLoss` of anchors over documents and of positives over anchors."""
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # by the library, of whose names these are
 
+    class MultipleNegativesSymmetricRankingLoss(
+        MultipleNegativesRankingLoss, losses.MultipleNegativesSymmetricRankingLoss
+    ):
+        """`MultipleNegativesRankingLoss` of anchors over documents and of positives over anchors."""
 
-class CachedMultipleNegativesSymmetricRankingLoss(
-    CachedMultipleNegativesRankingLoss, losses.CachedMultipleNegativesSymmetricRankingLoss
-):
-    """`MultipleNegativesSymmetricRankingLoss` on embeddings whose gradients are cached."""
+    class CachedMultipleNegativesSymmetricRankingLoss(
+        CachedMultipleNegativesRankingLoss, losses.CachedMultipleNegativesSymmetricRankingLoss
+    ):
+        """`MultipleNegativesSymmetricRankingLoss` on embeddings whose gradients are cached."""
 
 
 class GISTEmbedLoss(losses.GISTEmbedLoss):
