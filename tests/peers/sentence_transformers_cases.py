@@ -53,7 +53,9 @@ def columns(
 ) -> list[Tensor]:
     """Embeddings of so many columns; the rows of one sample are alike."""
     sample = features(rows, width, dtype, generator, requires_grad=False)
-    found = [sample + features(rows, width, dtype, generator, requires_grad=False) for _ in range(count)]
+    found = [
+        0.3 * sample + features(rows, width, dtype, generator, requires_grad=False) for _ in range(count)
+    ]
     return [x.requires_grad_() for x in found]
 
 
@@ -161,7 +163,7 @@ def CASES() -> list[PeerCase]:
         found += [
             case(CACHED_RANKING, from_mini_batches, four, mini_batch_size=5, **harder),
             case(RANKING, from_embeddings, triple, similarity_fct=dot_score, scale=0.5, **harder),
-            case(RANKING, with_scale, scaled, **everything, **harder),
+            case(RANKING, with_scale, scaled, directions=SYMMETRIC, **harder),
         ]
     found += [
         case(RANKING, from_embeddings, wide, measured=4096),
