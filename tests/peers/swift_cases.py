@@ -14,12 +14,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from .cases import PeerCase, features
 
-NEEDS = ("swift",)
+NEEDS = ("swift", "transformers")
 LOSS = "swift.InfonceLoss.__call__"
 EQUAL, RAGGED = (3, 3, 3, 3, 3, 3), (2, 5, 1, 3, 4, 2, 1)
 
@@ -28,16 +29,19 @@ def library() -> ModuleType:
     """ms-swift's swift.loss.embedding, over stand-ins for what it imports where that is not there."""
     if "swift.loss.embedding" in sys.modules:
         return sys.modules["swift.loss.embedding"]
-    if importlib.util.find_spec("accelerate") is None:
-        _stand_in("accelerate.utils", gather_object=_gather_object)
+    import transformers.utils  # noqa: F401  (before there is a stand-in for accelerate)
+
     spec = importlib.util.find_spec("swift")
     folder = Path(next(iter(spec.submodule_search_locations)))
     _stand_in("swift.sequence_parallel", sequence_parallel=SimpleNamespace(dp_group=None))
     _stand_in("swift.utils", get_dist_setting=_dist_setting)
     _stand_in("swift.loss").__path__ = [str(folder / "loss")]
-    sys.modules["swift"].__version__ = "4.6.0"
-    sys.modules["swift"].__spec__ = spec
-    return import_module("swift.loss.embedding")
+    vars(sys.modules["swift"]).update(__version__="4.6.0", __spec__=spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for path in ("accelerate", "accelerate.utils"):
+            patch.setitem(sys.modules, path, ModuleType(path))
+        sys.modules["accelerate.utils"].gather_object = _gather_object
+        return import_module("swift.loss.embedding")
 
 
 def _stand_in(name: str, **held: Any) -> ModuleType:
