@@ -12,19 +12,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import autograd, dispatch, dtypes, ops, reference, validation
-from ..distributed import ProcessGroup, Ranks, gather, join, rows_of, total
-from ..problem import Contrast
-from ._common import Grouped, at_least_zero, inverse, loss_function, shown, warn_if_alone
+from ..distributed import ProcessGroup, join, rows_of, total
+from ._common import Grouped, at_least_zero, inverse, loss_function, shown, warn_if_alone, zero_unless
 from ._views import (
-    Memory,
-    anchor_rows,
-    other_columns,
+    Anchors,
+    Keys,
     outside_rows,
     reduce_anchors,
+    rows_of_all,
     statistics,
     view_major,
     warn_without_negatives,
-    with_samples,
+    weights_of_valid,
+    with_positives,
+    without,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def supcon_loss(
     positives_cap: int | None = None,
     no_positive: str = "zero",
     memory: KeyQueue | tuple[Tensor, Tensor] | None = None,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    valid: Tensor | None = None,
     reduction: str = "mean",
     group: ProcessGroup | None = None,
     exchange: str = "gather",
@@ -132,14 +136,25 @@ def supcon_loss(
     x = validation.views("features", features)
     batch, views = x.shape[:2]
     validation.not_both("memory", memory, "positives_cap", positives_cap)
+    validation.not_both("keys", keys, "positives_cap", positives_cap)
+    validation.not_both("keys", keys, "memory", memory)
     x, labels, stored = validation.memory(memory, x, labels, mask)
+    x, labels, own_keys = validation.own_keys(keys, key_labels, x, labels, mask)
     ranks = join(
         group, exchange, x, "supcon_loss", batch, labels=validation.kind(labels), mask=validation.kind(mask),
         temperature=temperature, base_temperature=base_temperature, views=views, contrast_mode=contrast_mode,
         summation=summation, denominator=denominator, positives_cap=positives_cap, no_positive=no_positive,
-        reduction=reduction, rows_of_memory=rows_of(stored and stored[0]),
+        reduction=reduction, rows_of_memory=rows_of(stored and stored[0]), keys=own_keys is not None,
+        valid=validation.kind(valid),
     )  # fmt: skip
-    labels, mask = validation.supervision(labels, mask, batch, x, total(batch, ranks))
+    columns = total(batch, ranks)
+    contrasted = None
+    if own_keys is not None:
+        key_ranks = None if ranks is None else join(group, exchange, own_keys[0], "keys of supcon_loss")
+        columns = total(own_keys[0].shape[0], key_ranks)
+        contrasted = Keys(*_unchanging(*own_keys), key_ranks)
+    labels, mask = validation.supervision(labels, mask, batch, x, columns)
+    valid = validation.valid_rows(valid, batch, x)
     kept = validation.positives_cap("positives_cap", positives_cap, views)
     tau = validation.temperature("temperature", temperature, x)
     base = validation.temperature("base_temperature", base_temperature, x)
@@ -149,11 +164,19 @@ def supcon_loss(
     validation.option("no_positive", no_positive, NO_POSITIVE)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    rows = view_major(x)
-    anchors = rows.shape[0] if contrast_mode == "all" else batch
-    scale = inverse(tau, x)
-    if stored is not None:
-        stored = _unchanging(*stored)
+    rows = view_major(zero_unless(valid, x))
+    given = Anchors(
+        rows,
+        rows.shape[0] if contrast_mode == "all" else batch,
+        batch,
+        inverse(tau, x),
+        labels,
+        weights_of_valid(mask, valid, ranks, square=keys is None),
+        ranks,
+        memory=stored and _unchanging(*stored),
+        keys=contrasted,
+        valid=valid,
+    )
     if labels is None and mask is None:
         kept = None
         if views == 2 and denominator != "only_negatives":
@@ -161,119 +184,84 @@ def supcon_loss(
     count: Tensor | None
     by_labels = mask is None and denominator != "one_positive"
     if kept is not None or not (by_labels or (summation, denominator) == ("out", "all")):
-        loss, count = _chunked_rows(
-            x,
-            anchors,
-            scale,
-            labels,
-            mask,
-            ranks,
-            stored,
-            summation=summation,
-            denominator=denominator,
-            kept_samples=kept,
-        )
+        loss, count = _chunked_rows(given, kept, summation=summation, denominator=denominator)
     elif summation == "out":
-        among = "different" if denominator == "only_negatives" else "all"
-        problem = anchor_rows(rows, anchors, scale)
-        loss, count = outside_rows(problem, batch, labels, mask, among, ranks, stored)
+        loss, count = outside_rows(given, "different" if denominator == "only_negatives" else "all")
     else:
-        problem = anchor_rows(rows, anchors, scale)
-        loss, count = _inside_rows(problem, batch, labels, denominator, ranks, stored)
-    return reduce_anchors(loss, count, tau, base, no_positive, reduction, x, ranks)
+        loss, count = _inside_rows(given, denominator)
+    return reduce_anchors(given, loss, count, tau, base, no_positive, reduction)
 
 
-def _unchanging(keys: Tensor, labels: Tensor) -> Memory:
+def _unchanging(keys: Tensor, labels: Any) -> tuple[Tensor, Any]:
     """Copies of frozen keys and their labels, which the backward reads: a queue may have changed by then."""
     if torch.is_grad_enabled() and not keys.requires_grad:
-        return ops.snapshot(keys), ops.snapshot(labels)
+        return ops.snapshot(keys), None if labels is None else ops.snapshot(labels)
     return keys, labels
 
 
-def _inside_rows(
-    problem: Contrast,
-    batch: int,
-    labels: Tensor | None,
-    denominator: str,
-    ranks: Ranks | None,
-    memory: Memory | None,
-) -> tuple[Tensor, Tensor]:
+def _inside_rows(given: Anchors, denominator: str) -> tuple[Tensor, Tensor]:
     """The "in" loss of each anchor by class labels, unscaled, and the number of its positives.
 
     With p and n the logarithms of the sums over positives and over negatives, -log(e^p / (e^p + e^n)) is
     -log_sigmoid(p - n): nothing cancels in a converged model, as the whole denominator and p would.
     """
-    problem = with_samples(problem, batch, labels, "same", ranks)
-    positives = statistics(problem, ranks, memory)
+    problem = with_positives(given, "same")
+    positives = statistics(given, problem)
     others = problem._replace(among="different", label_positives=False)
-    negatives = statistics(others, ranks, memory).lse
+    negatives = statistics(given, others).lse
     count = positives.positive_count
     alone = (positives.lse == -torch.inf) & ~negatives.isnan()
     margin = (positives.lse - negatives).masked_fill(alone, 0.0)
     if denominator == "all":
-        warn_if_alone(other_columns(problem, ranks, memory))
+        warn_if_alone(given.columns)
         loss = count.log() - F.logsigmoid(margin)
     else:
-        warn_without_negatives((negatives == -torch.inf)[:, None])
+        warn_without_negatives(without(given, negatives)[:, None])
         loss = count.log() - margin
         alone = alone | ((negatives == -torch.inf) & ~positives.lse.isnan())
     return loss.masked_fill(alone, 0.0), count
 
 
-def _chunked_rows(
-    features: Tensor,
-    anchors: int,
-    scale: float | Tensor,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    ranks: Ranks | None,
-    memory: Memory | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """`reference.supcon_rows` of chunks of the anchors, recomputed in the backward: memory stays bounded."""
+def _chunked_rows(given: Anchors, kept: int | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """`reference.supcon_rows_of` chunks of the anchors, recomputed in the backward: memory stays bounded."""
     dispatch.require_engine(
         "supcon_loss with positives_cap, denominator='one_positive', or a mask beside 'out' and 'all'"
     )
-    features = features.to(dtypes.accumulate_dtype(features.dtype))
-    batch, before = features.shape[0], 0
-    if ranks is None:
-        keys = view_major(features)
-        queries = keys[:anchors]
-    else:  # the reference's keys are view-major over the samples of all
-        before = ranks.first
-        keys = view_major(gather(features, ranks.sizes, ranks.group))
-        queries = view_major(features)[:anchors]
-        labels = None if labels is None else gather(labels, ranks.sizes, ranks.group)
-    samples = keys.shape[0] // features.shape[1]
-    memory_labels = None
-    if memory is not None:
-        keys, memory_labels = torch.cat([keys, memory[0].to(keys)]), memory[1]
-    warn_if_alone(keys.shape[0] - 1)
+    given = given._replace(rows=given.rows.to(dtypes.accumulate_dtype(given.rows.dtype)))
+    everyone, ranks, anchors, batch = _with_all_ranks(given), given.ranks, given.anchors, given.samples
+    keys, samples, key_labels = everyone.rows, everyone.samples, None
+    if everyone.keys is not None:
+        keys, key_labels = everyone.keys.rows.to(keys), everyone.keys.labels
+    elif given.memory is not None:
+        keys, key_labels = torch.cat([keys, given.memory[0].to(keys)]), given.memory[1]
+    before = 0 if ranks is None else ranks.first
+    labels = everyone.labels
+    warn_if_alone(given.columns)
     if options["denominator"] == "only_negatives" and labels is not None:
         warn_without_negatives((labels == labels[:1])[None])
-    elif options["denominator"] == "only_negatives" and mask is not None:
-        warn_without_negatives(mask != 0)
+    elif options["denominator"] == "only_negatives" and given.mask is not None:
+        warn_without_negatives(given.mask != 0)
     step = max(1, CHUNK_LOGITS // keys.shape[0])
-    tensors = (queries, keys, scale, labels, mask, memory_labels)
+    tensors = (
+        given.rows[:anchors], keys, given.scale, labels, given.mask, key_labels, everyone.left_out
+    )  # fmt: skip
+    themselves = given.keys is None
 
-    def chunk(
-        first: int, queries: Tensor, keys: Tensor, scale: Any, labels: Any, mask: Any, memory_labels: Any
-    ) -> tuple[Tensor, Tensor]:
+    def chunk(first: int, queries: Tensor, keys: Tensor, scale: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+        labels, mask, key_labels, valid = rest
         own = torch.arange(first, min(first + step, anchors), device=keys.device)
         # By an op: what a compiled graph traces is multiplied in bfloat16 under autocast, in its backward.
         logits = autograd.similarity(queries[first : first + own.shape[0]], keys, scale, normalize=False)
-        if ranks is not None:
-            own = own // batch * samples + own % batch + before
-        return reference.supcon_rows_of(
-            logits,
-            own,
-            samples,
-            labels=labels,
-            mask=mask,
-            memory_labels=memory_labels,
-            before=before,
-            **options,
-        )
+        if themselves:
+            if ranks is not None:
+                own = own // batch * samples + own % batch + before
+            pairs = reference.supcon_pairs(
+                logits, own, samples, labels=labels, mask=mask, before=before, memory_labels=key_labels,
+                kept_samples=kept, valid=valid,
+            )  # fmt: skip
+        else:
+            pairs = reference.key_pairs(logits, own % batch, labels, key_labels, mask)
+        return reference.supcon_rows_of(logits, *pairs, **options)
 
     if step >= anchors:
         loss, count = chunk(0, *tensors)
@@ -284,8 +272,25 @@ def _chunked_rows(
         parts = [again(chunk, first, *tensors) for first in range(0, anchors, step)]
         loss, count = (torch.cat(part) for part in zip(*parts, strict=True))
     if options["denominator"] != "only_negatives":
-        loss = at_least_zero(loss, mask)
+        loss = at_least_zero(loss, given.mask)
     return loss, count
+
+
+def _with_all_ranks(given: Anchors) -> Anchors:
+    """The same with the keys of every rank, and the labels of theirs: view-major over the samples of all."""
+    ranks, keys = given.ranks, given.keys
+    if ranks is None:
+        return given
+    if keys is not None:
+        labels = None if keys.labels is None else rows_of_all(keys.labels, keys.ranks)
+        return given._replace(keys=Keys(rows_of_all(keys.rows, keys.ranks), labels, None))
+    by_sample = given.rows.reshape(-1, given.samples, given.rows.shape[1]).transpose(0, 1)
+    return given._replace(
+        rows=view_major(rows_of_all(by_sample, ranks)),
+        samples=total(given.samples, ranks),
+        labels=None if given.labels is None else rows_of_all(given.labels, ranks),
+        valid=None if given.valid is None else rows_of_all(given.valid, ranks),
+    )
 
 
 class SupConLoss(Grouped):
@@ -322,6 +327,9 @@ class SupConLoss(Grouped):
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         memory: KeyQueue | tuple[Tensor, Tensor] | None = None,
+        keys: Tensor | None = None,
+        key_labels: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> Tensor:
         return supcon_loss(
             features,
@@ -335,6 +343,9 @@ class SupConLoss(Grouped):
             positives_cap=self.positives_cap,
             no_positive=self.no_positive,
             memory=memory,
+            keys=keys,
+            key_labels=key_labels,
+            valid=valid,
             reduction=self.reduction,
             group=self.group,
             exchange=self.exchange,
