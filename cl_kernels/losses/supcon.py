@@ -70,17 +70,19 @@ def supcon_loss(
         \text{in:}\quad \ell_i &= -\frac{\tau}{\tau_0} \log \frac{1}{|P(i)|} \sum_{p \in P(i)} w_{ip}
             \frac{e^{S_{ip}}}{\sum_{j \in Den(i)} e^{S_{ij}}}
 
-    The rows of a memory are further rows j and p of every anchor, without being anchors themselves.
+    The rows of a memory are further rows j and p of every anchor, without being anchors themselves. Keys of
+    their own are the only ones, and no anchor is among them: P(i) are the keys of label :math:`y_i`, Den(i)
+    with "all" is every key.
 
     Args:
         features: [B, V, D], further dimensions are flattened; float16, bfloat16, float32 or float64; used as
             they come, not normalised.
         labels: [B] or [B, 1], integers, booleans or floats: samples of equal label (by ==) are positives. A
             NaN equals nothing: such a sample has no positives, not even its own other views.
-        mask: [B, B], bool, integer or float weights, not necessarily symmetric: sample j is a positive of
-            sample i where it is not 0; "in" wants no negative ones. An anchor whose weights sum to less than
-            1e-6 is not divided by their sum (as in SupContrast). Without labels and mask the other views of a
-            sample are its positives (SimCLR).
+        mask: [B, B], with keys [B, M], bool, integer or float weights, not necessarily symmetric: sample j is
+            a positive of sample i where it is not 0; "in" wants no negative ones. An anchor whose weights sum
+            to less than 1e-6 is not divided by their sum (as in SupContrast). Without labels and mask the
+            other views of a sample are its positives (SimCLR).
         temperature, base_temperature: :math:`\tau, \tau_0 > 0`, floats or tensors of one element, which get
             their gradients.
         contrast_mode: "all": every row is an anchor; "one": those of view 0.
@@ -94,6 +96,13 @@ def supcon_loss(
         memory: earlier keys with their labels, a `KeyQueue` with labels or a pair of keys [K, D] and labels
             [K]; the keys get a gradient if they require one, else they may be changed in place before the
             backward. Only with labels and without positives_cap; over a group the same on every rank.
+        keys, key_labels: what the anchors are contrasted with in place of each other, [M, D], and its labels
+            [M] or [M, 1], compared with `labels`; in place of both labels a mask [B, M]. The keys get a
+            gradient if they require one, else they may be changed in place before the backward. Without
+            memory and positives_cap. Over a group each rank has keys, and anchors meet those of all ranks.
+        valid: bool [B], False for samples that are padding: they are no anchors, no positives and in no
+            denominator, and the mean does not count them. Their loss and gradient are 0 whatever stands in
+            their features, labels and mask. None: all count.
         reduction: "mean" over the anchors, "sum", or "none": [VB] or, for "one", [B].
         group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
             and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
@@ -114,8 +123,9 @@ def supcon_loss(
     input         gradient
     ============  ==================================================================================
     logits        :math:`G_{ij} = g_i \tau / \tau_0\, (\mathrm{softmax}_{Den(i)}(S_i)_j - W_{ij})`
-    features      :math:`dz = (G + G^\top) z / \tau`, and :math:`G m / \tau` for keys m of the memory
-    memory        :math:`dm = G^\top z / \tau`
+    features      :math:`dz = (G + G^\top) z / \tau`, and :math:`G m / \tau` for keys m of the memory or of
+                  their own
+    memory, keys  :math:`dm = G^\top z / \tau`
     temperature   :math:`\sum_i g_i \ell_i / \tau - \sum_{ij} G_{ij} S_{ij} / \tau`
     ============  ==================================================================================
 
@@ -130,6 +140,9 @@ def supcon_loss(
         >>> clk.supcon_loss(features.requires_grad_(), labels, temperature=0.1).backward()
         >>> clk.supcon_loss(features, reduction="none").shape  # SimCLR, a loss an anchor
         torch.Size([16])
+        >>> keys = torch.nn.functional.normalize(torch.randn(32, 16))
+        >>> clk.supcon_loss(features, labels, keys=keys, key_labels=torch.arange(32) % 4).shape
+        torch.Size([])
 
     Source: Khosla et al., "Supervised Contrastive Learning", 2020, equations 2 and 3.
     """
@@ -294,8 +307,8 @@ def _with_all_ranks(given: Anchors) -> Anchors:
 
 
 class SupConLoss(Grouped):
-    """`supcon_loss` as a module, with the constructor and the forward of SupContrast's SupConLoss; memory is
-    an argument of the forward."""
+    """`supcon_loss` as a module, with the constructor and the forward of SupContrast's SupConLoss; memory,
+    keys and valid are arguments of the forward."""
 
     def __init__(
         self,
