@@ -269,7 +269,8 @@ def valid_rows(x: Any, n: int, like: Tensor) -> Tensor | None:
     if x is None:
         return None
     boolean_mask("valid", x, [n])
-    same_device(features=like, valid=x)
+    if x.device != like.device:
+        raise ValueError(f"valid must be on {like.device}, got a tensor on {x.device}")
     return _saveable(x)
 
 
