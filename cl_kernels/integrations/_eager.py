@@ -30,9 +30,10 @@ def logsumexp_dtype(x: Tensor) -> torch.dtype:
 
 
 def promoted(dtype: torch.dtype, *others: float | Tensor) -> torch.dtype:
-    """That of rows of `dtype` after arithmetic with `others`."""
+    """That of rows of `dtype` after arithmetic with `others`: numbers and 0-dim tensors do not change it."""
     for other in others:
-        dtype = torch.result_type(torch.empty(1, dtype=dtype), other)
+        if isinstance(other, Tensor) and other.dim() > 0:
+            dtype = torch.promote_types(dtype, other.dtype)
     return dtype
 
 
