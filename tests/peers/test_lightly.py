@@ -290,8 +290,9 @@ def test_patch(loss: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{loss}.forward" in capsys.readouterr().out
 
 
-def test_compiled() -> None:
-    theirs, mine = _both("NTXentLoss")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiled(loss: str) -> None:
+    theirs, mine = _both(loss)
     inputs = _views()
     found = torch.compile(mine, backend="eager", fullgraph=True)(*inputs)
     torch.testing.assert_close(found, theirs(*inputs), rtol=1e-5, atol=1e-6)
