@@ -19,7 +19,7 @@ from ._eager import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
 from ._registry import Library
 from ._swap import Unfused, fused
 
-LIBRARY = Library("open_clip", distribution="open_clip_torch", versions=("3.3.0",))
+LIBRARY = Library("open_clip", distribution="open_clip_torch", versions=("3.3.0", "4.2.0.dev0"))
 
 __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss"]
 
