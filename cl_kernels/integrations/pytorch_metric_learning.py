@@ -37,7 +37,7 @@ LIBRARY = Library(
     "pytorch_metric_learning", distribution="pytorch-metric-learning", versions=("2.8.1", "2.9.0")
 )
 HOOKS = ("_compute_loss", "mat_based_loss", "pair_based_loss")
-BLOCK_ROWS = 256
+BLOCK_ROWS = 128
 BLOCK_COLUMNS = 1024
 CHUNK = 2**20  # logits, or numbers of gathered rows, at a time
 
@@ -285,14 +285,15 @@ def _by_label(embeddings: Tensor, ref_emb: Tensor, pairs: AllPairs) -> _Classes:
     n, m = len(labels), len(ref_labels)
     if n != len(embeddings) or m > len(ref_emb) or not (n and m):
         raise Unfused("there are not as many labels as embeddings, or none")
+    rows = labels.to(torch.int64, copy=True)  # the backward reads them: a memory may have changed by then
     if labels is ref_labels:
-        columns = labels.long()
-        return _Classes(columns, columns, own)
+        return _Classes(rows, rows, own)
+    columns = ref_labels.to(torch.int64, copy=True)
     if n == 1:
         own = None  # the library keeps the self-comparison of a batch of one
     if own is not None and own + n > m:
-        return _Classes(labels.long(), ref_labels.roll(-own).long(), 0, shift=own)
-    return _Classes(labels.long(), ref_labels.long(), own)
+        return _Classes(rows, columns.roll(-own), 0, shift=own)
+    return _Classes(rows, columns, own)
 
 
 def _rows(loss: Any, embeddings: Tensor, ref_emb: Tensor, pairs: _Classes | _Given) -> _Rows:
