@@ -37,11 +37,19 @@ LIBRARY = Library(
     "pytorch_metric_learning", distribution="pytorch-metric-learning", versions=("2.8.1", "2.9.0")
 )
 HOOKS = ("_compute_loss", "mat_based_loss", "pair_based_loss")
-BLOCK_ROWS = 128
-BLOCK_COLUMNS = 1024
-CHUNK = 2**20  # logits, or numbers of gathered rows, at a time
 
 LossDict = dict[str, dict[str, Any]]
+
+
+class _Sizes(NamedTuple):
+    """How much is worked on at a time: of small classes as many as make a block, of large pieces of rows."""
+
+    rows: int
+    columns: int
+    chunk: int  # logits, or numbers of gathered rows
+
+
+SIZES = {"cpu": _Sizes(128, 1024, 2**20), "other": _Sizes(2048, 8192, 2**24)}
 
 
 class AllPairs(Sequence[Tensor]):
@@ -249,6 +257,10 @@ class DistributedLossWrapper(distributed.DistributedLossWrapper):
         return self.loss(emb, labels, indices_tuple, refs, their_labels) * world_size
 
 
+def _sizes(x: Tensor) -> _Sizes:
+    return SIZES["cpu" if x.device.type == "cpu" else "other"]
+
+
 def _losses(found: Tensor, indices: Any, reduction_type: str) -> LossDict:
     return {"loss": {"losses": found, "indices": indices, "reduction_type": reduction_type}}
 
@@ -396,7 +408,8 @@ class _Plan(NamedTuple):
 
     @staticmethod
     def of(classes: _Classes) -> _Plan:
-        """It waits for the device once, for the sizes of the classes."""
+        """It waits for the device, for the sizes of the classes."""
+        sizes = _sizes(classes.rows)
         rows, row_order = classes.rows.sort(stable=True)
         columns, column_order = (
             (rows, row_order) if classes.columns is classes.rows else classes.columns.sort(stable=True)
@@ -410,7 +423,7 @@ class _Plan(NamedTuple):
             if last > first:
                 pairs, most = pairs + count * (last - first), max(most, last - first)
                 start = blocks[-1] if blocks else None
-                if start is None or row + count - start[0] > BLOCK_ROWS or last - start[1] > BLOCK_COLUMNS:
+                if start is None or row + count - start[0] > sizes.rows or last - start[1] > sizes.columns:
                     blocks.append((row, first, row + count, last))
                 else:
                     blocks[-1] = (start[0], start[1], row + count, last)
@@ -443,10 +456,11 @@ def _in_blocks(rows: _Rows, classes: _Classes, plan: _Plan, summed: bool) -> lis
     """`_block` of parts of the plan's blocks, computed again in the backward where these are many."""
     negatives = autograd.contrastive(_problem(rows, classes, among="different")).lse
     q, k = (x.to(dtypes.accumulate_dtype(x.dtype)) for x in (rows.q, rows.keys))
+    chunk = _sizes(q).chunk
     parts = [
         (first, min(first + step, last), i)
         for i, (row, column, last, last_column) in enumerate(plan.blocks)
-        for step in [max(1, CHUNK // (last_column - column))]
+        for step in [max(1, chunk // (last_column - column))]
         for first in range(row, last, step)
     ]
     row_spans = [part[:2] for part in parts]
@@ -460,7 +474,7 @@ def _in_blocks(rows: _Rows, classes: _Classes, plan: _Plan, summed: bool) -> lis
         for x in (k, classes.columns, torch.arange(len(k), device=k.device))
     ]
     cells = sum((last - first) * (plan.blocks[i][3] - plan.blocks[i][1]) for first, last, i in parts)
-    again = cells > CHUNK and torch.is_grad_enabled()
+    again = cells > chunk and torch.is_grad_enabled()
     return [
         _maybe_again(
             again, _block, summed, classes.exclude, rows.dtype, rows.scale,
@@ -515,7 +529,7 @@ def _mean_log_of_given(rows: _Rows, pairs: _Given) -> tuple[Tensor, Tensor]:
     if (positive & negative).any():
         raise Unfused("a pair is both positive and negative")
     valid = positive.any() & negative.any()
-    step = max(1, CHUNK // size[1])
+    step = max(1, _sizes(rows.q).chunk // size[1])
     again = step < size[0] and torch.is_grad_enabled()
     q, k = (x.to(dtypes.accumulate_dtype(x.dtype)) for x in (rows.q, rows.keys))
     found = [
@@ -558,7 +572,7 @@ def _scores(rows: _Rows, anchors: Sequence[Tensor], others: Sequence[Tensor]) ->
     if len(q) * len(k) <= 4 * sum(sizes):
         matrix = autograd.similarity(q, None if rows.k is None else k, rows.scale, normalize=False)
         return matrix[rows_of, columns_of].split(sizes)
-    step = max(1, CHUNK // q.shape[1])
+    step = max(1, _sizes(q).chunk // q.shape[1])
     again = step < sum(sizes) and torch.is_grad_enabled()
     found = [
         _maybe_again(again, _products, q, k, rows.scale, *parts)[0]
