@@ -96,7 +96,7 @@ def unpatch(name: str | None = None) -> None:
         if each not in LIBRARIES:
             raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {each!r}")
         for place, attribute, original in reversed(_patched.pop(each, [])):
-            if original is None:  # inherited
+            if original is None:  # the class had inherited it
                 delattr(place, attribute)
             else:
                 setattr(place, attribute, original)
@@ -165,7 +165,10 @@ def _swaps_of(kind: Any) -> list[Swap]:
     for name, root in LIBRARIES.items():
         if name not in REPOSITORIES and _root(kind) != root:
             continue
-        _refuse_unknown_version(name)
+        if _root(kind) == root:
+            _refuse_unknown_version(name)
+        elif not _importable(name):
+            continue
         mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
         if name in REPOSITORIES:
             mine = [swap for swap in mine if _source(swap, kind) in swap.known]
@@ -174,6 +177,14 @@ def _swaps_of(kind: Any) -> list[Swap]:
         if mine:
             return mine
     return []
+
+
+def _importable(name: str) -> bool:
+    try:
+        library(name)
+    except ImportError:
+        return False
+    return True
 
 
 def _refuse_unknown_version(name: str) -> None:
