@@ -43,16 +43,15 @@ def supervised(
     augmentations: int,
     temperature: Scalar,
     base_temperature: Scalar,
-) -> tuple[Tensor, Tensor | None]:
-    """SupCon's losses of anchors, NaN where the weights of an anchor's positives sum to 0; and these sums.
+    drop: bool = False,
+) -> Tensor:
+    """SupCon's mean over anchors, NaN where the weights of an anchor's positives sum to 0.
 
     Args:
         features: [A*B, V, ...], A augmentations of B samples one after the other.
         labels, mask: [B] and [B, B], on the device of the features.
         views: how many of the V are anchors.
-
-    Returns:
-        losses, [A*B*views], view-major, and sums, None where no label or weight is looked at.
+        drop: leave out the anchors whose weights sum to 0.
     """
     x = validation.views("features", features)
     batch = validation.split("features", x, augmentations)
@@ -61,11 +60,17 @@ def supervised(
     base = validation.temperature("base_temperature", base_temperature, x)
     problem = anchor_rows(view_major(x), views * x.shape[0], inverse(tau, x))
     loss, count = outside_rows(problem, batch, labels, mask)
-    if count is None and problem.keys.shape[0] == batch:  # one view, and no positives
-        count = torch.zeros_like(loss)
-    if count is not None:  # not divided by it where it is so small
-        loss = loss / count.masked_fill(count >= EMPTY_COUNT, 1.0)
-    return loss * (wide(tau, loss) / wide(base, loss)), count
+    if count is None:
+        loss = loss.mean()
+    else:  # not divided by it where it is so small
+        divisor, counted = count.masked_fill(count >= EMPTY_COUNT, 1.0), count != 0
+        if drop:
+            loss = (loss / divisor.masked_fill(~counted, 1.0)).masked_fill(
+                ~counted, 0.0
+            ).sum() / counted.sum()
+        else:
+            loss = (loss / divisor).mean()
+    return (loss * (wide(tau, loss) / wide(base, loss))).to(dtypes.accumulate_dtype(x.dtype))
 
 
 def supervision(

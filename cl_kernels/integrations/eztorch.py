@@ -242,11 +242,11 @@ def _token_rows(
 def _logits(
     rows: Tensor, keys: Sequence[Tensor], ignored: Tensor | None, temperature: Tensor, large: float
 ) -> Tensor:
-    rows = rows / temperature
     first = rows @ keys[0].T
     if ignored is not None:
-        first = first - ignored.to(first) * (large / temperature)
-    return first if len(keys) == 1 else torch.cat([first, *(rows @ part.T for part in keys[1:])], 1)
+        first = first - large * ignored.to(first)
+    logits = first if len(keys) == 1 else torch.cat([first, *(rows @ part.T for part in keys[1:])], 1)
+    return logits / temperature
 
 
 def compute_sce_mask(

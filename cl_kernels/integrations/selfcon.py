@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import validation
-from ..dtypes import accumulate_dtype
 from ._formulas import supervised, supervision
 from ._registry import Library
 from ._swap import fused
@@ -55,10 +54,6 @@ class ConLoss(nn.Module):
         if supcon_s and views * augmentations > 1:
             raise ValueError(f"supcon_s takes anchors of one view, got {views * augmentations}")
         labels, mask = supervision(x, labels, mask)
-        loss, count = supervised(
-            x, labels, mask, views, augmentations, self.temperature, self.base_temperature
+        return supervised(
+            x, labels, mask, views, augmentations, self.temperature, self.base_temperature, drop=supcon_s
         )
-        if supcon_s and count is not None:
-            kept = count != 0
-            loss = loss.masked_fill(~kept, 0.0).sum() / kept.sum()
-        return loss.mean().to(accumulate_dtype(x.dtype))

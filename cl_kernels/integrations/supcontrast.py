@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import validation
-from ..dtypes import accumulate_dtype
 from ..losses import supcon_loss
 from ._formulas import supervised, supervision
 from ._registry import Library, digest
@@ -54,8 +53,7 @@ class SupConLoss(nn.Module):
         x = validation.views("features", features)
         validation.option("contrast_mode", self.contrast_mode, ("all", "one"))
         views = x.shape[1] if self.contrast_mode == "all" else 1
-        loss, _ = supervised(x, labels, mask, views, 1, self.temperature, self.base_temperature)
-        return loss.mean().to(accumulate_dtype(x.dtype))
+        return supervised(x, labels, mask, views, 1, self.temperature, self.base_temperature)
 
 
 @functools.cache
