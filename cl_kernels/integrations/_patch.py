@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ._registry import LIBRARIES, digest, library
+from ._registry import LIBRARIES, REPOSITORIES, digest, library
 from ._swap import Swap, Unfused, holders, logger, swaps
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ _patched: dict[str, list[tuple[Any, str, Any]]] = {}
 
 
 class Patch:
-    """What `patch` swapped, a context manager that swaps it back.
+    """The swaps that `patch` made, a context manager that takes them back.
 
     Attributes:
         library: its name.
@@ -122,9 +123,11 @@ def accelerate(criterion: T) -> T:
 
 def _twin(criterion: Any) -> Any:
     kind: Any = criterion if isinstance(criterion, FunctionType) else type(criterion)
-    if getattr(kind, "unfused", None) is not None or kind.__module__.startswith(f"{__package__}."):
+    if hasattr(kind, "replaces") or kind.__module__.startswith(f"{__package__}."):
         return criterion
     found = _swaps_of(kind)
+    if found and all(hasattr(_method(swap, kind), "replaces") for swap in found):
+        return criterion  # patched
     if found:
         if not isinstance(kind, type):
             return found[0].over(criterion)
@@ -142,11 +145,12 @@ def _with_children(module: nn.Module) -> nn.Module | None:
     """`module`, a copy, with fused losses for its own; None if it has no known ones."""
     fused: dict[str, nn.Module | None] = {}
     for name, child in module._modules.items():
-        if child is not None and _root(type(child)) in LIBRARIES.values():
-            try:
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            fused[name] = _with_children(copy.copy(child))
+        elif child is not None and _root(type(child)) in LIBRARIES.values():
+            with contextlib.suppress(Unfused):
                 fused[name] = _twin(child)
-            except Unfused:
-                continue
+    fused = {name: twin for name, twin in fused.items() if twin is not None}
     if not fused:
         return None
     module._modules = {**module._modules, **fused}
@@ -154,24 +158,39 @@ def _with_children(module: nn.Module) -> nn.Module | None:
 
 
 def _swaps_of(kind: Any) -> list[Swap]:
-    """What replaces a function, or methods of a class."""
+    """Those that replace a function, or methods of a class."""
     for name, root in LIBRARIES.items():
-        at_home = _root(kind) == root
-        if not at_home and name not in ("supcontrast", "selfcon", "dimcl", "eztorch", "solo_learn"):
+        if name not in REPOSITORIES and _root(kind) != root:
             continue
-        library_module = import_module(f".{name}", __package__)
+        _refuse_unknown_version(name)
         mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
-        if library_module.LIBRARY.distribution is not None:
-            mine = [swap for swap in mine if swap.module == kind.__module__]
-        else:
+        if name in REPOSITORIES:
             mine = [swap for swap in mine if _source(swap, kind) in swap.known]
+        else:
+            mine = [swap for swap in mine if swap.module == kind.__module__]
         if mine:
             return mine
     return []
 
 
+def _refuse_unknown_version(name: str) -> None:
+    try:
+        wrong = library(name).unknown()
+    except (ImportError, AttributeError) as error:  # what the adapter replaces is not there
+        wrong = str(error)
+    if wrong is not None:
+        raise Unfused(wrong)
+
+
+def _method(swap: Swap, kind: Any) -> Any:
+    """The function of `kind` that a swap replaces, `kind` itself if it is one."""
+    if isinstance(kind, FunctionType):
+        return kind
+    return vars(kind).get(swap.qualname.rpartition(".")[2])
+
+
 def _source(swap: Swap, kind: Any) -> str | None:
-    function = kind if isinstance(kind, FunctionType) else vars(kind).get(swap.qualname.rpartition(".")[2])
+    function = _method(swap, kind)
     try:
         return digest(function) if function is not None else None
     except (OSError, TypeError):  # defined where no source can be read

@@ -22,7 +22,7 @@ logger = logging.getLogger("cl_kernels.integrations")
 
 
 class Unfused(Exception):
-    """What an adapter cannot fuse, raised before anything has changed; the text says why."""
+    """A call that an adapter cannot fuse, raised before anything has changed; the text says why."""
 
 
 class Calls(NamedTuple):
@@ -99,6 +99,7 @@ class Swap:
             self._say(str(reason))
             return own(*args, **options)
 
+        call.replaces = self.target  # type: ignore[attr-defined]
         if original is not None:
             call.unfused = original  # type: ignore[attr-defined]
         return call
@@ -116,7 +117,8 @@ class Swap:
     def _refuse_overridden(self, found: type, owner: type | None) -> None:
         owner = owner or self.owner()
         for name in self.relies_on:
-            if getattr(found, name) is not getattr(owner, name):
+            method = getattr(found, name)
+            if method is not getattr(owner, name) and not hasattr(method, "replaces"):
                 raise Unfused(f"{found.__qualname__} has a {name} of its own")
 
     def _say(self, reason: str) -> None:
