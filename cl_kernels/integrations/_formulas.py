@@ -124,17 +124,18 @@ def relational(
         positive = torch.arange(own, own + q.shape[0], device=q.device)
         validation.index("own", positive, q.shape[0], keys[0].shape[0])
     teacher, fixed = k.detach(), [part.detach() for part in keys]
-    if torch.is_grad_enabled() and any(part.requires_grad for part in keys):
-        problem = SoftTarget(q, keys, teacher, fixed, scale, target_scale, positive)
-        cross = autograd.soft_target(problem).cross
+    if own is None or (torch.is_grad_enabled() and any(part.requires_grad for part in keys)):
+        stats = autograd.soft_target(SoftTarget(q, keys, teacher, fixed, scale, target_scale, positive))
+        lse, cross = stats.lse, stats.cross
     else:
         problem = SoftTarget(teacher, fixed, teacher, fixed, target_scale, target_scale, positive)
         _, mean = autograd.soft_target_means(problem)
         cross = (q.to(mean.dtype) * mean).sum(1) * scale
-    if own is not None and keys[0].shape[0] == 1:  # the positive alone
-        keys, own = keys[1:], None
-    lse = autograd.contrastive(Contrast(q, keys[0], scale, exclude=own)).lse
-    lse = _with_segments(lse, q, keys[1:], scale)
+    if own is not None:
+        if keys[0].shape[0] == 1:  # the positive alone
+            keys, own = keys[1:], None
+        lse = autograd.contrastive(Contrast(q, keys[0], scale, exclude=own)).lse
+        lse = _with_segments(lse, q, keys[1:], scale)
     return cross_entropy(lse, cross.to(lse), columns)
 
 

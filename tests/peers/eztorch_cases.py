@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import product
+from types import ModuleType
+from typing import Any
 
 import torch
 from peers.cases import PeerCase
@@ -15,175 +18,163 @@ import cl_kernels
 from cl_kernels.integrations import eztorch
 
 NEEDS = ()
+TOKENS = 8
+
+Make = Callable[[int], tuple[Tensor, ...]]  # the masks for a number of rows
 
 
 def keyed(
-    queue: int, world: int, frozen: bool, rows: int, dtype: torch.dtype, generator: torch.Generator
+    queue: int,
+    world: int,
+    frozen: bool,
+    masks: Make,
+    rows: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
 ) -> list[Tensor]:
-    """q, k, the keys of `world` processes, this being the last, and a queue [D, K] unless `queue` is 0."""
+    """q, k, the keys of `world` processes, this being the last, a queue [D, K] unless `queue` is 0, and masks."""
     make = partial(unit_views, dtype=dtype, generator=generator)
     q, k, others = make(rows, 128), make(rows, 128), make(rows * world, 128)
-    everyone = torch.cat([others.detach()[rows:], k.detach()])
-    found = [q, k, everyone]
+    found = [q, k, torch.cat([others.detach()[rows:], k.detach()])]
     if queue:
         found.append(make(queue, 128).detach().T.contiguous())
     for x in found[1:]:
         x.requires_grad_(not frozen)
-    return found
+    return [*found, *masks(rows)]
 
 
 def crops(
-    count: int, world: int, alone: bool, rows: int, dtype: torch.dtype, generator: torch.Generator
+    world: int, alone: bool, masks: Make, rows: int, dtype: torch.dtype, generator: torch.Generator
 ) -> list[Tensor]:
-    """z, and for several processes, of which this is the last, the rows of all."""
+    """z, for several processes, of which this is the last, the rows of all, and masks."""
     make = partial(unit_views, dtype=dtype, generator=generator)
     z = make(rows, 128)
     if alone:
-        return [z]
+        return [z, *masks(rows)]
     others = make(rows * world, 128).detach()[rows:]
-    return [z, torch.cat([others, z.detach()]).requires_grad_()]
+    return [z, torch.cat([others, z.detach()]).requires_grad_(), *masks(rows)]
+
+
+def no_masks(rows: int) -> tuple[Tensor, ...]:
+    return ()
+
+
+class Cases:
+    """Collects them."""
+
+    def __init__(self) -> None:
+        names = ("sce", "moco", "mocov3", "ressl", "simclr", "sce_token")
+        self.files = {name: load("eztorch", f"eztorch/losses/{name}_loss.py") for name in names}
+        self.found: list[PeerCase] = []
+
+    def add(self, file: str, options: str, call: Any, inputs: Any, measured: bool = False) -> None:
+        """Twice, with the adapter's function and with an accelerated one; `call` makes a loss of one."""
+        name = f"compute_{file}_loss"
+        original = getattr(self.files[file], name)
+        twins = {options: getattr(eztorch, name), f"{options}, accelerated": cl_kernels.accelerate(original)}
+        for shown, ours in twins.items():
+            rows = 4096 if measured and shown == options else None
+            case = PeerCase(
+                f"eztorch.{name}", shown, partial(call, original), partial(call, ours), inputs, measured=rows
+            )
+            self.found.append(case)
 
 
 def CASES() -> list[PeerCase]:
     if clone("eztorch") is None:
         return []
-    files = {
-        name: load("eztorch", f"eztorch/losses/{name}_loss.py")
-        for name in ("sce", "moco", "mocov3", "ressl", "simclr", "sce_token")
-    }
-
-    def case(file: str, options: str, call: object, inputs: object, **rest: object) -> PeerCase:
-        name = f"compute_{file}_loss"
-        original = getattr(files[file], name)
-        ours = cl_kernels.accelerate(original) if "accelerated" in options else getattr(eztorch, name)
-        return PeerCase(
-            f"eztorch.{name}", options, partial(call, original), partial(call, ours), inputs, **rest
-        )
-
-    def soft(file: str, use_keys: bool, world: int, queue: int, **keywords: object) -> object:
-        """SCE or ReSSL; the mask is made once for a number of rows."""
-
-        def make(function: object) -> object:
-            masks: dict[int, Tensor] = {}
-
-            def loss(q: Tensor, k: Tensor, everyone: Tensor, bank: Tensor | None = None) -> Tensor:
-                rows = q.shape[0]
-                if rows not in masks:
-                    masks[rows] = getattr(files[file], f"compute_{file}_mask")(
-                        rows, queue, use_keys, world - 1, world
-                    )
-                weight = [keywords["coeff"]] if "coeff" in keywords else []
-                rest = {key: value for key, value in keywords.items() if key != "coeff"}
-                return function(q, k, everyone, use_keys, bank, masks[rows], *weight, **rest)
-
-            return loss
-
-        return make
-
-    found = []
+    cases = Cases()
     for use_keys, world, queue, frozen in product((True, False), (1, 2), (0, 100), (True, False)):
-        if not use_keys and (world > 1 or not queue):
-            continue
-        shown = (
-            f"{'keys' if use_keys else 'no keys'} of {world}, queue of {queue}, "
-            f"{'frozen' if frozen else 'with gradient'}"
-        )
-        given = partial(keyed, queue, world, frozen)
-        measured = 4096 if use_keys and frozen and world == 1 and not queue else None
-        for suffix, coeff in (("", 0.5), (", accelerated, coeff 0.25", torch.tensor(0.25))):
-            found.append(
-                case(
-                    "sce",
-                    shown + suffix,
-                    soft("sce", use_keys, world, queue, coeff=coeff),
-                    given,
-                    measured=None if suffix else measured,
-                )
-            )
-        found += [
-            case(
-                "sce",
-                f"{shown}, temperatures",
-                soft("sce", use_keys, world, queue, coeff=0.0, temp=0.2, temp_m=0.05),
-                given,
-            ),
-            case("ressl", shown, soft("ressl", use_keys, world, queue), given, measured=measured),
-            case("ressl", f"{shown}, accelerated", soft("ressl", use_keys, world, queue, temp=0.2), given),
-        ]
-
-        def moco(function: object, use_keys: bool = use_keys, world: int = world) -> object:
-            return lambda q, k, everyone, bank=None: function(
-                q, k, everyone, use_keys, bank, temp=0.1, rank=world - 1
-            )
-
-        found.append(case("moco", shown, moco, given, measured=measured))
-        found.append(case("moco", f"{shown}, accelerated", moco, given))
-        if use_keys and not queue:
-
-            def mocov3(function: object, world: int = world) -> object:
-                return lambda q, k, everyone: function(q, everyone, 0.2, world - 1)
-
-            found.append(case("mocov3", shown, mocov3, given, measured=measured))
-            found.append(case("mocov3", f"{shown}, accelerated", mocov3, given))
+        if use_keys or (world == 1 and queue):
+            _with_keys(cases, use_keys, world, queue, frozen)
     for count, world, alone in ((2, 1, True), (2, 1, False), (2, 2, False), (3, 1, True), (4, 2, False)):
-
-        def simclr(function: object, count: int = count, world: int = world) -> object:
-            masks: dict[int, tuple[Tensor, Tensor]] = {}
-
-            def loss(z: Tensor, everyone: Tensor | None = None) -> Tensor:
-                rows = z.shape[0]
-                if rows not in masks:
-                    made = files["simclr"].compute_simclr_masks(rows // count, count, world - 1, world)
-                    masks[rows] = made
-                return function(z, z if everyone is None else everyone, *masks[rows], 0.2)
-
-            return loss
-
-        shown = f"{count} crops, process {world} of {world}{', z itself' if alone else ''}"
-        given = partial(crops, count, world, alone)
-        found.append(case("simclr", shown, simclr, given, measured=4096 if alone and count == 2 else None))
-        found.append(case("simclr", f"{shown}, accelerated", simclr, given))
-    found += _token_cases(case, files["sce_token"])
-    return found
-
-
-def _token_cases(case: object, file: object) -> list[PeerCase]:
-    found = []
+        _simclr(cases, count, world, alone)
     for which, aligned, radius, queue, frozen in product(
         ("no keys", "keys", "all keys"), (True, False), (0, 2), (0, 100), (True, False)
     ):
-        if (radius == 0 and not aligned) or (which == "all keys" and aligned and radius == 0 and not queue):
-            continue
-        world = 2 if which == "all keys" else 1
-        if which == "no keys" and not queue and radius == 0:
-            continue  # one column is left of the query's distribution, and none of the target's
+        if (aligned or radius) and (queue or (which, radius) != ("no keys", 0)):
+            _tokens(cases, which, aligned, radius, queue, frozen)
+    return cases.found
 
-        def make(
-            function: object,
-            which: str = which,
-            aligned: bool = aligned,
-            radius: int = radius,
-            queue: int = queue,
-            world: int = world,
-        ) -> object:
-            masks: dict[int, tuple] = {}
 
-            def loss(q: Tensor, k: Tensor, everyone: Tensor, bank: Tensor | None = None) -> Tensor:
-                rows = q.shape[0]
-                if rows not in masks:
-                    masks[rows] = file.compute_sce_token_masks(
-                        rows // 8, 8, queue, radius, aligned, which == "keys", which == "all keys",
-                        world - 1, world,
-                    )[:4]  # fmt: skip
-                return function(q, k, everyone, bank, *masks[rows], 0.5)
+def _with_keys(cases: Cases, use_keys: bool, world: int, queue: int, frozen: bool) -> None:
+    shown = (
+        f"{'keys' if use_keys else 'no keys'} of {world}, queue of {queue}, "
+        f"{'frozen' if frozen else 'with gradient'}"
+    )
+    measured = use_keys and frozen and world == 1 and not queue
+
+    def masks(file: str, rows: int) -> tuple[Tensor, ...]:
+        mask = getattr(cases.files[file], f"compute_{file}_mask")(rows, queue, use_keys, world - 1, world)
+        return () if mask is None else (mask,)
+
+    def soft(*weight: Any, temp: float = 0.1, temp_m: float = 0.07) -> Any:
+        def call(function: Any) -> Any:
+            def loss(q: Tensor, k: Tensor, everyone: Tensor, *rest: Tensor) -> Tensor:
+                bank, mask = rest[0] if queue else None, rest[-1] if len(rest) > bool(queue) else None
+                return function(q, k, everyone, use_keys, bank, mask, *weight, temp, temp_m)
 
             return loss
 
-        shown = (
-            f"{which} of {world}, radius {radius}{'' if aligned else ', not aligned'}, queue of {queue}, "
-            f"{'frozen' if frozen else 'with gradient'}"
+        return call
+
+    def moco(function: Any) -> Any:
+        return lambda q, k, everyone, bank=None: function(q, k, everyone, use_keys, bank, rank=world - 1)
+
+    def mocov3(function: Any) -> Any:
+        return lambda q, k, everyone: function(q, everyone, 0.2, world - 1)
+
+    sce, ressl, bare = (
+        partial(keyed, queue, world, frozen, make)
+        for make in (partial(masks, "sce"), partial(masks, "ressl"), no_masks)
+    )
+    cases.add("sce", shown, soft(0.5), sce, measured)
+    cases.add("sce", f"{shown}, coeff a tensor", soft(torch.tensor(0.25)), sce)
+    cases.add("sce", f"{shown}, temperatures", soft(0.0, temp=0.2, temp_m=0.05), sce)
+    cases.add("ressl", shown, soft(), ressl, measured)
+    cases.add("moco", shown, moco, bare, measured)
+    if use_keys and not queue:
+        cases.add("mocov3", shown, mocov3, bare, measured)
+
+
+def _simclr(cases: Cases, count: int, world: int, alone: bool) -> None:
+    def masks(rows: int) -> tuple[Tensor, ...]:
+        file = cases.files["simclr"]
+        return tuple(file.compute_simclr_masks(rows // count, count, world - 1, world))
+
+    def call(function: Any) -> Any:
+        def loss(z: Tensor, *rest: Tensor) -> Tensor:
+            return function(z, *([z, *rest] if alone else rest), 0.2)
+
+        return loss
+
+    shown = f"{count} crops, process {world} of {world}{', z itself' if alone else ''}"
+    cases.add("simclr", shown, call, partial(crops, world, alone, masks), alone and count == 2)
+
+
+def _tokens(cases: Cases, which: str, aligned: bool, radius: int, queue: int, frozen: bool) -> None:
+    world = 2 if which == "all keys" else 1
+    every_query = which == "all keys" and aligned  # two masks are None
+
+    def masks(rows: int) -> tuple[Tensor, ...]:
+        file: ModuleType = cases.files["sce_token"]
+        keys = (which == "keys", which == "all keys")
+        made = file.compute_sce_token_masks(
+            rows // TOKENS, TOKENS, queue, radius, aligned, *keys, world - 1, world
         )
-        measured = 4096 if which == "all keys" and radius == 2 and aligned and frozen and not queue else None
-        given = partial(keyed, queue, world, frozen)
-        found.append(case("sce_token", shown, make, given, measured=measured))
-    return found
+        return tuple(mask for mask in made[:4] if mask is not None)
+
+    def call(function: Any) -> Any:
+        def loss(q: Tensor, k: Tensor, everyone: Tensor, *rest: Tensor) -> Tensor:
+            bank, given = (rest[0], rest[1:]) if queue else (None, rest)
+            given = (None, *given, None) if every_query else given
+            return function(q, k, everyone, bank, *given, 0.5)
+
+        return loss
+
+    shown = (
+        f"{which} of {world}, radius {radius}{'' if aligned else ', not aligned'}, queue of {queue}, "
+        f"{'frozen' if frozen else 'with gradient'}"
+    )
+    measured = every_query and radius == 2 and frozen and not queue
+    cases.add("sce_token", shown, call, partial(keyed, queue, world, frozen, masks), measured)
