@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import autograd, dtypes, validation
@@ -23,6 +24,7 @@ from ._swap import Unfused, fused
 LIBRARY = Library("eztorch")
 
 CHUNK = 2**18  # entries of a mask, or logits, at a time
+NORM_EPS = 1e-12  # that of torch.nn.functional.normalize
 LARGE = 1e6  # what is subtracted from a similarity of unit rows leaves nothing of it from here on
 
 
@@ -201,52 +203,82 @@ def _over_tokens(
     coeff = validation.coefficient("coeff", scalars[0], q)
     temperatures = [validation.temperature("temp", value, q) for value in scalars[1:]]
     dtype = dtypes.accumulate_dtype(q.dtype)
-    rows = [x.to(dtype) for x in (q, k)]
-    wide = [x.to(dtype) for x in keys]
+    student, teacher = q.to(dtype), k.to(dtype)
+    bank_too = torch.cat([x.to(dtype) for x in keys]) if len(keys) > 1 else k_global.to(dtype)
     scales = [dtypes.scalar_tensor(value, dtype, q.device) for value in (coeff, *temperatures)]
     step = max(1, CHUNK // columns)
+    fixed = (teacher, bank_too, *scales, *masks)
+    if not any(x is not None and x.requires_grad for x in fixed) or not torch.is_grad_enabled():
+        losses: Tensor = _FixedTargets.apply(student, large, step, *fixed)
+        return losses.mean()
 
     def chunk(first: int, *tensors: Any) -> tuple[Tensor]:
-        part = slice(first, min(first + step, n))
-        student, teacher, *rest = tensors
-        own = [None if mask is None else mask[part] for mask in rest[3:7]]
-        return (_token_rows(student[part], teacher[part], rest[7:], own, rest[:3], large),)
+        part = slice(first, first + step)
+        own = [None if mask is None else mask[part] for mask in tensors[6:]]
+        return (_token_rows((tensors[0][part], tensors[1][part]), tensors[2], tensors[3:6], own, large),)
 
-    tensors = (*rows, *scales, *masks, *wide)
-    if step >= n:
-        losses = chunk(0, *tensors)[0]
-    else:
-        losses = torch.cat([autograd.recomputed(chunk, first, *tensors)[0] for first in range(0, n, step)])
-    return losses.mean()
+    parts = [
+        autograd.recomputed(chunk, first, student, teacher, bank_too, *scales, *masks)[0]
+        for first in range(0, n, step)
+    ]
+    return torch.cat(parts).mean()
 
 
 def _token_rows(
-    q: Tensor,
-    k: Tensor,
-    keys: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
+    rows: tuple[Tensor, Tensor],
+    keys: Tensor,
     scalars: Sequence[Tensor],
+    masks: Sequence[Any],
     large: float,
 ) -> Tensor:
-    """The losses of some of the rows."""
-    coeff, temperature, target_temperature = scalars
+    """The losses of some of the rows of q and k."""
+    (q, k), (coeff, temperature, target_temperature) = rows, scalars
     ignored, target_ignored, positives, counted = masks
-    target = F.softmax(_logits(k, keys, target_ignored, target_temperature, large), 1)
-    weights = F.normalize(torch.lerp(target, positives.to(target), coeff), p=1.0, dim=1)  # type: ignore
-    logs = F.log_softmax(_logits(q, keys, ignored, temperature, large), 1)
+    weights = F.softmax(_logits(k, keys, target_ignored, large) / target_temperature, 1)
+    weights = F.normalize(torch.lerp(weights, positives.to(weights), coeff), p=1.0, dim=1)
+    logs = F.log_softmax(_logits(q, keys, ignored, large) / temperature, 1)
     if counted is not None:
         logs = logs.masked_fill(~counted, 0.0)
     return -(weights * logs).sum(1)
 
 
-def _logits(
-    rows: Tensor, keys: Sequence[Tensor], ignored: Tensor | None, temperature: Tensor, large: float
-) -> Tensor:
-    first = rows @ keys[0].T
+def _logits(rows: Tensor, keys: Tensor, ignored: Tensor | None, large: float) -> Tensor:
+    """Similarities, those of the first keys less `large` where they are ignored."""
+    logits = rows @ keys.T
     if ignored is not None:
-        first = first - large * ignored.to(first)
-    logits = first if len(keys) == 1 else torch.cat([first, *(rows @ part.T for part in keys[1:])], 1)
-    return logits / temperature
+        logits[:, : ignored.shape[1]].sub_(ignored.to(logits), alpha=large)
+    return logits
+
+
+class _FixedTargets(torch.autograd.Function):
+    """The losses of all rows where only the queries get a gradient, which comes with them: one walk."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, large: float, step: int, *fixed: Any) -> Tensor:
+        k, keys, coeff, temperature, target_temperature, *masks = fixed
+        losses, gradient = q.new_empty(q.shape[0]), torch.empty_like(q)
+        for first in range(0, q.shape[0], step):
+            part = slice(first, first + step)
+            own: list[Any] = [None if mask is None else mask[part] for mask in masks]
+            ignored, target_ignored, positives, counted = own
+            weights = F.softmax(_logits(k[part], keys, target_ignored, large).div_(target_temperature), 1)
+            weights.lerp_(positives.to(weights), coeff)
+            weights.div_(weights.sum(1, keepdim=True).clamp_(min=NORM_EPS))
+            logs = F.log_softmax(_logits(q[part], keys, ignored, large).div_(temperature), 1)
+            if counted is not None:
+                weights.mul_(counted)
+            losses[part] = -torch.linalg.vecdot(weights, logs)
+            if ctx.needs_input_grad[0]:
+                slope = logs.exp_().mul_(weights.sum(1, keepdim=True)).sub_(weights)
+                torch.mm(slope, keys, out=gradient[part])
+        ctx.save_for_backward(gradient.div_(temperature))
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None], *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def compute_sce_mask(

@@ -32,7 +32,7 @@ def keyed(
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> list[Tensor]:
-    """q, k, the keys of `world` processes, this being the last, a queue [D, K] unless `queue` is 0, and masks."""
+    """q, k, the keys of `world` processes, this being the last, maybe a queue [D, K], and masks."""
     make = partial(unit_views, dtype=dtype, generator=generator)
     q, k, others = make(rows, 128), make(rows, 128), make(rows * world, 128)
     found = [q, k, torch.cat([others.detach()[rows:], k.detach()])]
