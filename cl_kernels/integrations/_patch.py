@@ -83,7 +83,7 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
         places = [(owner, attribute)] if inspect.isclass(owner) else holders(swap, original)
         replaced = swap.over(original, owner if inspect.isclass(owner) else None)
         for place, held in places:
-            undo.append((place, held, original))
+            undo.append((place, held, vars(place).get(held)))
             setattr(place, held, replaced)
         if verbose:
             print(f"cl_kernels: {swap.target}")
@@ -96,7 +96,10 @@ def unpatch(name: str | None = None) -> None:
         if each not in LIBRARIES:
             raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {each!r}")
         for place, attribute, original in reversed(_patched.pop(each, [])):
-            setattr(place, attribute, original)
+            if original is None:  # the class had inherited it
+                delattr(place, attribute)
+            else:
+                setattr(place, attribute, original)
 
 
 def accelerate(criterion: T) -> T:
