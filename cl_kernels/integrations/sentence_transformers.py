@@ -156,6 +156,10 @@ class _Rows(NamedTuple):
         return x if self.alone else x[self.first : self.first + self.n]
 
     @property
+    def keys(self) -> Tensor:
+        return self.docs[0] if len(self.docs) == 1 else torch.cat(self.docs)
+
+    @property
     def alone(self) -> bool:
         """Whether all keys are of this process."""
         return self.n == self.queries.shape[0]
@@ -218,7 +222,7 @@ def _above_positive(loss: Any, rows: _Rows, scale: float | Tensor) -> list[Tenso
     else:
         both_axes = rows.alone and "doc_to_query" in directions
         own = torch.arange(rows.first, rows.first + rows.n, device=queries.device)
-        problem = Contrast(queries, torch.cat(rows.docs), scale, positive_index=own, both_axes=both_axes)
+        problem = Contrast(queries, rows.keys, scale, positive_index=own, both_axes=both_axes)
         stats = autograd.contrastive(problem, first_positive=rows.first)
         positive = stats.positive_sum
         found = [stats.lse - positive]
@@ -244,7 +248,7 @@ def _other_documents(q: Tensor, rows: _Rows, scale: float | Tensor) -> Tensor:
     of = torch.arange(rows.queries.shape[0], device=q.device)
     return autograd.contrastive(
         Contrast(
-            q, torch.cat(rows.docs), scale, row_labels=rows.here(of), col_labels=of.repeat(len(rows.docs)),
+            q, rows.keys, scale, row_labels=rows.here(of), col_labels=of.repeat(len(rows.docs)),
             among="different",
         )
     ).lse  # fmt: skip
@@ -254,26 +258,25 @@ def _harder_negatives(loss: Any, rows: _Rows, scale: float | Tensor) -> Tensor:
     """The log-sum-exp of each anchor over all documents but its positive, some of them made harder."""
     harder = scale + loss.hardness_strength
     share = scale / harder
-    if isinstance(share, Tensor):
+    if isinstance(scale, Tensor) and isinstance(share, Tensor):
         share = share.detach()
+        harder = (scale + loss.hardness_strength).detach() + (scale - scale.detach()) / share
 
     def weighted(x: Tensor) -> Tensor:
-        """x with `share` of the gradient: hardness changes a logit's value alone."""
-        return x.detach() + share * (x - x.detach())
+        """x with `share` of its gradient: hardness changes a logit's value alone."""
+        return share * x + (1 - share) * x.detach()  # also of -inf
 
-    plain = rows.here(rows.queries)
-    heavy = rows._replace(queries=weighted(rows.queries), docs=[weighted(x) for x in rows.docs])
-    heavy_queries = heavy.here(heavy.queries)
+    queries = rows.here(rows.queries)
     if loss.hardness_mode == "all_negatives":
-        keys = torch.cat(heavy.docs)
-        return autograd.contrastive(Contrast(heavy_queries, keys, harder, rows.first)).lse
+        return weighted(autograd.contrastive(Contrast(queries, rows.keys, harder, rows.first)).lse)
+    own = [rows.here(x) for x in rows.docs[1:]]
     if loss.hardness_mode == "in_batch_negatives":
-        negatives = _other_documents(heavy_queries, heavy, harder)
-        own = [own_similarity(plain, rows.here(x), scale) for x in rows.docs[1:]]
+        negatives = weighted(_other_documents(queries, rows, harder))
+        similarities = [own_similarity(queries, x, scale) for x in own]
     else:
-        negatives = _other_documents(plain, rows, scale)
-        own = [own_similarity(heavy_queries, heavy.here(x), harder) for x in heavy.docs[1:]]
-    for similarity in own:
+        negatives = _other_documents(queries, rows, scale)
+        similarities = [weighted(own_similarity(queries, x, harder)) for x in own]
+    for similarity in similarities:
         negatives = log_add(similarity, negatives)
     return negatives
 
