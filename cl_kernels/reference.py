@@ -563,7 +563,7 @@ def sce_loss(
     queue alone, the row's own key k_i and the queue. The positive is left out of the target, or has logit 0
     in it ("zero"). Denize et al., Similarity Contrastive Estimation.
     """
-    q, k, k_global, queue = check.sce_inputs(q, k, k_global, queue, rank)
+    q, k, k_global, queue = check.keys_and_queue(q, k, k_global, queue, rank)
     temperature = check.temperature("temperature", temperature, q)
     target_temperature = check.temperature("target_temperature", target_temperature, q)
     coeff = check.coefficient("coeff", coeff, q)
@@ -602,19 +602,31 @@ def info_nce_loss(
     queue: Tensor | KeyQueue | None = None,
     *,
     temperature: Scalar = 0.07,
+    in_batch: bool = False,
+    k_global: Tensor | None = None,
+    rank: int = 0,
     reduction: str = "mean",
 ) -> Tensor:
-    """-log exp(q_i·k_i/τ) / Σ_j exp(q_i·key_j/τ): keys k, or k_i and the queue [K, D] (MoCo)."""
-    q, k, queue = check.pair_and_queue(q, k, queue)
+    """-log exp(q_i·k_i/τ) / Σ_j exp(q_i·key_j/τ): keys k, or k_i and the queue [K, D] (MoCo).
+
+    `in_batch`: k and the queue. With k_global [G, D]: it (positive i + N·rank), and the queue.
+    """
+    q, k, k_global, queue = check.keys_and_queue(q, k, k_global, queue, rank)
     temperature = check.temperature("temperature", temperature, q)
+    check.flag("in_batch", in_batch)
     check.option("reduction", reduction, check.REDUCTIONS)
     q, k = _accumulate(q), _accumulate(k)
-    if queue is None:
+    positive = torch.arange(q.shape[0], device=q.device)
+    if k_global is not None:
+        logits = q @ _accumulate(k_global).T
+        positive = positive + q.shape[0] * rank
+    elif in_batch or queue is None:
         logits = q @ k.T
-        positive = torch.arange(q.shape[0], device=q.device)
     else:
-        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ _accumulate(queue).T], dim=1)
-        positive = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+        logits = (q * k).sum(dim=1, keepdim=True)
+        positive = torch.zeros_like(positive)
+    if queue is not None:
+        logits = torch.cat([logits, q @ _accumulate(queue).T], dim=1)
     return F.cross_entropy(_inverse(temperature, q) * logits, positive, reduction=reduction)
 
 
