@@ -497,6 +497,27 @@ def _supcon(
     return check.reduction(loss, reduction, positives > 0 if no_positive == "drop" else None)
 
 
+def _of_valid(
+    loss: Callable[..., Tensor],
+    inputs: Sequence[Tensor],  # [N, ...] each
+    valid: Tensor,
+    views: int,
+    *,
+    reduction: str,
+    **options: Any,
+) -> Tensor:
+    """The loss of the valid rows of the inputs alone; its rows [views · N] hold 0 for the rest."""
+    check.option("reduction", reduction, check.REDUCTIONS)
+    if not valid.any():
+        return 0.0 * loss(*(x.masked_fill(~valid[:, None], 0) for x in inputs), reduction=reduction, **options)
+    found = loss(*(x[valid] for x in inputs), reduction=reduction, **options)
+    if reduction != "none":
+        return found
+    rows = found.new_zeros(views * len(valid))
+    rows[valid.repeat(views)] = found
+    return rows
+
+
 @full_precision
 def stablerep_loss(
     features: Tensor, labels: Tensor, *, temperature: Scalar = 0.1, reduction: str = "mean"
@@ -631,9 +652,22 @@ def info_nce_loss(
 
 
 @full_precision
-def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.5, reduction: str = "mean") -> Tensor:
-    """-log exp(S_i,pos) / Σ_{j≠i} exp(S_ij), S the cosines over τ of the 2N rows of z0, z1 (SimCLR) [2N]."""
+def nt_xent_loss(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: Scalar = 0.5,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """-log exp(S_i,pos) / Σ_{j≠i} exp(S_ij), S the cosines over τ of the 2N rows of z0, z1 (SimCLR) [2N].
+
+    Pairs that are not `valid` [N] do not take part.
+    """
     z0, z1 = check.pair("z0", z0, "z1", z1)
+    valid = check.valid_rows(valid, z0.shape[0], z0)
+    if valid is not None:
+        return _of_valid(nt_xent_loss, [z0, z1], valid, 2, temperature=temperature, reduction=reduction)
     temperature = check.temperature("temperature", temperature, z0)
     check.option("reduction", reduction, check.REDUCTIONS)
     n = z0.shape[0]

@@ -264,6 +264,15 @@ def boolean_mask(name: str, x: Any, shape: Sequence[int]) -> Tensor:
     return x
 
 
+def valid_rows(x: Any, n: int, like: Tensor) -> Tensor | None:
+    """The argument `valid`, a bool tensor [n] on the device of `like`, or None."""
+    if x is None:
+        return None
+    boolean_mask("valid", x, [n])
+    same_device(features=like, valid=x)
+    return _saveable(x)
+
+
 def not_both(first: str, x: Any, second: str, y: Any) -> None:
     if x is not None and y is not None:
         raise ValueError(f"{first} and {second} must not be given together, got both")
