@@ -509,7 +509,11 @@ def _of_valid(
     """The loss of the valid rows of the inputs alone; its rows [views · N] hold 0 for the rest."""
     check.option("reduction", reduction, check.REDUCTIONS)
     if not valid.any():
-        return 0.0 * loss(*(x.masked_fill(~valid[:, None], 0) for x in inputs), reduction=reduction, **options)
+        return 0.0 * loss(
+            *(x.masked_fill(~valid.view(-1, *[1] * (x.dim() - 1)), 0) for x in inputs),
+            reduction=reduction,
+            **options,
+        )
     found = loss(*(x[valid] for x in inputs), reduction=reduction, **options)
     if reduction != "none":
         return found
@@ -626,15 +630,24 @@ def info_nce_loss(
     in_batch: bool = False,
     k_global: Tensor | None = None,
     rank: int = 0,
+    valid: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """-log exp(q_i·k_i/τ) / Σ_j exp(q_i·key_j/τ): keys k, or k_i and the queue [K, D] (MoCo).
 
     `in_batch`: k and the queue. With k_global [G, D]: it (positive i + N·rank), and the queue.
+    Pairs that are not `valid` [N] do not take part.
     """
+    check.not_both("k_global", k_global, "valid", valid)
     q, k, k_global, queue = check.keys_and_queue(q, k, k_global, queue, rank)
     temperature = check.temperature("temperature", temperature, q)
     check.flag("in_batch", in_batch)
+    valid = check.valid_rows(valid, q.shape[0], q)
+    if valid is not None:
+        return _of_valid(
+            info_nce_loss, [q, k], valid, 1,
+            queue=queue, temperature=temperature, in_batch=in_batch, reduction=reduction,
+        )  # fmt: skip
     check.option("reduction", reduction, check.REDUCTIONS)
     q, k = _accumulate(q), _accumulate(k)
     positive = torch.arange(q.shape[0], device=q.device)
@@ -680,17 +693,41 @@ def nt_xent_loss(
 
 @full_precision
 def clip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Scalar, *, reduction: str = "mean"
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Scalar,
+    *,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
-    """Means of the cross-entropies of row i and of column i of logit_scale · image textᵀ [N] (CLIP)."""
+    """Means of the cross-entropies of row i and of column i of logit_scale · image textᵀ [N] (CLIP).
+
+    The target is uniform over the pairs of the label of pair i, without labels that pair. Pairs that are not
+    `valid` [N] do not take part.
+    """
     image, text = check.pair("image_features", image_features, "text_features", text_features)
     logit_scale = check.scale("logit_scale", logit_scale, image)
+    n = image.shape[0]
+    valid = check.valid_rows(valid, n, image)
+    if labels is not None:
+        labels = check.labels("labels", labels, n)
+        check.same_device(image_features=image, labels=labels)
     check.option("reduction", reduction, check.REDUCTIONS)
+    if valid is not None:
+        inputs = [image, text] if labels is None else [image, text, labels]
+        return _of_valid(
+            lambda x, y, of=None, **options: clip_loss(x, y, logit_scale, labels=of, **options),
+            inputs, valid, 1, reduction=reduction,
+        )  # fmt: skip
     image, text = _accumulate(image), _accumulate(text)
     logits = _scalar(logit_scale, image) * (image @ text.T)
-    positive = torch.arange(image.shape[0], device=image.device)
-    rows = F.cross_entropy(logits, positive, reduction=reduction)
-    return (rows + F.cross_entropy(logits.T, positive, reduction=reduction)) / 2
+    target = torch.arange(n, device=image.device)
+    if labels is not None:
+        positives = ((labels[:, None] == labels) | _one_hot(target, n)).to(logits)
+        target = positives / positives.sum(dim=1)  # symmetric
+    rows = F.cross_entropy(logits, target, reduction=reduction)
+    return (rows + F.cross_entropy(logits.T, target, reduction=reduction)) / 2
 
 
 @full_precision

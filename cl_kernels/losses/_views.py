@@ -58,7 +58,7 @@ def statistics(problem: Contrast, ranks: Ranks | None, memory: Memory | None) ->
         problem._replace(k=keys, exclude=None, col_labels=validation.label_ids(labels, columns=True))
     )
     return stats._replace(
-        lse=_log_add(stats.lse, beside.lse),
+        lse=log_add_any(stats.lse, beside.lse),
         positive_sum=stats.positive_sum + beside.positive_sum,
         positive_count=stats.positive_count + beside.positive_count,
     )
@@ -69,7 +69,7 @@ def other_columns(problem: Contrast, ranks: Ranks | None, memory: Memory | None)
     return total(problem.keys.shape[0], ranks) - 1 + (0 if memory is None else memory[0].shape[0])
 
 
-def _log_add(x: Tensor, y: Tensor) -> Tensor:
+def log_add_any(x: Tensor, y: Tensor) -> Tensor:
     """`log_add`, also where one or both are -inf."""
     no_x, no_y = x == -torch.inf, y == -torch.inf
     both = log_add(x.masked_fill(no_x, 0.0), y.masked_fill(no_y, 0.0))

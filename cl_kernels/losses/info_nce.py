@@ -13,6 +13,7 @@ from ..distributed import ProcessGroup, Ranks, engine, join, rows_of, total
 from ..problem import Contrast
 from ._common import (
     Grouped,
+    among_valid,
     cross_entropy,
     inverse,
     log_add,
@@ -22,6 +23,7 @@ from ._common import (
     reduced,
     shown,
     warn_of_empty_queue,
+    zero_unless,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def info_nce_loss(
     in_batch: bool = False,
     k_global: Tensor | None = None,
     rank: int = 0,
+    valid: Tensor | None = None,
     reduction: str = "mean",
     group: ProcessGroup | None = None,
     exchange: str = "gather",
@@ -67,6 +70,9 @@ def info_nce_loss(
         k_global: the keys of all processes, [G, D] with :math:`G \ge N (\mathrm{rank} + 1)`, gathered by the
             caller; row i's positive is its row :math:`i + N \cdot \mathrm{rank}`, and k itself is not read.
         rank: which block of `k_global` holds the keys of this process.
+        valid: bool [N], False for pairs that are padding: their queries are no anchors, their keys no
+            negatives, their loss and gradient are 0 whatever stands in them, and the mean does not count
+            them. None: all count. Not with `k_global`, whose padding the caller can leave out.
         reduction: "mean" over the queries, "sum", or "none": [N].
         group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
             and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone. With a
@@ -99,38 +105,35 @@ def info_nce_loss(
     al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, equation 1.
     """
     validation.no_group_beside(group, k_global, rank)
+    validation.not_both("k_global", k_global, "valid", valid)
     q, k, k_global, queue = validation.keys_and_queue(q, k, k_global, queue, rank)
     tau = validation.temperature("temperature", temperature, q)
     validation.flag("in_batch", in_batch)
+    valid = validation.valid_rows(valid, q.shape[0], q)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
     ranks = join(
         group, exchange, q, "info_nce_loss", k=k, queue=queue, rows_of_queue=rows_of(queue),
-        temperature=tau, in_batch=in_batch, reduction=reduction,
+        temperature=tau, in_batch=in_batch, valid=validation.kind(valid), reduction=reduction,
     )  # fmt: skip
+    q, k = zero_unless(valid, q), zero_unless(valid, k)
     scale = inverse(tau, q)
     if in_batch or queue is None or k_global is not None:
-        keys = k if k_global is None else k_global
-        rows = _among_keys(q, keys, queue, scale, q.shape[0] * rank, ranks)
+        first = q.shape[0] * rank
+        own = torch.arange(first, first + q.shape[0], device=q.device)
+        problem = Contrast(q, k if k_global is None else k_global, scale, positive_index=own)
+        rows = _among_keys(among_valid(valid, problem), first, queue, ranks)
     else:
         rows = _beside_queue(q, k, queue, scale)
-    return reduced(rows, reduction, q, ranks=ranks)
+    return reduced(zero_unless(valid, rows), reduction, q, valid, ranks)
 
 
-def _among_keys(
-    q: Tensor,
-    keys: Tensor,
-    queue: Tensor | None,
-    scale: float | Tensor,
-    first: int,
-    ranks: Ranks | None,
-) -> Tensor:
-    """[N]: the positive of row i is key first + i."""
-    positive = torch.arange(first, first + q.shape[0], device=q.device)
-    stats = engine.contrastive(Contrast(q, keys, scale, positive_index=positive), ranks, first_positive=first)
-    lse, columns = stats.lse, total(keys.shape[0], ranks)
+def _among_keys(problem: Contrast, first: int, queue: Tensor | None, ranks: Ranks | None) -> Tensor:
+    """[N]: the positives are keys of the problem, from `first` on, and the queue holds further ones."""
+    stats = engine.contrastive(problem, ranks, first_positive=first)
+    lse, columns = stats.lse, total(problem.keys.shape[0], ranks)
     if queue is not None and queue.shape[0] > 0:
-        lse = log_add(lse, autograd.contrastive(Contrast(q, queue, scale)).lse)
+        lse = log_add(lse, autograd.contrastive(Contrast(problem.q, queue, problem.scale)).lse)
         columns += queue.shape[0]
     return cross_entropy(lse, stats.positive_sum, columns)
 
@@ -146,7 +149,7 @@ def _beside_queue(q: Tensor, k: Tensor, queue: Tensor, scale: float | Tensor) ->
 
 
 class InfoNCELoss(Grouped):
-    """`info_nce_loss` as a module: forward(q, k, queue=None, *, k_global=None, rank=0)."""
+    """`info_nce_loss` as a module: forward(q, k, queue=None, *, k_global=None, rank=0, valid=None)."""
 
     def __init__(
         self,
@@ -170,6 +173,7 @@ class InfoNCELoss(Grouped):
         *,
         k_global: Tensor | None = None,
         rank: int = 0,
+        valid: Tensor | None = None,
     ) -> Tensor:
         return info_nce_loss(
             q,
@@ -179,6 +183,7 @@ class InfoNCELoss(Grouped):
             in_batch=self.in_batch,
             k_global=k_global,
             rank=rank,
+            valid=valid,
             reduction=self.reduction,
             group=self.group,
             exchange=self.exchange,
