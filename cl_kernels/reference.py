@@ -732,18 +732,29 @@ def clip_loss(
 
 @full_precision
 def dcl_loss(
-    z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.1, sigma: Scalar | None = None, reduction: str = "mean"
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: Scalar = 0.1,
+    sigma: Scalar | None = None,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """LSE_{j≠i} (z0_i·z0_j/τ, z0_i·z1_j/τ) - w_i z0_i·z1_i/τ [N], one way.
 
     w_i = 1, or 2 - N softmax_i(z0_i·z1_i/sigma) (DCLW). With N = 1 the denominator is empty and the loss 0.
-    Yeh et al., Decoupled Contrastive Learning.
+    Pairs that are not `valid` [N] do not take part, nor in N. Yeh et al., Decoupled Contrastive Learning.
     """
     z0, z1 = check.pair("z0", z0, "z1", z1)
     temperature = check.temperature("temperature", temperature, z0)
     if sigma is not None:
         sigma = check.temperature("sigma", sigma, z0)
     check.option("reduction", reduction, check.REDUCTIONS)
+    valid = check.valid_rows(valid, z0.shape[0], z0)
+    if valid is not None:
+        return _of_valid(
+            dcl_loss, [z0, z1], valid, 1, temperature=temperature, sigma=sigma, reduction=reduction
+        )
     z0, z1 = _accumulate(z0), _accumulate(z1)
     n = z0.shape[0]
     others = ~_columns(n, n, 0, z0.device)
