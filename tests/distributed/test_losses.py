@@ -25,7 +25,7 @@ class Case(NamedTuple):
     loss: str
     split: tuple[str, ...]  # of _tensors; those of floating point get a gradient
     options: dict[str, Any] = {}  # noqa: RUF012
-    whole: tuple[str, ...] = ()  # of _tensors: a mask's rows are split, a queue is everywhere
+    whole: tuple[str, ...] = ()  # of _tensors, by name: rows are split, but for a queue, which is everywhere
     learned: tuple[str, ...] = ("temperature",)
     positional: int = 9
 
@@ -46,6 +46,7 @@ def _tensors(n: int, seed: int = 0) -> dict[str, Tensor]:
         "single": unit(n, 1, WIDTH), "rows": unit(n, WIDTH), "q": unit(n, WIDTH), "k": unit(n, WIDTH),
         "queue": unit(7, WIDTH), "labels": labels,
         "floats": torch.where(labels == 0, torch.nan, labels * 0.5), "mask": mask, "bool_mask": mask != 0,
+        "valid": torch.rand(n, generator=generator) > 0.3,
         "positive_mask": torch.rand(2 * WIDTH, 2 * WIDTH, generator=generator) < 0.2,
     }  # fmt: skip
 
@@ -69,9 +70,20 @@ CASES = {
     "nt_xent": Case("nt_xent_loss", ("q", "k")),
     "info_nce": Case("info_nce_loss", ("q", "k")),
     "info_nce queue": Case("info_nce_loss", ("q", "k"), whole=("queue",)),
+    "info_nce in batch": Case("info_nce_loss", ("q", "k"), {"in_batch": True}, ("queue",)),
+    "info_nce valid": Case("info_nce_loss", ("q", "k"), whole=("valid",)),
+    "info_nce in batch, valid": Case("info_nce_loss", ("q", "k"), {"in_batch": True}, ("queue", "valid")),
+    "info_nce queue, valid": Case("info_nce_loss", ("q", "k"), whole=("queue", "valid")),
     "dcl": Case("dcl_loss", ("q", "k")),
     "dclw": Case("dcl_loss", ("q", "k"), {"sigma": 0.5}),
+    "dclw valid": Case("dcl_loss", ("q", "k"), {"sigma": 0.5}, ("valid",)),
     "clip": Case("clip_loss", ("q", "k"), learned=("logit_scale",)),
+    "clip labels": Case("clip_loss", ("q", "k"), whole=("labels",), learned=("logit_scale",)),
+    "clip float labels": Case("clip_loss", ("q", "k"), whole=("floats",), learned=("logit_scale",)),
+    "clip valid": Case("clip_loss", ("q", "k"), whole=("valid",), learned=("logit_scale",)),
+    "clip labels, valid": Case(
+        "clip_loss", ("q", "k"), whole=("floats", "valid"), learned=("logit_scale",)
+    ),
     "sce": Case("sce_loss", ("q", "k"), learned=("temperature", "target_temperature", "coeff")),
     "sce queue": Case("sce_loss", ("q", "k"), {"positive_in_target": "zero"}, ("queue",)),
     "dimcl": Case("dimcl_loss", ("q", "k")),
@@ -80,7 +92,8 @@ CASES = {
     "multilevel": Case("multilevel_loss", ("features", "deep", "labels"), {"weights": [1.0, 0.5]}),
 }  # fmt: skip
 
-KEYWORDS = {"queue": "queue", "mask": "mask", "bool_mask": "mask", "positive_mask": "positive_mask"}
+KEYWORDS = {"queue": "queue", "mask": "mask", "bool_mask": "mask", "positive_mask": "positive_mask",
+            "labels": "labels", "floats": "labels", "valid": "valid"}  # fmt: skip
 SCALARS = {"temperature": 0.2, "base_temperature": 0.1, "target_temperature": 0.3, "coeff": 0.4,
            "logit_scale": 3.0}  # fmt: skip
 
@@ -191,7 +204,13 @@ def every_case(rank: int, world: int) -> dict[tuple[Any, ...], float]:
     return found
 
 
-FROZEN = ("sce", "sce queue", "info_nce")  # whose keys may be a momentum encoder's
+FROZEN = (
+    "sce",
+    "sce queue",
+    "info_nce",
+    "info_nce in batch",
+    "info_nce valid",
+)  # whose keys may be a momentum encoder's
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
