@@ -11,7 +11,6 @@ def problems() -> dict[str, Problem]:
     pair = {"z0": unit(6, 4), "z1": unit(6, 4)}
     keys = {"q": unit(6, 4), "k": unit(6, 4)}
     queue = {"queue": unit(4, 9).T}
-    gathered = {"k_global": torch.cat([unit(6, 4), keys["k"]])}
     tau = {"temperature": torch.tensor(0.2)}
     images = {"image_features": unit(6, 4), "text_features": unit(6, 4), "logit_scale": torch.tensor(10.0)}
     valid = {"valid": torch.tensor([True, False, True, True, False, True])}
@@ -35,7 +34,7 @@ def problems() -> dict[str, Problem]:
         "info_nce queue": Problem("info_nce_loss", {**keys, **queue, **tau}),
         "info_nce in batch": Problem("info_nce_loss", {**keys, **queue, **tau}, {"in_batch": True}),
         "info_nce gathered": Problem(
-            "info_nce_loss", {**keys, **gathered, **queue}, {"rank": 1}, ("k", "k_global", "queue")
+            "info_nce_loss", {**keys, "k_global": keys["k"], **queue}, frozen=("k", "k_global", "queue")
         ),
         "info_nce valid": Problem("info_nce_loss", {**keys, **valid, **tau}),
         "info_nce queue valid": Problem("info_nce_loss", {**keys, **queue, **valid}),
