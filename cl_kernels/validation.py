@@ -402,6 +402,32 @@ def memory(
     return like, supervised, (keys, marks)
 
 
+def own_keys(
+    x: Any, marks: Any, like: Tensor, supervised: Any, weights: Any
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None] | None]:
+    """Features [B, V, D], their labels, and the keys [M, D] and labels [M] of the arguments `keys` and
+    `key_labels`, features and keys in one dtype, and so the labels; no labels where a mask says what is
+    positive."""
+    if x is None:
+        if marks is not None:
+            raise ValueError("keys must be given with key_labels, got None")
+        return like, supervised, None
+    features("keys", x, shape="[M, D]")
+    same_device(features=like, keys=x, key_labels=marks)
+    same_width(features=like, keys=x)
+    not_both("mask", weights, "key_labels", marks)
+    both_or_none("labels", supervised, "key_labels", marks)
+    like, x = dtypes.promote(like, x)
+    if weights is None and marks is None:
+        raise ValueError("labels and key_labels, or mask, must be given with keys, got none of them")
+    if marks is None:
+        return like, supervised, (x, None)
+    supervised, marks = comparable(
+        labels("labels", supervised, like.shape[0]), labels("key_labels", marks, x.shape[0])
+    )
+    return like, supervised, (x, marks)
+
+
 def pair_and_queue(q: Any, k: Any, queue: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """q, k [N, D] and the rows [K, D] of an optional queue, on one device and in their common dtype; K is 0
     for an empty KeyQueue only."""

@@ -93,12 +93,12 @@ def zero_unless(valid: Tensor | None, x: Tensor) -> Tensor:
 
 
 def among_valid(valid: Tensor | None, problem: Contrast) -> Contrast:
-    """`problem`, of N rows and N keys without labels, with the denominators of what is valid [N] only: a row
-    meets the keys that are as valid as itself."""
+    """`problem`, whose rows are its N keys or the first of them, with denominators over what is valid [N]: a
+    row meets the keys that are as valid as itself."""
     if valid is None:
         return problem
-    ids = valid.to(torch.int64)
-    return problem._replace(row_labels=ids, col_labels=ids, among="same")
+    ids, n = valid.to(torch.int64), problem.q.shape[0]
+    return problem._replace(row_labels=ids if n == ids.shape[0] else ids[:n], col_labels=ids, among="same")
 
 
 def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dtypes, validation
+from .. import validation
 from ..autograd import ContrastiveStats
-from ..distributed import ProcessGroup, Ranks, engine, gather, join, total
+from ..distributed import ProcessGroup, Ranks, engine, join, total
 from ..problem import Contrast
 from ._common import (
     Grouped,
@@ -19,7 +19,7 @@ from ._common import (
     wide,
     zero_unless,
 )
-from ._views import log_add_any
+from ._views import log_add_any, of_no_label, of_other_labels
 
 
 @loss_function
@@ -87,8 +87,7 @@ def clip_loss(
         torch.Size([8])
 
     Sources: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
-    figure 3; with labels Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", 2022,
-    equations 2 to 4.
+    figure 3; with labels Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", 2022.
     """
     x, y = validation.pair("image_features", image_features, "text_features", text_features)
     scale = wide(validation.scale("logit_scale", logit_scale, x), x)
@@ -121,47 +120,33 @@ def _of_labels(
     A label has as many images as texts, so the sum of all means over positives is the same on both axes. One
     pass over the logits therefore gives the loss of all pairs; that of some takes a pass for each axis.
     """
-    ids = _label_ids(labels, valid, ranks)
+    ids = validation.label_ids(labels, before=0 if ranks is None else ranks.first)
+    ids = of_no_label(ids, valid, ranks)
     problem = pairs._replace(
         row_labels=ids, col_labels=ids, label_positives=True, among="all" if valid is None else "same"
     )
     swapped = problem._replace(q=problem.keys, k=problem.q)
     whole = reduction == "mean" or (reduction == "sum" and ranks is None)
     stats = engine.contrastive(problem._replace(both_axes=whole), ranks)
-    lse, positives = _with_other_labels(stats.lse, problem, valid, ranks), _positive_mean(stats)
+    lse, positives = _over_valid(stats.lse, problem, valid, ranks), _positive_mean(stats)
     if whole:
-        lse_cols = _with_other_labels(stats.lse_cols, swapped, valid, ranks)
+        lse_cols = _over_valid(stats.lse_cols, swapped, valid, ranks)
         rows = torch.lerp(lse, lse_cols, 0.5) - positives
     else:
         stats = engine.contrastive(swapped, ranks)
-        texts = _with_other_labels(stats.lse, swapped, valid, ranks) - _positive_mean(stats)
+        texts = _over_valid(stats.lse, swapped, valid, ranks) - _positive_mean(stats)
         rows = torch.lerp(at_least_zero(lse - positives), at_least_zero(texts), 0.5)
     loss = reduced(zero_unless(valid, rows), reduction, pairs.q, valid, ranks)
     return at_least_zero(loss) if whole and ranks is None else loss
-
-
-def _label_ids(labels: Tensor, valid: Tensor | None, ranks: Ranks | None) -> Tensor:
-    """int64 [N]: equal where the labels are, the padding's by themselves."""
-    ids = validation.label_ids(labels, before=0 if ranks is None else ranks.first)
-    if valid is None:
-        return ids
-    everyone = ids if ranks is None else gather(ids, ranks.sizes, ranks.group)
-    return torch.searchsorted(everyone.sort().values, ids).masked_fill(~valid, -1)
 
 
 def _positive_mean(stats: ContrastiveStats) -> Tensor:
     return stats.positive_sum / stats.positive_count
 
 
-def _with_other_labels(lse: Tensor, problem: Contrast, valid: Tensor | None, ranks: Ranks | None) -> Tensor:
-    """Log-sum-exps over all keys that are valid, from `lse` over those of the row's label alone."""
-    if valid is None:
-        return lse
-    padding = torch.zeros_like(valid, dtype=dtypes.accumulate_dtype(problem.q.dtype))
-    others = problem._replace(
-        among="different", label_positives=False, key_bias=padding.masked_fill(~valid, -torch.inf)
-    )
-    return log_add_any(lse, engine.contrastive(others, ranks).lse)
+def _over_valid(lse: Tensor, problem: Contrast, valid: Tensor | None, ranks: Ranks | None) -> Tensor:
+    """Log-sum-exps over all valid keys, of which `lse` are those over the keys of the row's label."""
+    return lse if valid is None else log_add_any(lse, of_other_labels(problem, valid, ranks).lse)
 
 
 class ClipLoss(Grouped):

@@ -22,7 +22,7 @@ from ._common import (
     wide,
     zero_unless,
 )
-from ._views import log_add_any
+from ._views import log_add_any, rows_of_all
 
 
 @loss_function
@@ -112,8 +112,7 @@ def _scaled_softmax(x: Tensor, valid: Tensor | None, ranks: Ranks | None) -> Ten
     """The softmax over the valid elements of all ranks, times their number."""
     n: int | Tensor = total(x.shape[0], ranks)
     if valid is not None:
-        everyone = valid if ranks is None else gather(valid.to(torch.int64), ranks.sizes, ranks.group)
-        n = everyone.sum()
+        n = rows_of_all(valid, ranks).sum()
         x = x.masked_fill(~valid, torch.finfo(x.dtype).min)
     if ranks is None:
         return n * torch.softmax(x, 0)

@@ -144,7 +144,7 @@ def test_clip_as_open_clip() -> None:
 
 
 def test_arguments_by_name() -> None:
-    """What forwards take beside those of the implementations that they replace."""
+    """Forwards take more than those of the implementations that they replace."""
     x, y = pair()
     queue, everyone, labels = unit(9, 5), unit(12, 5), views()[1]
     valid = torch.tensor([True, True, False, True, False, True])
