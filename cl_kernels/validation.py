@@ -265,12 +265,13 @@ def boolean_mask(name: str, x: Any, shape: Sequence[int]) -> Tensor:
 
 
 def valid_rows(x: Any, n: int, like: Tensor) -> Tensor | None:
-    """The argument `valid`, a bool tensor [n] on the device of `like`, or None."""
+    """A copy of the argument `valid`, a bool tensor [n] on the device of `like`, or None."""
     if x is None:
         return None
     boolean_mask("valid", x, [n])
-    same_device(features=like, valid=x)
-    return _saveable(x)
+    if x.device != like.device:
+        raise ValueError(f"valid must be on {like.device}, got a tensor on {x.device}")
+    return x.clone()  # the backward reads it
 
 
 def not_both(first: str, x: Any, second: str, y: Any) -> None:

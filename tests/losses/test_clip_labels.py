@@ -42,7 +42,8 @@ def test_values_and_gradients(kind: str, reduction: str) -> None:
     for scale in (10.0, -3.0, 0.0):
         problem = Problem("clip_loss", {**towers("random", scale), "labels": LABELS[kind]})
         assert_close(problem.with_options(reduction=reduction))
-        assert_parity(problem.with_options(reduction=reduction))
+        if scale != 0:  # P is then W, or known to the last digit
+            assert_parity(problem.with_options(reduction=reduction))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
