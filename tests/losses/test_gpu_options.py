@@ -1,6 +1,6 @@
-"""Keys of their own, padding and labels of towers on the kernels for GPUs, with converged positives: labels
-that leave out what is padding, a bias beside restricted denominators, rectangles of labels and of masks, labels
-on both axes."""
+"""Keys of their own, padding and labels of pairs on the kernels for GPUs, with converged positives: labels
+that leave out what is padding, a bias beside restricted denominators, rectangles of labels and of masks, and
+labels on both axes."""
 
 from __future__ import annotations
 
