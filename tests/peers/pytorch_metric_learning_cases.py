@@ -92,6 +92,9 @@ def CASES() -> list[PeerCase]:
     }.items():
         add(text, plain(distance=distance, temperature=0.3), fused=False)
 
+    far = distances.DotProductSimilarity(normalize_embeddings=False)
+    add("losses beyond their bound", plain(distance=far, temperature=0.05))
+
     class_weights = torch.linspace(0.5, 2, 24)
     for text, reducer in {
         "mean": reducers.MeanReducer(),
