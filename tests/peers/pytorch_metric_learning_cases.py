@@ -42,9 +42,10 @@ def CASES() -> list[PeerCase]:
         """A case of each loss, of embeddings, references (`refs` more than embeddings) and integers."""
 
         def example(rows: int, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
-            embeddings = [features(rows, 32, dtype, generator)]
+            width = 128 if more.get("measured") else 32
+            embeddings = [features(rows, width, dtype, generator)]
             if refs is not None:
-                embeddings.append(features(rows + refs, 32, dtype, generator))
+                embeddings.append(features(rows + refs, width, dtype, generator))
             return [*embeddings, *(make(rows) for make in inputs)]
 
         for name in only:
@@ -90,6 +91,9 @@ def CASES() -> list[PeerCase]:
         "signal to noise": distances.SNRDistance(),
     }.items():
         add(text, plain(distance=distance, temperature=0.3), fused=False)
+
+    far = distances.DotProductSimilarity(normalize_embeddings=False)
+    add("losses beyond their bound", plain(distance=far, temperature=0.05))
 
     class_weights = torch.linspace(0.5, 2, 24)
     for text, reducer in {
