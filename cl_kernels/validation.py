@@ -264,6 +264,16 @@ def boolean_mask(name: str, x: Any, shape: Sequence[int]) -> Tensor:
     return x
 
 
+def valid_rows(x: Any, n: int, like: Tensor) -> Tensor | None:
+    """The argument `valid`, a bool tensor [n] on the device of `like`, or None."""
+    if x is None:
+        return None
+    boolean_mask("valid", x, [n])
+    if x.device != like.device:
+        raise ValueError(f"valid must be on {like.device}, got a tensor on {x.device}")
+    return _saveable(x)
+
+
 def not_both(first: str, x: Any, second: str, y: Any) -> None:
     if x is not None and y is not None:
         raise ValueError(f"{first} and {second} must not be given together, got both")
@@ -391,6 +401,32 @@ def memory(
     like, keys = dtypes.promote(like, keys)
     supervised, marks = comparable(labels("labels", supervised, like.shape[0]), marks)
     return like, supervised, (keys, marks)
+
+
+def own_keys(
+    x: Any, marks: Any, like: Tensor, supervised: Any, weights: Any
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None] | None]:
+    """Features [B, V, D], their labels, and the keys [M, D] and labels [M] of the arguments `keys` and
+    `key_labels`, features and keys in one dtype, and so the labels; no labels where a mask says what is
+    positive."""
+    if x is None:
+        if marks is not None:
+            raise ValueError("keys must be given with key_labels, got None")
+        return like, supervised, None
+    features("keys", x, shape="[M, D]")
+    same_device(features=like, keys=x, key_labels=marks)
+    same_width(features=like, keys=x)
+    not_both("mask", weights, "key_labels", marks)
+    both_or_none("labels", supervised, "key_labels", marks)
+    like, x = dtypes.promote(like, x)
+    if weights is None and marks is None:
+        raise ValueError("labels and key_labels, or mask, must be given with keys, got none of them")
+    if marks is None:
+        return like, supervised, (x, None)
+    supervised, marks = comparable(
+        labels("labels", supervised, like.shape[0]), labels("key_labels", marks, x.shape[0])
+    )
+    return like, supervised, (x, marks)
 
 
 def pair_and_queue(q: Any, k: Any, queue: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,6 +12,8 @@ def problems() -> dict[str, Problem]:
     keys = {"q": unit(6, 4), "k": unit(6, 4)}
     queue = {"queue": unit(4, 9).T}
     tau = {"temperature": torch.tensor(0.2)}
+    against = {"keys": unit(5, 4), "key_labels": torch.arange(5) % 4}
+    valid = {"valid": torch.arange(6) % 4 != 1}
     return {
         "supcon": Problem("supcon_loss", {"features": unit(6, 2, 4)}),
         "supcon labels": Problem("supcon_loss", {"features": unit(6, 2, 4), **labels, **tau}),
@@ -22,6 +24,19 @@ def problems() -> dict[str, Problem]:
         ),
         "supcon mask": Problem("supcon_loss", {"features": unit(6, 2, 4), "mask": torch.rand(6, 6)}),
         "supcon capped": Problem("supcon_loss", {"features": unit(6, 2, 4), **labels}, {"positives_cap": 2}),
+        "supcon keys": Problem("supcon_loss", {"features": unit(6, 2, 4), **labels, **against, **tau}),
+        "supcon keys, mask": Problem(
+            "supcon_loss", {"features": unit(6, 2, 4), "keys": unit(5, 4), "mask": torch.rand(6, 5)},
+            {"summation": "in"}, ("keys",),
+        ),
+        "supcon padded": Problem("supcon_loss", {"features": unit(6, 2, 4), **valid}),
+        "supcon padded labels": Problem(
+            "supcon_loss", {"features": unit(6, 2, 4), **labels, **valid, **tau}, {"no_positive": "drop"}
+        ),
+        "supcon padded, one positive": Problem(
+            "supcon_loss", {"features": unit(6, 2, 4), **labels, **valid}, {"denominator": "one_positive"}
+        ),
+        "nt_xent padded": Problem("nt_xent_loss", {**pair, **valid, **tau}),
         "selfcon": Problem("selfcon_loss", {"features": unit(6, 3, 4), **labels}, {"anchors": "exits"}),
         "multilevel": Problem(
             "multilevel_loss", {"levels": [unit(6, 2, 4), unit(6, 2, 7)], **labels}, {"weights": [1.0, 0.2]}
@@ -42,4 +57,4 @@ def problems() -> dict[str, Problem]:
         "sce momentum": Problem(
             "sce_loss", {**keys, "k_global": keys["k"], **queue}, frozen=("k", "k_global", "queue")
         ),
-    }
+    }  # fmt: skip

@@ -43,12 +43,14 @@ def contrastive(
     sizes = ranks.rows(problem.keys.shape[0])
     first = sum(sizes[: ranks.rank])
     index, labels, mask = problem.positive_index, problem.col_labels, problem.positive_mask
+    bias = problem.key_bias
     everyone = problem._replace(
         k=gather(problem.keys, sizes, ranks.group),
         exclude=None if problem.exclude is None else problem.exclude + first,
         col_labels=None if labels is None else gather(labels, sizes, ranks.group),
         positive_index=None if index is None else index + first,
         positive_mask=None if mask is None else _spread(mask, ranks, sizes),
+        key_bias=None if bias is None else gather(bias, sizes, ranks.group),
     )
     if problem.q.shape[0] == 0:
         return _no_rows(everyone)

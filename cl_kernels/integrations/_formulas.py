@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import autograd, dtypes, validation
 from ..losses._common import cross_entropy, inverse, log_add, wide
-from ..losses._views import EMPTY_COUNT, anchor_rows, outside_rows, view_major
+from ..losses._views import EMPTY_COUNT, Anchors, outside_rows, view_major
 from ..problem import Contrast, SoftTarget
 
 Scalar = float | Tensor
@@ -58,8 +58,8 @@ def supervised(
     labels, mask = validation.supervision(labels, mask, batch, x)
     tau = validation.temperature("temperature", temperature, x)
     base = validation.temperature("base_temperature", base_temperature, x)
-    problem = anchor_rows(view_major(x), views * x.shape[0], inverse(tau, x))
-    loss, count = outside_rows(problem, batch, labels, mask)
+    given = Anchors(view_major(x), views * x.shape[0], batch, inverse(tau, x), labels, mask)
+    loss, count = outside_rows(given)
     if count is None:
         loss = loss.mean()
     else:  # not divided by it where it is so small

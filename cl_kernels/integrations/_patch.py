@@ -83,7 +83,7 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
         places = [(owner, attribute)] if inspect.isclass(owner) else holders(swap, original)
         replaced = swap.over(original, owner if inspect.isclass(owner) else None)
         for place, held in places:
-            undo.append((place, held, original))
+            undo.append((place, held, vars(place).get(held)))
             setattr(place, held, replaced)
         if verbose:
             print(f"cl_kernels: {swap.target}")
@@ -96,7 +96,10 @@ def unpatch(name: str | None = None) -> None:
         if each not in LIBRARIES:
             raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {each!r}")
         for place, attribute, original in reversed(_patched.pop(each, [])):
-            setattr(place, attribute, original)
+            if original is None:  # the class had inherited it
+                delattr(place, attribute)
+            else:
+                setattr(place, attribute, original)
 
 
 def accelerate(criterion: T) -> T:
@@ -133,6 +136,9 @@ def _twin(criterion: Any) -> Any:
             return found[0].over(criterion)
         twin = copy.copy(criterion)
         twin.__class__ = _fused_class(kind, tuple(found))
+        rebind = getattr(import_module(f".{found[0].library}", __package__), "rebind", None)
+        if rebind is not None:
+            rebind(twin)
         return twin if not isinstance(twin, nn.Module) else _with_children(twin) or twin
     if isinstance(criterion, nn.Module) and _root(kind) in LIBRARIES.values():
         twin = _with_children(copy.copy(criterion))
@@ -163,14 +169,22 @@ def _swaps_of(kind: Any) -> list[Swap]:
         if name not in REPOSITORIES and _root(kind) != root:
             continue
         _refuse_unknown_version(name)
-        mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
         if name in REPOSITORIES:
+            mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
             mine = [swap for swap in mine if _source(swap, kind) in swap.known]
         else:
-            mine = [swap for swap in mine if swap.module == kind.__module__]
+            mine = [swap for swap in swaps(name) if _has(kind, swap)]
         if mine:
             return mine
     return []
+
+
+def _has(kind: Any, swap: Swap) -> bool:
+    """Whether a function is what `swap` replaces, or a class has it, be it inherited."""
+    if not isinstance(kind, type):
+        return (kind.__module__, kind.__qualname__) == (swap.module, swap.qualname)
+    owner, name = swap.owner(), swap.qualname.rpartition(".")[2]
+    return inspect.isclass(owner) and issubclass(kind, owner) and getattr(kind, name) is getattr(owner, name)
 
 
 def _refuse_unknown_version(name: str) -> None:
@@ -186,7 +200,7 @@ def _method(swap: Swap, kind: Any) -> Any:
     """The function of `kind` that a swap replaces, `kind` itself if it is one."""
     if isinstance(kind, FunctionType):
         return kind
-    return vars(kind).get(swap.qualname.rpartition(".")[2])
+    return getattr(kind, swap.qualname.rpartition(".")[2], None)
 
 
 def _source(swap: Swap, kind: Any) -> str | None:

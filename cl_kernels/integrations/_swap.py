@@ -67,7 +67,7 @@ class Swap:
 
     def owner(self) -> Any:
         """The class or the module that holds the target; the library is imported."""
-        found: Any = import_module(self.module)
+        found: Any = sys.modules.get(self.module) or import_module(self.module)  # no graph has an import
         for part in self.qualname.split(".")[:-1]:
             found = getattr(found, part)
         return found

@@ -155,6 +155,16 @@ class Data:
         return torch.where(own % 5 == 4, -1, own)
 
     @_drawn
+    def valid(self) -> Tensor:
+        """Rows of which some are padding."""
+        return torch.rand(self.rows) > 0.2
+
+    @_drawn
+    def key_weights(self) -> Tensor:
+        """A mask of positives among the keys."""
+        return torch.rand(self.rows, len(self.keys)) * (torch.rand(self.rows, len(self.keys)) > 0.8)
+
+    @_drawn
     def logits(self) -> Tensor:
         return (self.first.double() @ self.keys.double().T / self.tau).float()
 
@@ -324,6 +334,14 @@ CASES = [
     Case("supcon_loss", LABELLED + " memory", {"summation": "in"}, ("memory",)),
     Case("supcon_loss", LABELLED + " memory", {"denominator": "only_negatives"}),
     Case("supcon_loss", ALONE + " memory temperature"),
+    Case("supcon_loss", LABELLED + " keys key_labels"),
+    Case("supcon_loss", LABELLED + " keys key_labels", {"denominator": "only_negatives"}, ("keys",)),
+    Case("supcon_loss", "features keys mask=key_weights temperature"),
+    Case("supcon_loss", "features valid"),
+    Case("supcon_loss", LABELLED + " valid"),
+    Case("supcon_loss", LABELLED + " valid", {"summation": "in"}),
+    Case("supcon_loss", "features mask=weights valid"),
+    Case("supcon_loss", ALONE + " memory valid temperature", {"no_positive": "drop"}),
     Case("supcon_loss", LABELLED, {"reduction": "sum"}),
     Case("supcon_loss", LABELLED, {"reduction": "none"}),
     Case("supcon_loss", LABELLED + BOTH_TEMPERATURES),
@@ -336,6 +354,7 @@ CASES = [
     Case("selfcon_loss", "features=augmented labels=half_labels", {"augmentations": 2, "anchors": "exits"}),
     Case("selfcon_loss", EXITS, {"base_temperature": 0.2}),
     Case("selfcon_loss", ALONE, {"no_positive": "drop"}),
+    Case("selfcon_loss", EXITS + " valid", {"anchors": "exits"}),
     Case("selfcon_loss", EXITS, {"reduction": "sum"}),
     Case("selfcon_loss", EXITS, {"reduction": "none"}),
     Case("selfcon_loss", EXITS + BOTH_TEMPERATURES),
@@ -375,6 +394,7 @@ CASES = [
     Case("multilevel_loss", LEVELS, {"reduction": "none"}),
     Case("multilevel_loss", LEVELS + BOTH_TEMPERATURES),
     Case("nt_xent_loss", VIEWS),
+    Case("nt_xent_loss", VIEWS + " valid temperature"),
     Case("nt_xent_loss", VIEWS, {"reduction": "sum"}),
     Case("nt_xent_loss", VIEWS, {"reduction": "none"}),
     Case("nt_xent_loss", VIEWS + " temperature"),

@@ -28,7 +28,7 @@ TEMPERATURES = ("temperature", "target_temperature", "sigma")
 SCALES = ("logit_scale", "scale", "target_scale")
 SOFT_TARGETS = ("sce_loss", "soft_target_cross_entropy")
 NOT_REDUCED = ("similarity", "masked_log_softmax", "contrastive_lse")
-NOT_DIFFERENTIABLE = ("labels", "mask", "positive_mask")
+NOT_DIFFERENTIABLE = ("labels", "key_labels", "mask", "positive_mask")
 
 
 @dataclass(frozen=True)

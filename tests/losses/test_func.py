@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("backend", "one_thread")
 
 B, N, D = 3, 5, 4
 LABELS = torch.arange(N) % 2
+VALID = torch.arange(N) != 1
 
 
 def f64(*shape: int) -> Tensor:
@@ -44,6 +45,17 @@ CASES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
         views(x, y), mask=(y @ y.T > 0).double(), temperature=0.4, no_positive="drop"
     ),
     "supcon capped": lambda m, x, y, z: m.supcon_loss(views(x, y), LABELS, temperature=0.4, positives_cap=2),
+    "supcon keys": lambda m, x, y, z: m.supcon_loss(
+        views(x, y), LABELS, temperature=0.4, keys=z, key_labels=torch.arange(N + 2) % 3
+    ),
+    "supcon keys, in": lambda m, x, y, z: m.supcon_loss(
+        views(y, y), mask=torch.ones(N, N).tril(), temperature=0.4, keys=x, summation="in"
+    ),
+    "supcon padded": lambda m, x, y, z: m.supcon_loss(views(x, y), LABELS, temperature=0.4, valid=VALID),
+    "supcon padded, one positive": lambda m, x, y, z: m.supcon_loss(
+        views(x, y), LABELS, temperature=0.4, valid=VALID, denominator="one_positive"
+    ),
+    "nt_xent padded": lambda m, x, y, z: m.nt_xent_loss(x, y, valid=VALID),
     "selfcon": lambda m, x, y, z: m.selfcon_loss(views(x, y), LABELS, anchors="exits", temperature=0.4),
     "multilevel": lambda m, x, y, z: m.multilevel_loss(
         [views(x, y), views(x[:, :2], y[:, 1:3])], LABELS, weights=[1.0, 0.4]
