@@ -25,7 +25,6 @@ MANY_KEYWORDS = {
     "cl_kernels/losses/selfcon.py: selfcon_loss",
     "cl_kernels/losses/supcon.py: supcon_loss",
     "cl_kernels/losses/supcon.py: __init__",
-    "cl_kernels/reference.py: selfcon_loss",
     "cl_kernels/reference.py: supcon_loss",
 }
 """The losses that have more options than a function should take; kernels are another matter."""
