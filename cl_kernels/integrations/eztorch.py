@@ -171,8 +171,8 @@ def compute_sce_token_loss(
         W_i = \lambda P_i + (1 - \lambda) \mathrm{softmax}_j \frac{k_i \cdot u_j - L M^k_{ij}}{\tau_m}
 
     `mask_sim_q`, `mask_sim_k`: M, [N, G]; `mask_prob_q`: P, [N, G + K]; `mask_log_q`: C, bool [N, G + K],
-    None for 1 everywhere. Rows are walked in chunks: once where only q requires a gradient, which has no second
-    derivative then, else once more in the backward.
+    None for 1 everywhere. Rows are walked in chunks: once where only q requires a gradient, which has no
+    second derivative then, else once more in the backward.
     """
     return _over_tokens(
         (q, k, k_global, _bank(queue)),
