@@ -10,7 +10,9 @@ A block between `<!-- figures: NAME ARGUMENTS -->` and `<!-- end -->` is generat
     estimate LOSS       `python -m cl_kernels estimate LOSS` for many processes and batches
     hidden LOSS         the fewest rows of a process from which on the ring hides its traffic
     gloo FILE           bytes, memory and times of bench/gloo.py
-    gloo_machine FILE   on what, when, by which command
+    adapters FILE       how far other libraries' losses and ours are apart, from bench/adapters.py
+    gain FILE:LIBRARY   times and memory of one library's losses
+    run FILE            on what bench/gloo.py or bench/adapters.py ran, when, by which command
     kernels triton      registers and memory of Triton's kernels, from gates; likewise kernels cuda
 """
 
@@ -32,7 +34,12 @@ from cl_kernels.tools import cost
 from cl_kernels.tools import estimate as paper
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "scaling.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "scaling.md",
+    *sorted((ROOT / "docs" / "integrations").glob("*.md")),
+)
 BLOCK = re.compile(r"(<!-- figures: (?P<name>\w+) ?(?P<argument>\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -161,20 +168,61 @@ def gloo(file: str) -> str:
     return markdown_table(header, rows, left=3)
 
 
-def gloo_machine(file: str) -> str:
+def run(file: str) -> str:
+    """On what, when and by which command a script of bench/ ran."""
     found = json.loads(stored(file).read_text())
     here = found["machine"]
     return (
-        f"Machine: {here['device']}, {here['cores']} cores, one thread a process, {here['capability']}; "
-        f"load {here['load_before']} before and {here['load_after']} after; torch {here['torch']}; "
-        f"{found['date']}. "
+        f"Machine: {here['device']}, {here['cores']} cores, threads of a process: {here['threads']}, "
+        f"{here['capability']}; load {here['load_before']} before and {here['load_after']} after; "
+        f"torch {here['torch']}; {found['date']}. "
         f"Command: `{found['command']}`; all figures: `bench/results/{file}`."
     )
 
 
+def adapters(file: str) -> str:
+    """One row a loss; the differences are those of the options that run fused."""
+    rows = [
+        [
+            f"`{line['loss']}`",
+            str(line["options"]),
+            str(line["fused"]),
+            *(figures.error(x) for dtype in ("float64", "float32") for x in line[dtype]),
+        ]
+        for line in json.loads(stored(file).read_text())["lines"]
+    ]
+    header = [
+        "loss", "options compared", "fused", "loss, float64", "gradient", "loss, float32", "gradient"
+    ]  # fmt: skip
+    return markdown_table(header, rows, left=1)
+
+
+def gain(argument: str) -> str:
+    """One row a measured case of a library, "FILE:LIBRARY"."""
+    file, _, library = argument.partition(":")
+    rows = [
+        [
+            f"`{line['loss'].partition('.')[2]}`, {case['options']}",
+            str(case["rows"]),
+            figures.time(case["theirs"]),
+            figures.time(case["ours"]),
+            figures.ratio(case["ratio"]),
+            figures.size(case["theirs_bytes"]),
+            figures.size(case["ours_bytes"]),
+            figures.ratio(case["theirs_bytes"] / case["ours_bytes"]),
+        ]
+        for line in json.loads(stored(file).read_text())["lines"]
+        if line["loss"].partition(".")[0] == library
+        for case in line["measured"]
+    ]
+    header = ["loss", "rows", "theirs", "ours", "faster", "their memory", "ours", "less"]
+    return markdown_table(header, rows, left=1)
+
+
 BLOCKS: dict[str, Callable[..., str]] = {
     "speed": speed, "accuracy": accuracy, "machine": machine, "acceptance": acceptance,
-    "estimate": estimate, "hidden": hidden, "gloo": gloo, "gloo_machine": gloo_machine,
+    "estimate": estimate, "hidden": hidden, "gloo": gloo, "run": run,
+    "adapters": adapters, "gain": gain,
     "model": lambda _: model.table(), "kernels": lambda which: kernels.TABLES[which](),
 }  # fmt: skip
 

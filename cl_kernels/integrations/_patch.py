@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ._registry import LIBRARIES, digest, library
+from ._registry import LIBRARIES, REPOSITORIES, digest, library
 from ._swap import Swap, Unfused, holders, logger, swaps
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ _patched: dict[str, list[tuple[Any, str, Any]]] = {}
 
 
 class Patch:
-    """What `patch` swapped, a context manager that swaps it back.
+    """The swaps that `patch` made, a context manager that takes them back.
 
     Attributes:
         library: its name.
@@ -57,7 +58,8 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
         A context manager that swaps back; as a call, until `unpatch`.
 
     Raises:
-        ImportError: if the library is not installed.
+        ValueError: if there is no such library.
+        ImportError: if it is not installed.
         RuntimeError: if its version, or the source of what would be replaced, is not one that was compared.
 
     Example:
@@ -82,7 +84,7 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
         places = [(owner, attribute)] if inspect.isclass(owner) else holders(swap, original)
         replaced = swap.over(original, owner if inspect.isclass(owner) else None)
         for place, held in places:
-            undo.append((place, held, original))
+            undo.append((place, held, vars(place).get(held)))
             setattr(place, held, replaced)
         if verbose:
             print(f"cl_kernels: {swap.target}")
@@ -90,12 +92,23 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
 
 
 def unpatch(name: str | None = None) -> None:
-    """Swap back what `patch` swapped, in one library or (None) in all."""
+    """Swap back what `patch` swapped, in one library or (None) in all.
+
+    Raises:
+        ValueError: if there is no such library.
+
+    Example:
+        >>> import cl_kernels as clk
+        >>> clk.unpatch()  # nothing is patched: nothing changes
+    """
     for each in [name] if name is not None else list(_patched):
         if each not in LIBRARIES:
             raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {each!r}")
         for place, attribute, original in reversed(_patched.pop(each, [])):
-            setattr(place, attribute, original)
+            if original is None:  # the class had inherited it
+                delattr(place, attribute)
+            else:
+                setattr(place, attribute, original)
 
 
 def accelerate(criterion: T) -> T:
@@ -122,14 +135,19 @@ def accelerate(criterion: T) -> T:
 
 def _twin(criterion: Any) -> Any:
     kind: Any = criterion if isinstance(criterion, FunctionType) else type(criterion)
-    if getattr(kind, "unfused", None) is not None or kind.__module__.startswith(f"{__package__}."):
+    if hasattr(kind, "replaces") or kind.__module__.startswith(f"{__package__}."):
         return criterion
     found = _swaps_of(kind)
+    if found and all(hasattr(_method(swap, kind), "replaces") for swap in found):
+        return criterion  # patched
     if found:
         if not isinstance(kind, type):
             return found[0].over(criterion)
         twin = copy.copy(criterion)
         twin.__class__ = _fused_class(kind, tuple(found))
+        rebind = getattr(import_module(f".{found[0].library}", __package__), "rebind", None)
+        if rebind is not None:
+            rebind(twin)
         return twin if not isinstance(twin, nn.Module) else _with_children(twin) or twin
     if isinstance(criterion, nn.Module) and _root(kind) in LIBRARIES.values():
         twin = _with_children(copy.copy(criterion))
@@ -142,11 +160,12 @@ def _with_children(module: nn.Module) -> nn.Module | None:
     """`module`, a copy, with fused losses for its own; None if it has no known ones."""
     fused: dict[str, nn.Module | None] = {}
     for name, child in module._modules.items():
-        if child is not None and _root(type(child)) in LIBRARIES.values():
-            try:
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            fused[name] = _with_children(copy.copy(child))
+        elif child is not None and _root(type(child)) in LIBRARIES.values():
+            with contextlib.suppress(Unfused):
                 fused[name] = _twin(child)
-            except Unfused:
-                continue
+    fused = {name: twin for name, twin in fused.items() if twin is not None}
     if not fused:
         return None
     module._modules = {**module._modules, **fused}
@@ -154,24 +173,47 @@ def _with_children(module: nn.Module) -> nn.Module | None:
 
 
 def _swaps_of(kind: Any) -> list[Swap]:
-    """What replaces a function, or methods of a class."""
+    """Those that replace a function, or methods of a class."""
     for name, root in LIBRARIES.items():
-        at_home = _root(kind) == root
-        if not at_home and name not in ("supcontrast", "selfcon", "dimcl", "eztorch", "solo_learn"):
+        if name not in REPOSITORIES and _root(kind) != root:
             continue
-        library_module = import_module(f".{name}", __package__)
-        mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
-        if library_module.LIBRARY.distribution is not None:
-            mine = [swap for swap in mine if swap.module == kind.__module__]
-        else:
+        _refuse_unknown_version(name)
+        if name in REPOSITORIES:
+            mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
             mine = [swap for swap in mine if _source(swap, kind) in swap.known]
+        else:
+            mine = [swap for swap in swaps(name) if _has(kind, swap)]
         if mine:
             return mine
     return []
 
 
+def _has(kind: Any, swap: Swap) -> bool:
+    """Whether a function is what `swap` replaces, or a class has it, be it inherited."""
+    if not isinstance(kind, type):
+        return (kind.__module__, kind.__qualname__) == (swap.module, swap.qualname)
+    owner, name = swap.owner(), swap.qualname.rpartition(".")[2]
+    return inspect.isclass(owner) and issubclass(kind, owner) and getattr(kind, name) is getattr(owner, name)
+
+
+def _refuse_unknown_version(name: str) -> None:
+    try:
+        wrong = library(name).unknown()
+    except (ImportError, AttributeError) as error:  # what the adapter replaces is not there
+        wrong = str(error)
+    if wrong is not None:
+        raise Unfused(wrong)
+
+
+def _method(swap: Swap, kind: Any) -> Any:
+    """The function of `kind` that a swap replaces, `kind` itself if it is one."""
+    if isinstance(kind, FunctionType):
+        return kind
+    return getattr(kind, swap.qualname.rpartition(".")[2], None)
+
+
 def _source(swap: Swap, kind: Any) -> str | None:
-    function = kind if isinstance(kind, FunctionType) else vars(kind).get(swap.qualname.rpartition(".")[2])
+    function = _method(swap, kind)
     try:
         return digest(function) if function is not None else None
     except (OSError, TypeError):  # defined where no source can be read

@@ -24,11 +24,14 @@ LIBRARIES = {
 }
 
 
-class Library(NamedTuple):
-    """What an adapter module knows of its library, as its `LIBRARY`.
+# Those that are cloned rather than installed, and copied: their losses are known by their source.
+REPOSITORIES = ("solo_learn", "supcontrast", "selfcon", "eztorch", "dimcl")
 
-    `versions` are those of `distribution` that it was compared with. A repository that is not installed as a
-    distribution has none: its functions are known by their source.
+
+class Library(NamedTuple):
+    """An adapter module's knowledge of its library, as its `LIBRARY`.
+
+    `versions` are those of `distribution` that it was compared with; one of REPOSITORIES has neither.
     """
 
     name: str
@@ -36,10 +39,11 @@ class Library(NamedTuple):
     versions: tuple[str, ...] = ()
 
     def unknown(self) -> str | None:
-        """What is wrong with the version that is installed; None for one that is known."""
+        """The fault of the version that is installed; None for one that is known."""
         if self.distribution is None:
             return None
-        version = metadata.version(self.distribution)
+        package = import_module(LIBRARIES[self.name])
+        version = getattr(package, "__version__", None) or metadata.version(self.distribution)
         if version in self.versions:
             return None
         return f"{self.distribution} {version} is not one that was compared: {', '.join(self.versions)}"

@@ -1,4 +1,4 @@
-"""What is compared: a loss of a library with some of its options, theirs and ours.
+"""Comparisons: a loss of a library with some of its options, theirs and ours.
 
 `tests/peers/<library>_cases.py` each have a list CASES; the tests compare all of them, and bench/adapters.py
 takes time and memory of those with `measured`.

@@ -1,0 +1,290 @@
+"""Swaps, patches and twins of a library made for these tests."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cl_kernels as clk
+from cl_kernels import integrations
+from cl_kernels.integrations import _patch, _registry, _swap
+
+LIBRARY = """
+import torch
+from torch import nn
+
+__version__ = "1.2"
+
+
+def plain(x, power=1):
+    '''A function.'''
+    return x.sum() ** power
+
+
+class Loss(nn.Module):
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def weight(self):
+        return self.scale
+
+    def forward(self, x, power: int = 1):
+        '''A loss.'''
+        if power < 0:
+            raise RuntimeError("no such power")
+        return (self.weight() * x.sum()) ** power
+
+
+class Heavier(Loss):
+    def weight(self):
+        return 2 * self.scale
+
+
+class Wrapper(nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+        self.more = nn.ModuleList([loss])
+
+    def forward(self, x):
+        return self.loss(x) + self.more[0](x)
+"""
+
+ADAPTER = """
+import fakelib.losses as losses
+from cl_kernels.integrations._registry import Library
+from cl_kernels.integrations._swap import Unfused, fused
+
+LIBRARY = Library("fake", distribution="fake", versions=("1.2",))
+
+
+@fused("fakelib.losses:plain")
+def plain(x, power=1):
+    return x.sum() if power == 1 else _refuse(power)
+
+
+class Loss(losses.Loss):
+    @fused("fakelib.losses:Loss.forward", relies_on=("weight",))
+    def forward(self, x, power=1):
+        return self.scale * x.sum() if power == 1 else _refuse(power)
+
+
+def _refuse(power):
+    raise Unfused(f"power {power}")
+"""
+
+
+@pytest.fixture
+def fakelib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A library `fakelib`, and `cl_kernels.integrations.fake` for it."""
+    (tmp_path / "fakelib").mkdir()
+    (tmp_path / "fakelib" / "__init__.py").write_text(
+        "from .losses import *\nfrom .losses import __version__\n"
+    )
+    (tmp_path / "fakelib" / "losses.py").write_text(LIBRARY)
+    (tmp_path / "adapter.py").write_text(ADAPTER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for registry in (_registry, _patch, _swap):
+        monkeypatch.setattr(registry, "LIBRARIES", {"fake": "fakelib"})
+    monkeypatch.setattr(_patch, "_patched", {})
+    monkeypatch.setattr(_swap, "SWAPS", {})
+    for name in ("_fused", "_fallback"):
+        getattr(_swap, name).clear()
+    _swap._said.clear()
+    module = ModuleType("cl_kernels.integrations.fake")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(ADAPTER, str(tmp_path / "adapter.py"), "exec"), vars(module))
+    yield sys.modules["fakelib"]
+    clk.unpatch("fake")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fakelib"]:
+        del sys.modules[name]
+
+
+X = torch.arange(3.0)
+
+
+def ran(name: str) -> tuple[int, int]:
+    return tuple(integrations.calls().get(name, (0, 0)))  # type: ignore[return-value]
+
+
+def test_an_adapter_is_a_subclass_that_runs_fused(fakelib: Any) -> None:
+    adapter = sys.modules["cl_kernels.integrations.fake"].Loss(2.0)
+    assert isinstance(adapter, fakelib.Loss) and adapter(X) == 6.0
+    assert ran("fake.Loss") == (1, 0)
+
+
+def test_what_cannot_be_fused_runs_as_the_library_has_it_and_says_so_once(
+    fakelib: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = sys.modules["cl_kernels.integrations.fake"].Loss(2.0)
+    with caplog.at_level(logging.WARNING):
+        assert adapter(X, power=2) == 36.0 and adapter(X, power=2) == 36.0
+        adapter(X, power=3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "fake.Loss runs as the library has it: power 2",
+        "fake.Loss runs as the library has it: power 3",
+    ]
+    assert ran("fake.Loss") == (0, 3)
+
+
+def test_errors_are_the_library_s(fakelib: Any) -> None:
+    adapter = sys.modules["cl_kernels.integrations.fake"].Loss()
+    with pytest.raises(RuntimeError, match="no such power") as caught:
+        adapter(X, power=-1)
+    assert caught.value.__context__ is None
+    with pytest.raises(TypeError, match="forward"):
+        adapter()
+
+
+def test_a_subclass_with_a_method_of_its_own_is_not_fused(fakelib: Any) -> None:
+    with clk.patch("fake", verbose=False):
+        assert fakelib.Heavier()(X) == 6.0
+    assert ran("fake.Loss") == (0, 1)
+
+
+def test_patch_reaches_what_exists(fakelib: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    before, function = fakelib.Loss(), fakelib.plain
+    signatures = [inspect.signature(x) for x in (fakelib.Loss.forward, fakelib.Loss, fakelib.plain)]
+    patched = clk.patch("fake")
+    assert capsys.readouterr().out.split() == [
+        "cl_kernels:", "fakelib.losses:plain", "cl_kernels:", "fakelib.losses:Loss.forward"
+    ]  # fmt: skip
+    assert before(X) == 3.0 and ran("fake.Loss") == (1, 0)
+    assert fakelib.plain(X) == 3.0 and fakelib.losses.plain is fakelib.plain is not function
+    assert ran("fake.plain") == (1, 0)
+    assert [inspect.signature(x) for x in (fakelib.Loss.forward, fakelib.Loss, fakelib.plain)] == signatures
+    assert fakelib.Loss.forward.__doc__ == "A loss." and fakelib.plain.__name__ == "plain"
+    assert fakelib.plain(X, power=2) == 9.0 and before(X, 2) == 9.0  # as the library has it
+    assert patched.swapped == ["fakelib.losses:plain", "fakelib.losses:Loss.forward"]
+    clk.unpatch("fake")
+    assert fakelib.plain is fakelib.losses.plain is function
+    before(X)
+    assert ran("fake.Loss") == (1, 1)
+
+
+def test_patch_as_a_context_manager(fakelib: Any) -> None:
+    original = fakelib.Loss.forward
+    with pytest.raises(KeyError), clk.patch("fake", verbose=False):
+        with clk.patch("fake") as inner:  # is patched: leaves it so
+            assert inner.swapped == []
+        assert fakelib.Loss.forward is not original
+        raise KeyError
+    assert fakelib.Loss.forward is original
+
+
+def test_patch_refuses_versions_that_it_does_not_know(
+    fakelib: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fakelib, "__version__", "2.0")
+    with pytest.raises(RuntimeError, match=r"fake 2\.0 is not one that was compared: 1\.2"):
+        clk.patch("fake")
+    loss = fakelib.Loss()
+    assert clk.accelerate(loss) is loss
+    assert "fake 2.0 is not one that was compared" in caplog.text
+
+
+def test_patch_refuses_sources_that_it_does_not_know(fakelib: Any) -> None:
+    swap = _swap.SWAPS["fakelib.losses:plain"]
+    swap.known = (_registry.digest(fakelib.plain),)
+    with clk.patch("fake", verbose=False):
+        pass
+    swap.known = ("0" * 16,)
+    original = fakelib.Loss.forward
+    with pytest.raises(RuntimeError, match="plain has another source"):
+        clk.patch("fake")
+    assert fakelib.Loss.forward is original
+
+
+def test_unknown_libraries_are_refused() -> None:
+    for function in (clk.patch, clk.unpatch):
+        with pytest.raises(ValueError, match=r"must be one of pytorch_metric_learning, .*, got 'lihgtly'"):
+            function("lihgtly")
+    assert not hasattr(integrations, "lihgtly")
+
+
+def test_accelerate_shares_parameters_and_keeps_the_original(fakelib: Any) -> None:
+    loss = fakelib.Loss(3.0)
+    twin = clk.accelerate(loss)
+    assert isinstance(twin, fakelib.Loss) and type(loss) is fakelib.Loss
+    twin(X).backward()
+    assert ran("fake.Loss") == (1, 0) and loss.scale.grad == 3.0 and twin.scale is loss.scale
+    loss(X)
+    assert ran("fake.Loss") == (1, 0)
+    assert clk.accelerate(twin) is twin
+    assert copy.deepcopy(twin)(X) == 9.0 and ran("fake.Loss") == (2, 0)
+    assert twin.state_dict().keys() == loss.state_dict().keys()
+    assert clk.accelerate(fakelib.plain)(X) == 3.0 and ran("fake.plain") == (1, 0)
+
+
+def test_accelerate_reaches_into_wrappers(fakelib: Any) -> None:
+    wrapper = fakelib.Wrapper(fakelib.Loss())
+    twin = clk.accelerate(wrapper)
+    assert twin is not wrapper and twin(X) == 6.0
+    assert ran("fake.Loss") == (2, 0)
+    wrapper(X)
+    assert ran("fake.Loss") == (2, 0)
+
+
+def test_accelerate_leaves_what_it_does_not_know(fakelib: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Mine(fakelib.Loss):  # type: ignore[misc]
+        pass
+
+    for criterion in (Mine(), nn.CrossEntropyLoss(), fakelib.Wrapper(nn.Identity()), len, 3):
+        assert clk.accelerate(criterion) is criterion
+    assert len(caplog.records) == 5
+    assert "CrossEntropyLoss is left as it is: no adapter here knows torch.nn" in caplog.text
+    with clk.patch("fake", verbose=False):
+        loss = fakelib.Loss()
+        assert clk.accelerate(loss) is loss  # runs fused already
+
+
+def test_a_hook_serves_the_library_that_asks(fakelib: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = fakelib.losses.plain
+    for asked, fused in {"": 0, "lightly": 0, "1": 1, "lightly, fake": 1, "all": 1}.items():
+        monkeypatch.setenv("CL_KERNELS_SERVE", asked)
+        before = ran("fake.plain")[0]
+        hooked = integrations.served("fake", "fakelib.losses:plain")(original)
+        assert hooked(X, power=1) == 3.0 and hooked(X, 2) == 9.0
+        assert ran("fake.plain")[0] - before == fused, asked
+        assert inspect.signature(hooked) == inspect.signature(original)
+
+
+def test_a_module_s_hook_keeps_subclasses(fakelib: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CL_KERNELS_SERVE", "fake")
+    hook = integrations.served("fake", "fakelib.losses:Loss.forward")
+    monkeypatch.setattr(fakelib.Loss, "forward", hook(fakelib.Loss.forward))
+    assert fakelib.Loss()(X) == 3.0 and fakelib.Heavier()(X) == 6.0
+    assert ran("fake.Loss") == (1, 1)
+
+
+def test_adapters_are_imported_when_they_are_used() -> None:
+    code = """
+        import sys, cl_kernels
+        here = {x.rpartition(".")[2] for x in sys.modules if x.startswith("cl_kernels.integrations.")}
+        assert here == {"_patch", "_registry", "_swap"}, here
+        assert "lightly" in dir(cl_kernels.integrations)
+        import cl_kernels.integrations.supcontrast
+        assert cl_kernels.integrations.supcontrast.LIBRARY.name == "supcontrast"
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_twins_are_pickled_by_their_adapter() -> None:
+    from cl_kernels.integrations.supcontrast import SupConLoss
+
+    loss = pickle.loads(pickle.dumps(SupConLoss(temperature=0.2)))
+    assert type(loss) is SupConLoss and loss.temperature == 0.2
