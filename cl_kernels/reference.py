@@ -2,14 +2,14 @@
 
 Any device, any float dtype (half inputs are summed in float32), differentiable any number of times. An empty
 denominator or a row without positives gives loss 0 and gradient 0; NaN comes of nothing but NaN. The
-`*_stats` functions say what the engine's operators return, `supcon_rows` the losses of some of the anchors.
+`*_stats` functions say what the engine's operators return, `supcon_rows_of` the losses of some anchors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,11 @@ def _normalize(x: Tensor) -> Tensor:
     return x * squared.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
 
 
+def _zero_unless(valid: Tensor | None, x: Tensor) -> Tensor:
+    """`x` [N, ...] with 0, and gradient 0, where `valid` [N] is False."""
+    return x if valid is None else x.masked_fill(~valid.reshape(-1, *[1] * (x.dim() - 1)), 0.0)
+
+
 def _columns(n: int, m: int, offset: int, device: torch.device) -> Tensor:
     """Bool [n, m], True at column i + offset of row i."""
     rows = torch.arange(n, device=device)[:, None]
@@ -129,6 +134,12 @@ def contrastive_stats(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor
 def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
     """Σ_j w_ij x_ij; a NaN of weight 0 does not count."""
     return (weights * x).masked_fill(weights == 0, 0.0).sum(dim=1)
+
+
+def _target_cross_entropy(logits: Tensor, weights: Tensor, included: Tensor) -> Tensor:
+    """-Σ_j w_ij log softmax(S)_ij [N] over the included entries of each row, of which there are some."""
+    log_p = torch.log_softmax(logits.masked_fill(~included, -INF), dim=1)
+    return -_weighted_sum(weights, log_p.masked_fill(~included, 0.0))
 
 
 def soft_target_stats(problem: SoftTarget) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -298,39 +309,22 @@ def contrastive_lse(
 
 def supcon_rows_of(
     logits: Tensor,  # [R, M], S
-    rows: Tensor,  # int64 [R], which keys the anchors are
-    samples: int,
+    weights: Tensor,  # [R, M]
+    negatives: Tensor,  # bool [R, M]
     *,
-    labels: Tensor | None = None,  # [samples], int64 or floating-point
-    mask: Tensor | None = None,  # [samples, samples], or its rows of the samples from `before` on
-    before: int = 0,
-    memory_labels: Tensor | None = None,  # [K]
     summation: str = "out",
     denominator: str = "all",
-    kept_samples: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses [R], without the factor τ/τ_base, and weights of positives [R] of some of the anchors.
 
-    The M keys are view-major: row r is a view of sample r % samples; the last K are those of a memory. With
-    w_ij the weight of the pair, |P_i| = Σ_j w_ij, S = scale q kᵀ and Den_ij the denominator:
+    With w_ij the weight of a positive, |P_i| = Σ_j w_ij, S = scale q kᵀ and Den_ij the denominator:
 
         out: Σ_j w_ij (log Den_ij - S_ij) / |P_i|       in: -log (Σ_j w_ij exp(S_ij) / Den_ij) + log |P_i|
 
-    Den_ij sums exp(S_ic) over c ≠ i ("all"), over negatives and j ("one_positive") or over negatives;
-    negatives are pairs of weight 0. `kept_samples` keeps the positives of so many other samples and drops the
-    rest, from Den too.
+    Den_ij sums exp(S_ic) over positives and negatives ("all"), over negatives and j ("one_positive") or over
+    negatives.
     A row without positives, or with an empty denominator, has loss 0; NaN if a logit that it looks at is.
     """
-    own = _one_hot(rows, logits.shape[1])
-    per_sample = _sample_weights(rows % samples, samples, labels, mask, before, logits)
-    stored = None
-    if labels is not None and memory_labels is not None:
-        stored = (labels[rows % samples][:, None] == memory_labels).to(logits)
-    weights = _column_weights(per_sample, stored, logits.shape[1])
-    negatives = (weights == 0) & ~own
-    if kept_samples is not None:
-        weights = _column_weights(_cap(per_sample, rows % samples, kept_samples), stored, logits.shape[1])
-    weights = weights.masked_fill(own, 0.0)
     positives = weights != 0
     total = weights.sum(dim=1)
 
@@ -356,18 +350,56 @@ def supcon_rows_of(
     return torch.where(valid, loss, (0.0 * looked_at).sum(dim=1)), total
 
 
-def supcon_rows(
-    anchors: Tensor,  # [R, D]
-    keys: Tensor,  # [M, D]
-    rows: Tensor,  # int64 [R]
+def supcon_pairs(
+    logits: Tensor,  # [R, M], for its shape
+    rows: Tensor,  # int64 [R], which keys the anchors are
     samples: int,
     *,
-    scale: Scalar,
-    **options: Any,
+    labels: Tensor | None = None,  # [samples], int64 or floating-point
+    mask: Tensor | None = None,  # [samples, samples], or its rows of the samples from `before` on
+    before: int = 0,
+    memory_labels: Tensor | None = None,  # [K]
+    kept_samples: int | None = None,
+    valid: Tensor | None = None,  # bool [samples]
 ) -> tuple[Tensor, Tensor]:
-    """`supcon_rows_of` the logits of some of the anchors."""
-    anchors, keys = _accumulate(anchors), _accumulate(keys)
-    return supcon_rows_of(_scalar(scale, keys) * (anchors @ keys.T), rows, samples, **options)
+    """Weights of the positives, and which pairs are negatives, of some of the anchors, [R, M] each.
+
+    The M keys are view-major: row r is a view of sample r % samples; the last K are those of a memory.
+    Negatives are pairs of weight 0; an anchor with itself is neither, and nor is a key that is not valid.
+    `kept_samples` keeps the positives of so many other samples and drops the rest.
+    """
+    columns = logits.shape[1]
+    left_out = _one_hot(rows, columns)
+    per_sample = _sample_weights(rows % samples, samples, labels, mask, before, logits)
+    stored = None
+    if labels is not None and memory_labels is not None:
+        stored = (labels[rows % samples][:, None] == memory_labels).to(logits)
+    if valid is not None:
+        per_sample = per_sample.masked_fill(~valid, 0.0)
+        everywhere = None if stored is None else torch.ones_like(stored[:1], dtype=torch.bool)
+        left_out = left_out | ~_column_weights(valid[None], everywhere, columns)
+    weights = _column_weights(per_sample, stored, columns)
+    negatives = (weights == 0) & ~left_out
+    if kept_samples is not None:
+        weights = _column_weights(_cap(per_sample, rows % samples, kept_samples), stored, columns)
+    return weights.masked_fill(left_out, 0.0), negatives
+
+
+def key_pairs(
+    logits: Tensor,  # [R, M], for its dtype
+    samples: Tensor,  # int64 [R], which samples the anchors are views of
+    labels: Tensor | None,  # [B]
+    key_labels: Tensor | None,  # [M]
+    mask: Tensor | None,  # [B, M]
+) -> tuple[Tensor, Tensor]:
+    """The same for keys of their own, none of which is an anchor: by labels, or by a mask."""
+    if labels is not None and key_labels is not None:
+        weights = (labels[samples][:, None] == key_labels).to(logits)
+    elif mask is not None:
+        weights = mask[samples].to(logits)
+    else:
+        raise ValueError("labels and key_labels, or mask, must be given with keys, got none of them")
+    return weights, weights == 0
 
 
 def _sample_weights(
@@ -411,27 +443,51 @@ def supcon_loss(
     positives_cap: int | None = None,
     no_positive: str = "zero",
     memory: KeyQueue | Sequence[Tensor] | None = None,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    valid: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """(τ/τ_base) L_i of `supcon_rows` for features [B, V, D]; anchors are all views, or view 0 ("one").
+    """(τ/τ_base) L_i of `supcon_rows_of` for features [B, V, D]; anchors are all views, or view 0 ("one").
 
-    The keys [K, D] of a memory are further columns, positives by its labels [K].
+    The keys [K, D] of a memory are further columns, positives by its labels [K]; `keys` [M, D] with labels
+    [M], or a mask [B, M], are all there are. Samples that are not `valid` [B] do not take part.
     Khosla et al., Supervised Contrastive Learning, the losses "out" and "in".
     """
     features = check.views("features", features)
     samples, views, _ = features.shape
     check.not_both("memory", memory, "positives_cap", positives_cap)
+    check.not_both("keys", keys, "positives_cap", positives_cap)
+    check.not_both("keys", keys, "memory", memory)
     features, labels, stored = check.memory(memory, features, labels, mask)
-    labels, mask = check.supervision(labels, mask, samples, features)
+    features, labels, own_keys = check.own_keys(keys, key_labels, features, labels, mask)
+    labels, mask = check.supervision(
+        labels, mask, samples, features, None if own_keys is None else own_keys[0].shape[0]
+    )
+    valid = check.valid_rows(valid, samples, features)
     check.option("contrast_mode", contrast_mode, ("all", "one"))
     check.option("summation", summation, ("out", "in"))
     check.option("denominator", denominator, ("all", "one_positive", "only_negatives"))
     kept = check.positives_cap("positives_cap", positives_cap, views)
-    anchors = samples * (views if contrast_mode == "all" else 1)
-    return _supcon(
-        features, samples, anchors, labels, mask, temperature, base_temperature, no_positive, reduction,
-        memory=stored, summation=summation, denominator=denominator, kept_samples=kept,
-    )  # fmt: skip
+    scales = _supcon_scales(features, temperature, base_temperature)
+
+    rows = _accumulate(_zero_unless(valid, features).transpose(0, 1).flatten(0, 1))
+    queries = rows if contrast_mode == "all" else rows[:samples]
+    anchors = torch.arange(queries.shape[0], device=rows.device)
+    if own_keys is not None:
+        logits = scales[0] * (queries @ _accumulate(own_keys[0]).T)
+        if mask is not None:
+            mask = _zero_unless(valid, mask)
+        pairs = key_pairs(logits, anchors % samples, labels, own_keys[1], mask)
+    else:
+        columns = rows if stored is None else torch.cat([rows, _accumulate(stored[0])])
+        logits = scales[0] * (queries @ columns.T)
+        pairs = supcon_pairs(
+            logits, anchors, samples, labels=labels, mask=_weights_of_valid(mask, valid),
+            memory_labels=None if stored is None else stored[1], kept_samples=kept, valid=valid,
+        )  # fmt: skip
+    loss, total = supcon_rows_of(logits, *pairs, summation=summation, denominator=denominator)
+    return _reduce_anchors(scales[1] * loss, total, valid, no_positive, reduction)
 
 
 @full_precision
@@ -445,12 +501,13 @@ def selfcon_loss(
     anchors: str = "all",
     augmentations: int = 1,
     no_positive: str = "zero",
+    valid: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """SupCon ("out", "all") over the exits of a network, features [A·B, exits + 1, D], the backbone last.
 
-    Anchors are all rows, those of the exits only, or those of view 0 ("first"). Bae et al., Self-Contrastive
-    Learning.
+    Anchors are all rows, those of the exits only, or those of view 0 ("first"). Samples that are not `valid`
+    [B] do not take part. Bae et al., Self-Contrastive Learning.
     """
     features = check.views("features", features)
     check.option("anchors", anchors, ("all", "exits", "first"))
@@ -460,41 +517,42 @@ def selfcon_loss(
     count = rows * {"all": views, "exits": views - 1, "first": 1}[anchors]
     if count == 0:
         raise ValueError(f"features must have a view besides the backbone with anchors='exits', got {views}")
-    return _supcon(
-        features, samples, count, labels, mask, temperature, base_temperature, no_positive, reduction
-    )
+    valid = check.valid_rows(valid, samples, features)
+    scale, factor = _supcon_scales(features, temperature, base_temperature)
+    rows_valid = None if valid is None else valid.repeat(augmentations)
+    keys = _accumulate(_zero_unless(rows_valid, features).transpose(0, 1).flatten(0, 1))
+    logits = scale * (keys[:count] @ keys.T)
+    pairs = supcon_pairs(
+        logits, torch.arange(count, device=logits.device), samples,
+        labels=labels, mask=_weights_of_valid(mask, valid), valid=valid,
+    )  # fmt: skip
+    loss, total = supcon_rows_of(logits, *pairs)
+    return _reduce_anchors(factor * loss, total, valid, no_positive, reduction)
 
 
-def _supcon(
-    features: Tensor,  # [rows, V, D]
-    samples: int,
-    anchors: int,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    temperature: Scalar,
-    base_temperature: Scalar,
-    no_positive: str,
-    reduction: str,
-    memory: tuple[Tensor, Tensor] | None = None,
-    **options: Any,
-) -> Tensor:
-    """`supcon_rows` of the first `anchors` rows of the view-major features, scaled and reduced."""
-    check.option("no_positive", no_positive, ("zero", "drop"))
-    check.option("reduction", reduction, check.REDUCTIONS)
+def _supcon_scales(features: Tensor, temperature: Scalar, base_temperature: Scalar) -> tuple[Scalar, Scalar]:
+    """1 / τ and τ / τ_base."""
     temperature = check.temperature("temperature", temperature, features)
     base_temperature = check.temperature("base_temperature", base_temperature, features)
+    like = _accumulate(features[:0])
+    return _inverse(temperature, like), _scalar(temperature, like) * _inverse(base_temperature, like)
 
-    keys = _accumulate(features.transpose(0, 1).flatten(0, 1))
-    rows = torch.arange(anchors, device=keys.device)
-    queries = keys[:anchors]
-    if memory is not None:
-        keys, options["memory_labels"] = torch.cat([keys, _accumulate(memory[0])]), memory[1]
-    loss, positives = supcon_rows(
-        queries, keys, rows, samples,
-        scale=_inverse(temperature, keys), labels=labels, mask=mask, **options,
-    )  # fmt: skip
-    loss = loss * (_scalar(temperature, keys) * _inverse(base_temperature, keys))
-    return check.reduction(loss, reduction, positives > 0 if no_positive == "drop" else None)
+
+def _weights_of_valid(mask: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """The mask [B, B] with 0 in the rows and the columns of samples that are not valid."""
+    return None if mask is None else _zero_unless(valid, _zero_unless(valid, mask).T).T
+
+
+def _reduce_anchors(
+    loss: Tensor, total: Tensor, valid: Tensor | None, no_positive: str, reduction: str
+) -> Tensor:
+    """The mean over the valid anchors, those without positives left out with "drop"."""
+    check.option("no_positive", no_positive, ("zero", "drop"))
+    rows_valid = None if valid is None else valid.repeat(loss.shape[0] // valid.shape[0])
+    counted = None if no_positive == "zero" else total > 0
+    if rows_valid is not None:
+        counted = rows_valid if counted is None else rows_valid & counted
+    return check.reduction(_zero_unless(rows_valid, loss), reduction, counted)
 
 
 @full_precision
@@ -563,7 +621,7 @@ def sce_loss(
     queue alone, the row's own key k_i and the queue. The positive is left out of the target, or has logit 0
     in it ("zero"). Denize et al., Similarity Contrastive Estimation.
     """
-    q, k, k_global, queue = check.sce_inputs(q, k, k_global, queue, rank)
+    q, k, k_global, queue = check.keys_and_queue(q, k, k_global, queue, rank)
     temperature = check.temperature("temperature", temperature, q)
     target_temperature = check.temperature("target_temperature", target_temperature, q)
     coeff = check.coefficient("coeff", coeff, q)
@@ -602,76 +660,147 @@ def info_nce_loss(
     queue: Tensor | KeyQueue | None = None,
     *,
     temperature: Scalar = 0.07,
+    in_batch: bool = False,
+    k_global: Tensor | None = None,
+    rank: int = 0,
+    valid: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """-log exp(q_i·k_i/τ) / Σ_j exp(q_i·key_j/τ): keys k, or k_i and the queue [K, D] (MoCo)."""
-    q, k, queue = check.pair_and_queue(q, k, queue)
+    """-log exp(q_i·k_i/τ) / Σ_j exp(q_i·key_j/τ): keys k, or k_i and the queue [K, D] (MoCo).
+
+    `in_batch`: k and the queue. With k_global [G, D]: it (positive i + N·rank), and the queue.
+    Pairs that are not `valid` [N] do not take part.
+    """
+    check.not_both("k_global", k_global, "valid", valid)
+    q, k, k_global, queue = check.keys_and_queue(q, k, k_global, queue, rank)
     temperature = check.temperature("temperature", temperature, q)
+    check.flag("in_batch", in_batch)
+    n = q.shape[0]
+    valid = check.valid_rows(valid, n, q)
     check.option("reduction", reduction, check.REDUCTIONS)
-    q, k = _accumulate(q), _accumulate(k)
-    if queue is None:
+    q, k = _accumulate(_zero_unless(valid, q)), _accumulate(_zero_unless(valid, k))
+    positive = torch.arange(n, device=q.device)
+    if k_global is not None:
+        logits = q @ _accumulate(k_global).T
+        positive = positive + n * rank
+    elif in_batch or queue is None:
         logits = q @ k.T
-        positive = torch.arange(q.shape[0], device=q.device)
     else:
-        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ _accumulate(queue).T], dim=1)
-        positive = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
-    return F.cross_entropy(_inverse(temperature, q) * logits, positive, reduction=reduction)
+        logits = (q * k).sum(dim=1, keepdim=True)
+        positive = torch.zeros_like(positive)
+    included = torch.ones_like(logits, dtype=torch.bool)
+    if valid is not None and logits.shape[1] == n:
+        included = valid[:, None] == valid
+    if queue is not None:
+        logits = torch.cat([logits, q @ _accumulate(queue).T], dim=1)
+        included = F.pad(included, (0, queue.shape[0]), value=True)
+    weights = _one_hot(positive, logits.shape[1]).to(q)
+    loss = _target_cross_entropy(_inverse(temperature, q) * logits, weights, included)
+    return check.reduction(_zero_unless(valid, loss), reduction, valid)
 
 
 @full_precision
-def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.5, reduction: str = "mean") -> Tensor:
-    """-log exp(S_i,pos) / Σ_{j≠i} exp(S_ij), S the cosines over τ of the 2N rows of z0, z1 (SimCLR) [2N]."""
+def nt_xent_loss(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: Scalar = 0.5,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """-log exp(S_i,pos) / Σ_{j≠i} exp(S_ij), S the cosines over τ of the 2N rows of z0, z1 (SimCLR) [2N].
+
+    Pairs that are not `valid` [N] do not take part.
+    """
     z0, z1 = check.pair("z0", z0, "z1", z1)
+    valid = check.valid_rows(valid, z0.shape[0], z0)
     temperature = check.temperature("temperature", temperature, z0)
     check.option("reduction", reduction, check.REDUCTIONS)
     n = z0.shape[0]
-    z = _normalize(_accumulate(torch.cat([z0, z1])))
+    rows_valid = None if valid is None else valid.repeat(2)
+    z = _normalize(_zero_unless(rows_valid, _accumulate(torch.cat([z0, z1]))))
     partner = (torch.arange(2 * n, device=z.device) + n) % (2 * n)
     problem = Contrast(z, None, _inverse(temperature, z), exclude=0, positive_index=partner)
+    if rows_valid is not None:
+        problem = problem._replace(row_labels=rows_valid, col_labels=rows_valid, among="same")
     lse, _, positive, _ = contrastive_stats(problem)
-    return check.reduction(lse - positive, reduction)
+    return check.reduction(_zero_unless(rows_valid, lse - positive), reduction, rows_valid)
 
 
 @full_precision
 def clip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Scalar, *, reduction: str = "mean"
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Scalar,
+    *,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
-    """Means of the cross-entropies of row i and of column i of logit_scale · image textᵀ [N] (CLIP)."""
+    """Means of the cross-entropies of row i and of column i of logit_scale · image textᵀ [N] (CLIP).
+
+    The target is uniform over the pairs of the label of pair i, without labels that pair. Pairs that are not
+    `valid` [N] do not take part.
+    """
     image, text = check.pair("image_features", image_features, "text_features", text_features)
     logit_scale = check.scale("logit_scale", logit_scale, image)
+    n = image.shape[0]
+    valid = check.valid_rows(valid, n, image)
+    if labels is not None:
+        labels = check.labels("labels", labels, n)
+        check.same_device(image_features=image, labels=labels)
     check.option("reduction", reduction, check.REDUCTIONS)
-    image, text = _accumulate(image), _accumulate(text)
+    image, text = _accumulate(_zero_unless(valid, image)), _accumulate(_zero_unless(valid, text))
     logits = _scalar(logit_scale, image) * (image @ text.T)
-    positive = torch.arange(image.shape[0], device=image.device)
-    rows = F.cross_entropy(logits, positive, reduction=reduction)
-    return (rows + F.cross_entropy(logits.T, positive, reduction=reduction)) / 2
+    included, positives = torch.ones_like(logits, dtype=torch.bool), _columns(n, n, 0, logits.device)
+    if valid is not None:
+        included = valid[:, None] == valid
+    if labels is not None:
+        positives = positives | (included & (labels[:, None] == labels))
+    weights = positives / positives.sum(dim=1).to(logits)  # symmetric
+    rows = _target_cross_entropy(logits, weights, included)
+    loss = (rows + _target_cross_entropy(logits.T, weights, included)) / 2
+    return check.reduction(_zero_unless(valid, loss), reduction, valid)
 
 
 @full_precision
 def dcl_loss(
-    z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.1, sigma: Scalar | None = None, reduction: str = "mean"
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: Scalar = 0.1,
+    sigma: Scalar | None = None,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """LSE_{j≠i} (z0_i·z0_j/τ, z0_i·z1_j/τ) - w_i z0_i·z1_i/τ [N], one way.
 
     w_i = 1, or 2 - N softmax_i(z0_i·z1_i/sigma) (DCLW). With N = 1 the denominator is empty and the loss 0.
-    Yeh et al., Decoupled Contrastive Learning.
+    Pairs that are not `valid` [N] do not take part, nor in N. Yeh et al., Decoupled Contrastive Learning.
     """
     z0, z1 = check.pair("z0", z0, "z1", z1)
     temperature = check.temperature("temperature", temperature, z0)
     if sigma is not None:
         sigma = check.temperature("sigma", sigma, z0)
     check.option("reduction", reduction, check.REDUCTIONS)
-    z0, z1 = _accumulate(z0), _accumulate(z1)
+    valid = check.valid_rows(valid, z0.shape[0], z0)
+    z0, z1 = _accumulate(_zero_unless(valid, z0)), _accumulate(_zero_unless(valid, z1))
     n = z0.shape[0]
     others = ~_columns(n, n, 0, z0.device)
+    if valid is not None:
+        others = others & (valid[:, None] == valid)
     logits = torch.cat([z0 @ z0.T, z0 @ z1.T], dim=1) * _inverse(temperature, z0)
     lse = _logsumexp(logits, others.repeat(1, 2))
     products = (z0 * z1).sum(dim=1)
     weight: Scalar = 1.0
     if sigma is not None:
-        weight = 2 - n * torch.softmax(products * _inverse(sigma, z0), dim=0)
+        counted = torch.ones_like(products, dtype=torch.bool) if valid is None else valid
+        scores = (products * _inverse(sigma, z0))[None]
+        shares = _masked_softmax(scores, counted, _logsumexp(scores, counted[None]))
+        weight = 2 - counted.sum() * shares[0]
     positive = weight * (products * _inverse(temperature, z0))
-    return check.reduction(torch.where(lse == -INF, 0.0 * positive, lse - positive), reduction)
+    loss = torch.where(lse == -INF, 0.0 * positive, lse - positive)
+    return check.reduction(_zero_unless(valid, loss), reduction, valid)
 
 
 @full_precision

@@ -264,6 +264,16 @@ def boolean_mask(name: str, x: Any, shape: Sequence[int]) -> Tensor:
     return x
 
 
+def valid_rows(x: Any, n: int, like: Tensor) -> Tensor | None:
+    """A copy of the argument `valid`, a bool tensor [n] on the device of `like`, or None."""
+    if x is None:
+        return None
+    boolean_mask("valid", x, [n])
+    if x.device != like.device:
+        raise ValueError(f"valid must be on {like.device}, got a tensor on {x.device}")
+    return x.clone()  # the backward reads it
+
+
 def not_both(first: str, x: Any, second: str, y: Any) -> None:
     if x is not None and y is not None:
         raise ValueError(f"{first} and {second} must not be given together, got both")
@@ -393,6 +403,32 @@ def memory(
     return like, supervised, (keys, marks)
 
 
+def own_keys(
+    x: Any, marks: Any, like: Tensor, supervised: Any, weights: Any
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None] | None]:
+    """Features [B, V, D], their labels, and the keys [M, D] and labels [M] of the arguments `keys` and
+    `key_labels`, features and keys in one dtype, and so the labels; no labels where a mask says what is
+    positive."""
+    if x is None:
+        if marks is not None:
+            raise ValueError("keys must be given with key_labels, got None")
+        return like, supervised, None
+    features("keys", x, shape="[M, D]")
+    same_device(features=like, keys=x, key_labels=marks)
+    same_width(features=like, keys=x)
+    not_both("mask", weights, "key_labels", marks)
+    both_or_none("labels", supervised, "key_labels", marks)
+    like, x = dtypes.promote(like, x)
+    if weights is None and marks is None:
+        raise ValueError("labels and key_labels, or mask, must be given with keys, got none of them")
+    if marks is None:
+        return like, supervised, (x, None)
+    supervised, marks = comparable(
+        labels("labels", supervised, like.shape[0]), labels("key_labels", marks, x.shape[0])
+    )
+    return like, supervised, (x, marks)
+
+
 def pair_and_queue(q: Any, k: Any, queue: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """q, k [N, D] and the rows [K, D] of an optional queue, on one device and in their common dtype; K is 0
     for an empty KeyQueue only."""
@@ -483,7 +519,12 @@ def _label_pair(row_labels: Tensor, col_labels: Tensor, own_excluded: bool) -> t
     return label_ids(row_labels), label_ids(col_labels, columns=True)
 
 
-def sce_inputs(
+def no_group_beside(group: Any, k_global: Any, rank: Any) -> None:
+    if group is not None and (k_global is not None or rank != 0):
+        raise ValueError("k_global and rank must not be given with a group, which gathers the keys itself")
+
+
+def keys_and_queue(
     q: Any, k: Any, k_global: Any, queue: Any, rank: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`pair_and_queue` and the gathered keys [M, D], which must hold the N keys of `rank`; beside these an

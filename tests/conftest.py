@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Last those that may load the emulator: from then on "cuda" serves CPU tensors in their process."""
-    items.sort(key=lambda item: item.path.parent.name == "cuda" or item.path.name == "test_gpu_losses.py")
+    items.sort(key=lambda item: item.path.parent.name == "cuda" or item.path.name.startswith("test_gpu_"))
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -62,7 +62,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests of the kernels for GPUs make their tensors on CL_KERNELS_TEST_DEVICE; on the CPU, by default, the
     kernels run under Triton's interpreter."""
-    if request.path.parent.name not in ("triton", "cuda") and request.path.name != "test_gpu_losses.py":
+    if request.path.parent.name not in ("triton", "cuda") and not request.path.name.startswith("test_gpu_"):
         yield
         return
     torch.set_default_device(os.environ.get("CL_KERNELS_TEST_DEVICE", "cpu"))

@@ -30,8 +30,8 @@ def mean(loss: Tensor, ranks: Ranks, weight: Tensor | None = None) -> Tensor:
 def contrastive(
     problem: Contrast, ranks: Ranks | None, first_positive: int | None = None
 ) -> ContrastiveStats:
-    """`autograd.contrastive` with the keys of every rank beside this one's, to which indices and offsets
-    refer.
+    """`autograd.contrastive` with the keys of every rank, and their labels and biases, beside this one's, to
+    which indices and offsets refer. A bias gets no gradient.
 
     A mask of positives is [R, samples of all ranks]. With both axes the columns are this rank's own keys,
     over the rows of all.
@@ -43,12 +43,14 @@ def contrastive(
     sizes = ranks.rows(problem.keys.shape[0])
     first = sum(sizes[: ranks.rank])
     index, labels, mask = problem.positive_index, problem.col_labels, problem.positive_mask
+    bias = problem.key_bias
     everyone = problem._replace(
         k=gather(problem.keys, sizes, ranks.group),
         exclude=None if problem.exclude is None else problem.exclude + first,
         col_labels=None if labels is None else gather(labels, sizes, ranks.group),
         positive_index=None if index is None else index + first,
         positive_mask=None if mask is None else _spread(mask, ranks, sizes),
+        key_bias=None if bias is None else gather(bias, sizes, ranks.group),
     )
     if problem.q.shape[0] == 0:
         return _no_rows(everyone)

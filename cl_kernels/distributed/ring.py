@@ -104,10 +104,11 @@ def _wait(requests: Sequence[Any]) -> None:
 def contrastive(problem: Contrast, ranks: Ranks) -> ContrastiveStats:
     """See `engine.contrastive`."""
     acc = dtypes.accumulate_dtype(problem.q.dtype)
-    mask = problem.positive_mask
+    mask, bias = problem.positive_mask, problem.key_bias
     problem = problem._replace(
-        scale=dtypes.scalar_tensor(problem.scale, acc), positive_mask=None if mask is None else mask.to(acc)
-    )
+        scale=dtypes.scalar_tensor(problem.scale, acc), positive_mask=None if mask is None else mask.to(acc),
+        key_bias=None if bias is None else bias.to(acc),
+    )  # fmt: skip
     backend = dispatch.select("contrastive_forward", problem.q)
     outputs = _RingContrast.apply(ranks, problem.options(), backend, *problem.tensors())
     return ContrastiveStats(*outputs)
@@ -121,13 +122,14 @@ def _at_home(problem: Contrast, ranks: Ranks) -> Contrast:
     return problem._replace(positive_mask=mask_columns(mask, ranks, ranks.rank, keys))
 
 
-def _away(problem: Contrast, ranks: Ranks, owner: int, rows: slice, k: Tensor, *labels: Tensor) -> Contrast:
-    """The problem over a block of another rank's keys."""
-    mask = problem.positive_mask
+def _away(problem: Contrast, ranks: Ranks, owner: int, rows: slice, block: Tensors) -> Contrast:
+    """The problem over a block of another rank's keys, as they travel."""
+    mask, parts = problem.positive_mask, iter(block)
     return problem._replace(
-        k=k,
+        k=next(parts),
         exclude=None,
-        col_labels=labels[0] if labels else None,
+        col_labels=None if problem.col_labels is None else next(parts),
+        key_bias=None if problem.key_bias is None else next(parts),
         positive_index=None,
         positive_mask=None if mask is None else mask_columns(mask, ranks, owner, rows),
     )
@@ -138,7 +140,7 @@ def _has_pairs(problem: Contrast) -> bool:
 
 
 def _travelling(problem: Contrast) -> list[Tensor]:
-    return [x for x in (problem.keys, problem.col_labels) if x is not None]
+    return [x for x in (problem.keys, problem.col_labels, problem.key_bias) if x is not None]
 
 
 class _RingContrast(torch.autograd.Function):
@@ -168,7 +170,7 @@ class _RingContrast(torch.autograd.Function):
             lse_cols = add(_at_home(problem, ranks))
 
         def visit(owner: int, rows: slice, *block: Tensor) -> Tensors:
-            cols = add(_away(problem, ranks, owner, rows, *block))
+            cols = add(_away(problem, ranks, owner, rows, block))
             return [cols] if bare.both_axes else []
 
         for cols in circulate(ranks, _travelling(problem), at_home, visit, torch.logaddexp):
@@ -222,7 +224,7 @@ class _RingContrast(torch.autograd.Function):
 
         def visit(owner: int, rows: slice, *block: Tensor) -> Tensors:
             keys, cols = (block[:-2], block[-2:]) if bare.both_axes else (block, ())
-            away = _away(problem, ranks, owner, rows, *keys)
+            away = _away(problem, ranks, owner, rows, keys)
             wanted = needs_q if itself else needs_k
             found = add(away, cols, (needs_q, wanted))
             return [found] if wanted else []

@@ -58,7 +58,8 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
         A context manager that swaps back; as a call, until `unpatch`.
 
     Raises:
-        ImportError: if the library is not installed.
+        ValueError: if there is no such library.
+        ImportError: if it is not installed.
         RuntimeError: if its version, or the source of what would be replaced, is not one that was compared.
 
     Example:
@@ -91,7 +92,15 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
 
 
 def unpatch(name: str | None = None) -> None:
-    """Swap back what `patch` swapped, in one library or (None) in all."""
+    """Swap back what `patch` swapped, in one library or (None) in all.
+
+    Raises:
+        ValueError: if there is no such library.
+
+    Example:
+        >>> import cl_kernels as clk
+        >>> clk.unpatch()  # nothing is patched: nothing changes
+    """
     for each in [name] if name is not None else list(_patched):
         if each not in LIBRARIES:
             raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {each!r}")
@@ -136,6 +145,9 @@ def _twin(criterion: Any) -> Any:
             return found[0].over(criterion)
         twin = copy.copy(criterion)
         twin.__class__ = _fused_class(kind, tuple(found))
+        rebind = getattr(import_module(f".{found[0].library}", __package__), "rebind", None)
+        if rebind is not None:
+            rebind(twin)
         return twin if not isinstance(twin, nn.Module) else _with_children(twin) or twin
     if isinstance(criterion, nn.Module) and _root(kind) in LIBRARIES.values():
         twin = _with_children(copy.copy(criterion))
@@ -165,26 +177,23 @@ def _swaps_of(kind: Any) -> list[Swap]:
     for name, root in LIBRARIES.items():
         if name not in REPOSITORIES and _root(kind) != root:
             continue
-        if _root(kind) == root:
-            _refuse_unknown_version(name)
-        elif not _importable(name):
-            continue
-        mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
+        _refuse_unknown_version(name)
         if name in REPOSITORIES:
+            mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
             mine = [swap for swap in mine if _source(swap, kind) in swap.known]
         else:
-            mine = [swap for swap in mine if swap.module == kind.__module__]
+            mine = [swap for swap in swaps(name) if _has(kind, swap)]
         if mine:
             return mine
     return []
 
 
-def _importable(name: str) -> bool:
-    try:
-        library(name)
-    except ImportError:
-        return False
-    return True
+def _has(kind: Any, swap: Swap) -> bool:
+    """Whether a function is what `swap` replaces, or a class has it, be it inherited."""
+    if not isinstance(kind, type):
+        return (kind.__module__, kind.__qualname__) == (swap.module, swap.qualname)
+    owner, name = swap.owner(), swap.qualname.rpartition(".")[2]
+    return inspect.isclass(owner) and issubclass(kind, owner) and getattr(kind, name) is getattr(owner, name)
 
 
 def _refuse_unknown_version(name: str) -> None:
@@ -200,7 +209,7 @@ def _method(swap: Swap, kind: Any) -> Any:
     """The function of `kind` that a swap replaces, `kind` itself if it is one."""
     if isinstance(kind, FunctionType):
         return kind
-    return vars(kind).get(swap.qualname.rpartition(".")[2])
+    return getattr(kind, swap.qualname.rpartition(".")[2], None)
 
 
 def _source(swap: Swap, kind: Any) -> str | None:

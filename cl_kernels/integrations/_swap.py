@@ -67,7 +67,7 @@ class Swap:
 
     def owner(self) -> Any:
         """The class or the module that holds the target; the library is imported."""
-        found: Any = import_module(self.module)
+        found: Any = sys.modules.get(self.module) or import_module(self.module)  # no graph has an import
         for part in self.qualname.split(".")[:-1]:
             found = getattr(found, part)
         return found
@@ -90,18 +90,29 @@ class Swap:
                     self._refuse_overridden(type(args[0]), owner)
                 result = self.ours(*args, **options)
             except (Unfused, TypeError, ValueError) as error:  # wrong arguments get the library's own error
-                reason = str(error)
+                reason = error
             else:
                 _count(_fused, self.name)
                 return result
+            own = original or self._instead_of(reason)
             _count(_fallback, self.name)
-            self._say(reason)
-            return (original or self.original())(*args, **options)
+            self._say(str(reason))
+            return own(*args, **options)
 
         call.replaces = self.target  # type: ignore[attr-defined]
         if original is not None:
             call.unfused = original  # type: ignore[attr-defined]
         return call
+
+    def _instead_of(self, reason: Exception) -> Callable[..., Any]:
+        """The original, to be called for `reason`, which is raised where the library is not importable."""
+        try:
+            return self.original()
+        except (ImportError, AttributeError):
+            if isinstance(reason, Unfused):
+                missing = f"{self.name} runs only as {self.target} here, which is not importable: {reason}"
+                raise NotImplementedError(missing) from None
+            raise reason from None
 
     def _refuse_overridden(self, found: type, owner: type | None) -> None:
         owner = owner or self.owner()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import dtypes, ops, validation
 from ..distributed import EXCHANGES, ProcessGroup, Ranks, engine
+from ..problem import Contrast
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,6 +84,21 @@ def unit_rows(x: Tensor) -> Tensor:
     rows = x.to(dtypes.accumulate_dtype(x.dtype))
     squared = (rows * rows).sum(1, keepdim=True)  # the second derivative of a norm is NaN at 0
     return (rows / squared.masked_fill(squared == 0, torch.inf).sqrt()).to(x.dtype)
+
+
+def zero_unless(valid: Tensor | None, x: Tensor) -> Tensor:
+    """`x` [N, ...] with 0, and gradient 0, where `valid` [N] is False, whatever stands there; None: as it
+    is."""
+    return x if valid is None else x.masked_fill(~valid.view(-1, *[1] * (x.dim() - 1)), 0)
+
+
+def among_valid(valid: Tensor | None, problem: Contrast) -> Contrast:
+    """`problem`, whose rows are its N keys or the first of them, with denominators over what is valid [N]: a
+    row meets the keys that are as valid as itself."""
+    if valid is None:
+        return problem
+    ids, n = valid.to(torch.int64), problem.q.shape[0]
+    return problem._replace(row_labels=ids if n == ids.shape[0] else ids[:n], col_labels=ids, among="same")
 
 
 def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:

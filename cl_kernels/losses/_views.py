@@ -2,17 +2,85 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
 from ..autograd import ContrastiveStats
-from ..distributed import Ranks, engine, total
+from ..distributed import Ranks, engine, gather, total
 from ..problem import Contrast
-from ._common import cross_entropy, log_add, reduced, settled, warn_of_nothing, wide
+from ._common import (
+    among_valid,
+    cross_entropy,
+    log_add,
+    reduced,
+    settled,
+    warn_of_nothing,
+    wide,
+    zero_unless,
+)
 
 Memory = tuple[Tensor, Tensor]  # keys [K, D] and their labels [K]
 EMPTY_COUNT = 1e-6
+
+
+class Keys(NamedTuple):
+    """Keys of their own, in place of the rows that the anchors are."""
+
+    rows: Tensor  # [M, D]
+    labels: Tensor | None  # [M], None with a mask
+    ranks: Ranks | None  # among whose rows these are
+
+
+class Anchors(NamedTuple):
+    """The first so many `anchors` of the rows [V*B, D], view-major, and what they are contrasted with: all
+    rows, or `keys`; and a memory, which is the same on all ranks."""
+
+    rows: Tensor
+    anchors: int
+    samples: int  # B
+    scale: float | Tensor
+    labels: Tensor | None = None  # [B]
+    mask: Tensor | None = None  # [B, B], over ranks a column for each sample of all; [B, M] with keys
+    ranks: Ranks | None = None
+    memory: Memory | None = None
+    keys: Keys | None = None
+    valid: Tensor | None = None  # [B]; the other rows are 0
+
+    def problem(self) -> Contrast:
+        """The anchors against the keys, or all rows but themselves; as keys, None keeps the symmetry of the
+        whole."""
+        own = self.rows if self.anchors == self.rows.shape[0] else self.rows[: self.anchors]
+        if self.keys is not None:
+            return Contrast(own, self.keys.rows, self.scale)
+        return Contrast(own, None if own is self.rows else self.rows, self.scale, exclude=0)
+
+    def repeated(self, x: Tensor, rows: int) -> Tensor:
+        """`x` [B, ...] for each of so many view-major rows."""
+        views = rows // self.samples
+        return torch.cat([x] * views) if views > 1 else x
+
+    def valid_rows(self, rows: int) -> Tensor | None:
+        return None if self.valid is None else self.repeated(self.valid, rows)
+
+    @property
+    def left_out(self) -> Tensor | None:
+        """`valid` where the rows are the keys: those that are not valid are in no denominator."""
+        return self.valid if self.keys is None else None
+
+    @property
+    def key_ranks(self) -> Ranks | None:
+        return self.ranks if self.keys is None else self.keys.ranks
+
+    @property
+    def columns(self) -> int:
+        """How many rows an anchor is contrasted with, those that are not valid among them."""
+        stored = 0 if self.memory is None else self.memory[0].shape[0]
+        if self.keys is not None:
+            return total(self.keys.rows.shape[0], self.keys.ranks) + stored
+        return total(self.rows.shape[0], self.ranks) - 1 + stored
 
 
 def view_major(features: Tensor) -> Tensor:
@@ -20,92 +88,138 @@ def view_major(features: Tensor) -> Tensor:
     return features.transpose(0, 1).flatten(0, 1)
 
 
-def anchor_rows(rows: Tensor, anchors: int, scale: float | Tensor) -> Contrast:
-    """The first `anchors` rows against all but themselves; as keys, None keeps the symmetry of the whole."""
-    if anchors == rows.shape[0]:
-        return Contrast(rows, None, scale, exclude=0)
-    return Contrast(rows[:anchors], rows, scale, exclude=0)
-
-
-def with_samples(
-    problem: Contrast, batch: int, labels: Tensor | None, among: str = "all", ranks: Ranks | None = None
-) -> Contrast:
-    """The same with positives: row r belongs to sample r % batch, and its positives are the other rows of its
-    label (None: of its sample)."""
-    before = 0 if ranks is None else ranks.first
-    n, anchors = problem.keys.shape[0], problem.q.shape[0]
+def with_positives(given: Anchors, among: str = "all") -> Contrast:
+    """The problem with its positives by label or by sample: row r belongs to sample r % B, and its positives
+    are the keys, or the other rows, of its label (None: of its sample)."""
+    problem, batch, ranks = given.problem(), given.samples, given.ranks
+    n, labels = given.rows.shape[0], given.labels
     if labels is None and n == 2 * batch and among == "all":
-        partner = torch.arange(n, device=problem.q.device).roll(batch)
-        return problem._replace(positive_index=partner[:anchors])
+        partner = torch.arange(n, device=given.rows.device).roll(batch)
+        problem = problem._replace(positive_index=partner[: given.anchors])
+        return among_valid(given.valid_rows(n), problem)
+    before = 0 if ranks is None else ranks.first
     if labels is None:
-        labels = torch.arange(before, before + batch, device=problem.q.device)
-    views = n // batch
-    columns = validation.label_ids(
-        torch.cat([labels] * views) if views > 1 else labels, before=before * views
-    )
-    own = columns if anchors == n else columns[:anchors]
+        labels = torch.arange(before, before + batch, device=given.rows.device)
+    ids = validation.label_ids(given.repeated(labels, n), before=before * (n // batch))
+    if given.keys is not None and given.keys.labels is not None:
+        columns = validation.label_ids(given.keys.labels, columns=True)
+    else:
+        columns = ids = of_no_label(ids, given.valid_rows(n), ranks)
+    own = ids if given.anchors == n else ids[: given.anchors]
     return problem._replace(row_labels=own, col_labels=columns, among=among, label_positives=True)
 
 
-def statistics(problem: Contrast, ranks: Ranks | None, memory: Memory | None) -> ContrastiveStats:
-    """Those of anchors with positives by label or among some labels, over the rows of all ranks and over a
-    memory, which is the same on each."""
-    stats = engine.contrastive(problem, ranks)
-    if memory is None:
+def of_no_label(ids: Tensor, valid: Tensor | None, ranks: Ranks | None) -> Tensor:
+    """The ids [n] of labels, where a row is not valid one that no valid row of any rank has."""
+    if valid is None:
+        return ids
+    taken = rows_of_all(ids, ranks)
+    n = taken.shape[0]  # of n + 1 numbers, n ids leave one
+    small = torch.where((taken >= 0) & (taken < n), taken, n + 1)
+    seen = taken.new_zeros(n + 2).scatter(0, small, 1)
+    return torch.where(valid, ids, seen[: n + 1].argmin())
+
+
+def rows_of_all(x: Tensor, ranks: Ranks | None) -> Tensor:
+    """`x` [n, ...] of every rank."""
+    if ranks is None:
+        return x
+    if x.dtype == torch.bool:  # which not every backend of torch.distributed sends
+        return rows_of_all(x.to(torch.uint8), ranks) != 0
+    return gather(x, ranks.rows(x.shape[0]), ranks.group)
+
+
+def weights_of_valid(
+    mask: Tensor | None, valid: Tensor | None, ranks: Ranks | None, square: bool
+) -> Tensor | None:
+    """The mask with 0 in the rows, and if it is `square` the columns, of samples that are not valid [B]."""
+    if mask is None or valid is None:
+        return mask
+    mask = mask.masked_fill(~valid[:, None], 0)
+    return mask.masked_fill(~rows_of_all(valid, ranks), 0) if square else mask
+
+
+def with_mask(given: Anchors, mask: Tensor) -> Contrast:
+    """The problem with its positives by their weights."""
+    weights = mask.to(dtypes.accumulate_dtype(given.rows.dtype))
+    problem = given.problem()._replace(positive_mask=weights)
+    if given.left_out is None:
+        return problem
+    return among_valid(given.valid_rows(given.rows.shape[0]), problem)
+
+
+def statistics(given: Anchors, problem: Contrast) -> ContrastiveStats:
+    """Those of a problem of anchors, over the rows of all ranks and over the memory."""
+    stats = _of_valid_keys(given, problem)
+    if given.memory is None:
         return stats
-    keys, labels = memory
+    keys, labels = given.memory
     beside = autograd.contrastive(
         problem._replace(k=keys, exclude=None, col_labels=validation.label_ids(labels, columns=True))
     )
     return stats._replace(
-        lse=_log_add(stats.lse, beside.lse),
+        lse=log_add_any(stats.lse, beside.lse),
         positive_sum=stats.positive_sum + beside.positive_sum,
         positive_count=stats.positive_count + beside.positive_count,
     )
 
 
-def other_columns(problem: Contrast, ranks: Ranks | None, memory: Memory | None) -> int:
-    """How many rows there are beside an anchor."""
-    return total(problem.keys.shape[0], ranks) - 1 + (0 if memory is None else memory[0].shape[0])
+def _of_valid_keys(given: Anchors, problem: Contrast) -> ContrastiveStats:
+    """The statistics without what is not valid: no label is that of such a key, so that it is nobody's
+    positive. Positives and negatives are taken apart, as a bias does not go with positives."""
+    ranks = given.key_ranks
+    if given.left_out is None or problem.row_labels is None or problem.positives in ("index", "mask"):
+        return engine.contrastive(problem, ranks)
+    by_label = problem.positives == "labels"
+    same = engine.contrastive(problem._replace(among="same"), ranks) if by_label else None
+    if same is not None and problem.among == "same":
+        return same
+    others = of_other_labels(problem, given.repeated(given.left_out, given.rows.shape[0]), ranks)
+    if same is None:
+        return others
+    lse = others.lse if problem.among == "different" else log_add_any(same.lse, others.lse)
+    return same._replace(lse=lse)
 
 
-def _log_add(x: Tensor, y: Tensor) -> Tensor:
+def of_other_labels(problem: Contrast, valid: Tensor, ranks: Ranks | None) -> ContrastiveStats:
+    """The statistics over the valid keys whose label is not the row's, without positives."""
+    zeros = torch.zeros_like(valid, dtype=dtypes.accumulate_dtype(problem.q.dtype))
+    bias = zeros.masked_fill(~valid, -torch.inf)
+    others = problem._replace(among="different", label_positives=False, key_bias=bias)
+    return engine.contrastive(others, ranks)
+
+
+def log_add_any(x: Tensor, y: Tensor) -> Tensor:
     """`log_add`, also where one or both are -inf."""
     no_x, no_y = x == -torch.inf, y == -torch.inf
     both = log_add(x.masked_fill(no_x, 0.0), y.masked_fill(no_y, 0.0))
     return torch.where(no_x, y, torch.where(no_y, x, both))
 
 
-def outside_rows(
-    problem: Contrast,
-    batch: int,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    among: str = "all",
-    ranks: Ranks | None = None,
-    memory: Memory | None = None,
-) -> tuple[Tensor, Tensor | None]:
+def outside_rows(given: Anchors, among: str = "all") -> tuple[Tensor, Tensor | None]:
     """The "out" loss of each anchor, unscaled, and the weight of its positives (None: all have some)."""
-    n = problem.keys.shape[0]
-    others = other_columns(problem, ranks, memory)
-    if mask is None:
-        problem = with_samples(problem, batch, labels, among, ranks)
-    else:
-        weights = mask.to(dtypes.accumulate_dtype(problem.q.dtype))
-        problem = problem._replace(positive_mask=weights)
-    stats = statistics(problem, ranks, memory)
+    mask, labels = given.mask, given.labels
+    problem = with_positives(given, among) if mask is None else with_mask(given, mask)
+    stats = statistics(given, problem)
     if problem.positive_index is not None:
-        return cross_entropy(stats.lse, stats.positive_sum, others), None
+        return cross_entropy(stats.lse, stats.positive_sum, given.columns), None
     by_value = labels is not None and labels.is_floating_point()  # a NaN has no positives in other views
-    if mask is None and among == "all" and n > batch and not by_value:
+    other_views = given.keys is None and given.rows.shape[0] > given.samples
+    if mask is None and among == "all" and other_views and not by_value and given.valid is None:
         loss = torch.addcdiv(stats.lse, stats.positive_sum, stats.positive_count, value=-1)
-        return settled(loss, others), None
+        return settled(loss, given.columns), None
     loss = _guarded_rows(stats)
     if among == "different":
-        warn_without_negatives((stats.lse == -torch.inf)[:, None])
+        warn_without_negatives(without(given, stats.lse)[:, None])
     else:
-        loss = settled(loss, others, mask)
+        loss = settled(loss, given.columns, mask)
     return loss, stats.positive_count
+
+
+def without(given: Anchors, lse: Tensor) -> Tensor:
+    """Which valid anchors have nothing to sum, by their log-sum-exps."""
+    valid = given.valid_rows(given.anchors)
+    return lse == -torch.inf if valid is None else (lse == -torch.inf) & valid
 
 
 def warn_without_negatives(left_out: Tensor) -> None:
@@ -123,18 +237,21 @@ def _guarded_rows(stats: ContrastiveStats) -> Tensor:
 
 
 def reduce_anchors(
+    given: Anchors,
     loss: Tensor,
     count: Tensor | None,
     temperature: float | Tensor,
     base_temperature: float | Tensor,
     no_positive: str,
     reduction: str,
-    like: Tensor,
-    ranks: Ranks | None = None,
 ) -> Tensor:
     """The reduced loss times temperature / base_temperature; `count` None: every anchor has positives."""
+    like, ranks = given.rows, given.ranks
     dtype = dtypes.accumulate_dtype(like.dtype)
-    weight = count > 0 if count is not None and no_positive == "drop" else None
+    weight = valid = given.valid_rows(given.anchors)
+    loss = zero_unless(valid, loss)
+    if count is not None and no_positive == "drop":
+        weight = count > 0 if valid is None else (count > 0) & valid
     ratio = wide(temperature, loss) / wide(base_temperature, loss)
     compiling = torch.compiler.is_compiling()  # a comparison would make another graph
     if not (compiling or isinstance(ratio, Tensor)) and ratio == 1.0:

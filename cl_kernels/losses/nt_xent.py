@@ -8,7 +8,17 @@ from torch import Tensor
 from .. import validation
 from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, inverse, loss_function, reduced, shown, unit_rows
+from ._common import (
+    Grouped,
+    among_valid,
+    cross_entropy,
+    inverse,
+    loss_function,
+    reduced,
+    shown,
+    unit_rows,
+    zero_unless,
+)
 
 
 @loss_function
@@ -17,6 +27,7 @@ def nt_xent_loss(
     z1: Tensor,
     *,
     temperature: float | Tensor = 0.5,
+    valid: Tensor | None = None,
     reduction: str = "mean",
     group: ProcessGroup | None = None,
     exchange: str = "gather",
@@ -32,6 +43,8 @@ def nt_xent_loss(
         z0, z1: the two views, [N, D], float16, bfloat16, float32 or float64; normalised inside. A zero row
             has similarity 0 with everything and gets no gradient.
         temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
+        valid: bool [N], False for pairs that are padding: they are in no denominator, their loss and gradient
+            are 0 whatever stands in them, and the mean does not count them. None: all count.
         reduction: "mean" over the 2N rows, "sum", or "none": [2N], the rows of z0 first.
         group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
             and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
@@ -64,13 +77,18 @@ def nt_xent_loss(
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
     n = z0.shape[0]
-    z = unit_rows(torch.cat([z0, z1]))
-    ranks = join(group, exchange, z, "nt_xent_loss", n, temperature=tau, reduction=reduction)
+    valid = validation.valid_rows(valid, n, z0)
+    rows_valid = None if valid is None else torch.cat([valid, valid])
+    z = unit_rows(zero_unless(rows_valid, torch.cat([z0, z1])))
+    ranks = join(
+        group, exchange, z, "nt_xent_loss", n, temperature=tau, valid=validation.kind(valid),
+        reduction=reduction,
+    )  # fmt: skip
     partner = torch.arange(2 * n, device=z.device).roll(n)
     problem = Contrast(z, None, inverse(tau, z), exclude=0, positive_index=partner)
-    stats = engine.contrastive(problem, ranks)
+    stats = engine.contrastive(among_valid(rows_valid, problem), ranks)
     loss = cross_entropy(stats.lse, stats.positive_sum, total(2 * n, ranks) - 1)
-    return reduced(loss, reduction, z, ranks=ranks)
+    return reduced(zero_unless(rows_valid, loss), reduction, z, rows_valid, ranks)
 
 
 class NTXentLoss(Grouped):
@@ -103,11 +121,12 @@ class NTXentLoss(Grouped):
         self.temperature = temperature
         self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def forward(self, out0: Tensor, out1: Tensor, valid: Tensor | None = None) -> Tensor:
         return nt_xent_loss(
             out0,
             out1,
             temperature=self.temperature,
+            valid=valid,
             reduction=self.reduction,
             group=self.group,
             exchange=self.exchange,

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .. import validation
 from ..distributed import ProcessGroup, join, total
-from ._common import Grouped, inverse, loss_function, shown
-from ._views import anchor_rows, outside_rows, reduce_anchors, view_major
+from ._common import Grouped, inverse, loss_function, shown, zero_unless
+from ._views import Anchors, outside_rows, reduce_anchors, view_major, weights_of_valid
 from .supcon import CONTRAST_MODES, NO_POSITIVE
 
 ANCHORS = ("all", "exits", "first")
@@ -24,6 +24,7 @@ def selfcon_loss(
     anchors: str = "all",
     augmentations: int = 1,
     no_positive: str = "zero",
+    valid: Tensor | None = None,
     reduction: str = "mean",
     group: ProcessGroup | None = None,
     exchange: str = "gather",
@@ -49,6 +50,7 @@ def selfcon_loss(
             view.
         augmentations: A.
         no_positive: whether anchors without positives count in the mean, as 0 ("zero"), or not ("drop").
+        valid: bool [B], False for samples that are padding, as for `supcon_loss`.
         reduction: "mean" over the anchors, "sum", or "none": [anchors], view-major.
         group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
             and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
@@ -76,9 +78,11 @@ def selfcon_loss(
     ranks = join(
         group, exchange, x, "selfcon_loss", batch, labels=validation.kind(labels), mask=validation.kind(mask),
         temperature=temperature, base_temperature=base_temperature, views=x.shape[1], anchors=anchors,
-        augmentations=augmentations, no_positive=no_positive, reduction=reduction,
+        augmentations=augmentations, no_positive=no_positive, valid=validation.kind(valid),
+        reduction=reduction,
     )  # fmt: skip
     labels, mask = validation.supervision(labels, mask, batch, x, total(batch, ranks))
+    valid = validation.valid_rows(valid, batch, x)
     tau = validation.temperature("temperature", temperature, x)
     base = validation.temperature("base_temperature", base_temperature, x)
     validation.option("anchors", anchors, ANCHORS)
@@ -88,9 +92,11 @@ def selfcon_loss(
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
     views = {"all": x.shape[1], "exits": x.shape[1] - 1, "first": 1}[anchors]
-    problem = anchor_rows(view_major(x), views * x.shape[0], inverse(tau, x))
-    loss, count = outside_rows(problem, batch, labels, mask, ranks=ranks)
-    return reduce_anchors(loss, count, tau, base, no_positive, reduction, x, ranks)
+    rows = view_major(x if valid is None else zero_unless(valid.repeat(augmentations), x))
+    mask = weights_of_valid(mask, valid, ranks, square=True)
+    given = Anchors(rows, views * x.shape[0], batch, inverse(tau, x), labels, mask, ranks, valid=valid)
+    loss, count = outside_rows(given)
+    return reduce_anchors(given, loss, count, tau, base, no_positive, reduction)
 
 
 class SelfConLoss(Grouped):
@@ -135,6 +141,7 @@ class SelfConLoss(Grouped):
         supcon_s: bool = False,
         selfcon_s_FG: bool = False,
         selfcon_m_FG: bool = False,
+        valid: Tensor | None = None,
     ) -> Tensor:
         if selfcon_s_FG and selfcon_m_FG:
             raise ValueError("selfcon_s_FG and selfcon_m_FG must not be given together, got both")
@@ -147,6 +154,7 @@ class SelfConLoss(Grouped):
             anchors="exits" if selfcon_s_FG or selfcon_m_FG else self.anchors,
             augmentations=2 if selfcon_m_FG else self.augmentations,
             no_positive="drop" if supcon_s else self.no_positive,
+            valid=valid,
             reduction=self.reduction,
             group=self.group,
             exchange=self.exchange,

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import validation
 from ..distributed import ProcessGroup, join
 from ._common import Grouped, inverse, loss_function, reduced, shown, unit_rows
-from ._views import anchor_rows, outside_rows
+from ._views import Anchors, outside_rows
 
 
 @loss_function
@@ -72,8 +72,7 @@ def stablerep_loss(
         temperature=tau,
         reduction=reduction,
     )
-    problem = anchor_rows(unit_rows(features), n, inverse(tau, features))
-    loss, _ = outside_rows(problem, n, labels, mask=None, ranks=ranks)
+    loss, _ = outside_rows(Anchors(unit_rows(features), n, n, inverse(tau, features), labels, ranks=ranks))
     return reduced(loss, reduction, features, ranks=ranks)
 
 

@@ -12,19 +12,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import autograd, dispatch, dtypes, ops, reference, validation
-from ..distributed import ProcessGroup, Ranks, gather, join, rows_of, total
-from ..problem import Contrast
-from ._common import Grouped, at_least_zero, inverse, loss_function, shown, warn_if_alone
+from ..distributed import ProcessGroup, join, rows_of, total
+from ._common import Grouped, at_least_zero, inverse, loss_function, shown, warn_if_alone, zero_unless
 from ._views import (
-    Memory,
-    anchor_rows,
-    other_columns,
+    Anchors,
+    Keys,
     outside_rows,
     reduce_anchors,
+    rows_of_all,
     statistics,
     view_major,
     warn_without_negatives,
-    with_samples,
+    weights_of_valid,
+    with_positives,
+    without,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def supcon_loss(
     positives_cap: int | None = None,
     no_positive: str = "zero",
     memory: KeyQueue | tuple[Tensor, Tensor] | None = None,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    valid: Tensor | None = None,
     reduction: str = "mean",
     group: ProcessGroup | None = None,
     exchange: str = "gather",
@@ -66,17 +70,19 @@ def supcon_loss(
         \text{in:}\quad \ell_i &= -\frac{\tau}{\tau_0} \log \frac{1}{|P(i)|} \sum_{p \in P(i)} w_{ip}
             \frac{e^{S_{ip}}}{\sum_{j \in Den(i)} e^{S_{ij}}}
 
-    The rows of a memory are further rows j and p of every anchor, without being anchors themselves.
+    The rows of a memory are further rows j and p of every anchor, without being anchors themselves. Keys of
+    their own are the only ones, and no anchor is among them: P(i) are the keys of label :math:`y_i`, Den(i)
+    with "all" is every key.
 
     Args:
         features: [B, V, D], further dimensions are flattened; float16, bfloat16, float32 or float64; used as
             they come, not normalised.
         labels: [B] or [B, 1], integers, booleans or floats: samples of equal label (by ==) are positives. A
             NaN equals nothing: such a sample has no positives, not even its own other views.
-        mask: [B, B], bool, integer or float weights, not necessarily symmetric: sample j is a positive of
-            sample i where it is not 0; "in" wants no negative ones. An anchor whose weights sum to less than
-            1e-6 is not divided by their sum (as in SupContrast). Without labels and mask the other views of a
-            sample are its positives (SimCLR).
+        mask: [B, B], with keys [B, M], bool, integer or float weights, not necessarily symmetric: sample j is
+            a positive of sample i where it is not 0; "in" wants no negative ones. An anchor whose weights sum
+            to less than 1e-6 is not divided by their sum (as in SupContrast). Without labels and mask the
+            other views of a sample are its positives (SimCLR).
         temperature, base_temperature: :math:`\tau, \tau_0 > 0`, floats or tensors of one element, which get
             their gradients.
         contrast_mode: "all": every row is an anchor; "one": those of view 0.
@@ -90,6 +96,13 @@ def supcon_loss(
         memory: earlier keys with their labels, a `KeyQueue` with labels or a pair of keys [K, D] and labels
             [K]; the keys get a gradient if they require one, else they may be changed in place before the
             backward. Only with labels and without positives_cap; over a group the same on every rank.
+        keys, key_labels: what the anchors are contrasted with in place of each other, [M, D], and its labels
+            [M] or [M, 1], compared with `labels`; in place of both labels a mask [B, M]. The keys get a
+            gradient if they require one, else they may be changed in place before the backward. Without
+            memory and positives_cap. Over a group each rank has keys, and anchors meet those of all ranks.
+        valid: bool [B], False for samples that are padding: they are no anchors, no positives and in no
+            denominator, and the mean does not count them. Their loss and gradient are 0 whatever stands in
+            their features, labels and mask. None: all count.
         reduction: "mean" over the anchors, "sum", or "none": [VB] or, for "one", [B].
         group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
             and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
@@ -110,8 +123,9 @@ def supcon_loss(
     input         gradient
     ============  ==================================================================================
     logits        :math:`G_{ij} = g_i \tau / \tau_0\, (\mathrm{softmax}_{Den(i)}(S_i)_j - W_{ij})`
-    features      :math:`dz = (G + G^\top) z / \tau`, and :math:`G m / \tau` for keys m of the memory
-    memory        :math:`dm = G^\top z / \tau`
+    features      :math:`dz = (G + G^\top) z / \tau`, and :math:`G m / \tau` for keys m of the memory or of
+                  their own
+    memory, keys  :math:`dm = G^\top z / \tau`
     temperature   :math:`\sum_i g_i \ell_i / \tau - \sum_{ij} G_{ij} S_{ij} / \tau`
     ============  ==================================================================================
 
@@ -126,20 +140,34 @@ def supcon_loss(
         >>> clk.supcon_loss(features.requires_grad_(), labels, temperature=0.1).backward()
         >>> clk.supcon_loss(features, reduction="none").shape  # SimCLR, a loss an anchor
         torch.Size([16])
+        >>> keys = torch.nn.functional.normalize(torch.randn(32, 16))
+        >>> clk.supcon_loss(features, labels, keys=keys, key_labels=torch.arange(32) % 4).shape
+        torch.Size([])
 
     Source: Khosla et al., "Supervised Contrastive Learning", 2020, equations 2 and 3.
     """
     x = validation.views("features", features)
     batch, views = x.shape[:2]
     validation.not_both("memory", memory, "positives_cap", positives_cap)
+    validation.not_both("keys", keys, "positives_cap", positives_cap)
+    validation.not_both("keys", keys, "memory", memory)
     x, labels, stored = validation.memory(memory, x, labels, mask)
+    x, labels, own_keys = validation.own_keys(keys, key_labels, x, labels, mask)
     ranks = join(
         group, exchange, x, "supcon_loss", batch, labels=validation.kind(labels), mask=validation.kind(mask),
         temperature=temperature, base_temperature=base_temperature, views=views, contrast_mode=contrast_mode,
         summation=summation, denominator=denominator, positives_cap=positives_cap, no_positive=no_positive,
-        reduction=reduction, rows_of_memory=rows_of(stored and stored[0]),
+        reduction=reduction, rows_of_memory=rows_of(stored and stored[0]), keys=own_keys is not None,
+        valid=validation.kind(valid),
     )  # fmt: skip
-    labels, mask = validation.supervision(labels, mask, batch, x, total(batch, ranks))
+    columns = total(batch, ranks)
+    contrasted = None
+    if own_keys is not None:
+        key_ranks = None if ranks is None else join(group, exchange, own_keys[0], "keys of supcon_loss")
+        columns = total(own_keys[0].shape[0], key_ranks)
+        contrasted = Keys(*_unchanging(*own_keys), key_ranks)
+    labels, mask = validation.supervision(labels, mask, batch, x, columns)
+    valid = validation.valid_rows(valid, batch, x)
     kept = validation.positives_cap("positives_cap", positives_cap, views)
     tau = validation.temperature("temperature", temperature, x)
     base = validation.temperature("base_temperature", base_temperature, x)
@@ -149,11 +177,19 @@ def supcon_loss(
     validation.option("no_positive", no_positive, NO_POSITIVE)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    rows = view_major(x)
-    anchors = rows.shape[0] if contrast_mode == "all" else batch
-    scale = inverse(tau, x)
-    if stored is not None:
-        stored = _unchanging(*stored)
+    rows = view_major(zero_unless(valid, x))
+    given = Anchors(
+        rows,
+        rows.shape[0] if contrast_mode == "all" else batch,
+        batch,
+        inverse(tau, x),
+        labels,
+        weights_of_valid(mask, valid, ranks, square=keys is None),
+        ranks,
+        memory=stored and _unchanging(*stored),
+        keys=contrasted,
+        valid=valid,
+    )
     if labels is None and mask is None:
         kept = None
         if views == 2 and denominator != "only_negatives":
@@ -161,119 +197,84 @@ def supcon_loss(
     count: Tensor | None
     by_labels = mask is None and denominator != "one_positive"
     if kept is not None or not (by_labels or (summation, denominator) == ("out", "all")):
-        loss, count = _chunked_rows(
-            x,
-            anchors,
-            scale,
-            labels,
-            mask,
-            ranks,
-            stored,
-            summation=summation,
-            denominator=denominator,
-            kept_samples=kept,
-        )
+        loss, count = _chunked_rows(given, kept, summation=summation, denominator=denominator)
     elif summation == "out":
-        among = "different" if denominator == "only_negatives" else "all"
-        problem = anchor_rows(rows, anchors, scale)
-        loss, count = outside_rows(problem, batch, labels, mask, among, ranks, stored)
+        loss, count = outside_rows(given, "different" if denominator == "only_negatives" else "all")
     else:
-        problem = anchor_rows(rows, anchors, scale)
-        loss, count = _inside_rows(problem, batch, labels, denominator, ranks, stored)
-    return reduce_anchors(loss, count, tau, base, no_positive, reduction, x, ranks)
+        loss, count = _inside_rows(given, denominator)
+    return reduce_anchors(given, loss, count, tau, base, no_positive, reduction)
 
 
-def _unchanging(keys: Tensor, labels: Tensor) -> Memory:
+def _unchanging(keys: Tensor, labels: Any) -> tuple[Tensor, Any]:
     """Copies of frozen keys and their labels, which the backward reads: a queue may have changed by then."""
     if torch.is_grad_enabled() and not keys.requires_grad:
-        return ops.snapshot(keys), ops.snapshot(labels)
+        return ops.snapshot(keys), None if labels is None else ops.snapshot(labels)
     return keys, labels
 
 
-def _inside_rows(
-    problem: Contrast,
-    batch: int,
-    labels: Tensor | None,
-    denominator: str,
-    ranks: Ranks | None,
-    memory: Memory | None,
-) -> tuple[Tensor, Tensor]:
+def _inside_rows(given: Anchors, denominator: str) -> tuple[Tensor, Tensor]:
     """The "in" loss of each anchor by class labels, unscaled, and the number of its positives.
 
     With p and n the logarithms of the sums over positives and over negatives, -log(e^p / (e^p + e^n)) is
     -log_sigmoid(p - n): nothing cancels in a converged model, as the whole denominator and p would.
     """
-    problem = with_samples(problem, batch, labels, "same", ranks)
-    positives = statistics(problem, ranks, memory)
+    problem = with_positives(given, "same")
+    positives = statistics(given, problem)
     others = problem._replace(among="different", label_positives=False)
-    negatives = statistics(others, ranks, memory).lse
+    negatives = statistics(given, others).lse
     count = positives.positive_count
     alone = (positives.lse == -torch.inf) & ~negatives.isnan()
     margin = (positives.lse - negatives).masked_fill(alone, 0.0)
     if denominator == "all":
-        warn_if_alone(other_columns(problem, ranks, memory))
+        warn_if_alone(given.columns)
         loss = count.log() - F.logsigmoid(margin)
     else:
-        warn_without_negatives((negatives == -torch.inf)[:, None])
+        warn_without_negatives(without(given, negatives)[:, None])
         loss = count.log() - margin
         alone = alone | ((negatives == -torch.inf) & ~positives.lse.isnan())
     return loss.masked_fill(alone, 0.0), count
 
 
-def _chunked_rows(
-    features: Tensor,
-    anchors: int,
-    scale: float | Tensor,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    ranks: Ranks | None,
-    memory: Memory | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """`reference.supcon_rows` of chunks of the anchors, recomputed in the backward: memory stays bounded."""
+def _chunked_rows(given: Anchors, kept: int | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """`reference.supcon_rows_of` chunks of the anchors, recomputed in the backward: memory stays bounded."""
     dispatch.require_engine(
         "supcon_loss with positives_cap, denominator='one_positive', or a mask beside 'out' and 'all'"
     )
-    features = features.to(dtypes.accumulate_dtype(features.dtype))
-    batch, before = features.shape[0], 0
-    if ranks is None:
-        keys = view_major(features)
-        queries = keys[:anchors]
-    else:  # the reference's keys are view-major over the samples of all
-        before = ranks.first
-        keys = view_major(gather(features, ranks.sizes, ranks.group))
-        queries = view_major(features)[:anchors]
-        labels = None if labels is None else gather(labels, ranks.sizes, ranks.group)
-    samples = keys.shape[0] // features.shape[1]
-    memory_labels = None
-    if memory is not None:
-        keys, memory_labels = torch.cat([keys, memory[0].to(keys)]), memory[1]
-    warn_if_alone(keys.shape[0] - 1)
+    given = given._replace(rows=given.rows.to(dtypes.accumulate_dtype(given.rows.dtype)))
+    everyone, ranks, anchors, batch = _with_all_ranks(given), given.ranks, given.anchors, given.samples
+    keys, samples, key_labels = everyone.rows, everyone.samples, None
+    if everyone.keys is not None:
+        keys, key_labels = everyone.keys.rows.to(keys), everyone.keys.labels
+    elif given.memory is not None:
+        keys, key_labels = torch.cat([keys, given.memory[0].to(keys)]), given.memory[1]
+    before = 0 if ranks is None else ranks.first
+    labels = everyone.labels
+    warn_if_alone(given.columns)
     if options["denominator"] == "only_negatives" and labels is not None:
         warn_without_negatives((labels == labels[:1])[None])
-    elif options["denominator"] == "only_negatives" and mask is not None:
-        warn_without_negatives(mask != 0)
+    elif options["denominator"] == "only_negatives" and given.mask is not None:
+        warn_without_negatives(given.mask != 0)
     step = max(1, CHUNK_LOGITS // keys.shape[0])
-    tensors = (queries, keys, scale, labels, mask, memory_labels)
+    tensors = (
+        given.rows[:anchors], keys, given.scale, labels, given.mask, key_labels, everyone.left_out
+    )  # fmt: skip
+    themselves = given.keys is None
 
-    def chunk(
-        first: int, queries: Tensor, keys: Tensor, scale: Any, labels: Any, mask: Any, memory_labels: Any
-    ) -> tuple[Tensor, Tensor]:
+    def chunk(first: int, queries: Tensor, keys: Tensor, scale: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+        labels, mask, key_labels, valid = rest
         own = torch.arange(first, min(first + step, anchors), device=keys.device)
         # By an op: what a compiled graph traces is multiplied in bfloat16 under autocast, in its backward.
         logits = autograd.similarity(queries[first : first + own.shape[0]], keys, scale, normalize=False)
-        if ranks is not None:
-            own = own // batch * samples + own % batch + before
-        return reference.supcon_rows_of(
-            logits,
-            own,
-            samples,
-            labels=labels,
-            mask=mask,
-            memory_labels=memory_labels,
-            before=before,
-            **options,
-        )
+        if themselves:
+            if ranks is not None:
+                own = own // batch * samples + own % batch + before
+            pairs = reference.supcon_pairs(
+                logits, own, samples, labels=labels, mask=mask, before=before, memory_labels=key_labels,
+                kept_samples=kept, valid=valid,
+            )  # fmt: skip
+        else:
+            pairs = reference.key_pairs(logits, own % batch, labels, key_labels, mask)
+        return reference.supcon_rows_of(logits, *pairs, **options)
 
     if step >= anchors:
         loss, count = chunk(0, *tensors)
@@ -284,13 +285,30 @@ def _chunked_rows(
         parts = [again(chunk, first, *tensors) for first in range(0, anchors, step)]
         loss, count = (torch.cat(part) for part in zip(*parts, strict=True))
     if options["denominator"] != "only_negatives":
-        loss = at_least_zero(loss, mask)
+        loss = at_least_zero(loss, given.mask)
     return loss, count
 
 
+def _with_all_ranks(given: Anchors) -> Anchors:
+    """The same with the keys of every rank, and the labels of theirs: view-major over the samples of all."""
+    ranks, keys = given.ranks, given.keys
+    if ranks is None:
+        return given
+    if keys is not None:
+        labels = None if keys.labels is None else rows_of_all(keys.labels, keys.ranks)
+        return given._replace(keys=Keys(rows_of_all(keys.rows, keys.ranks), labels, None))
+    by_sample = given.rows.reshape(-1, given.samples, given.rows.shape[1]).transpose(0, 1)
+    return given._replace(
+        rows=view_major(rows_of_all(by_sample, ranks)),
+        samples=total(given.samples, ranks),
+        labels=None if given.labels is None else rows_of_all(given.labels, ranks),
+        valid=None if given.valid is None else rows_of_all(given.valid, ranks),
+    )
+
+
 class SupConLoss(Grouped):
-    """`supcon_loss` as a module, with the constructor and the forward of SupContrast's SupConLoss; memory is
-    an argument of the forward."""
+    """`supcon_loss` as a module, with the constructor and the forward of SupContrast's SupConLoss; memory,
+    keys and valid are arguments of the forward."""
 
     def __init__(
         self,
@@ -322,6 +340,9 @@ class SupConLoss(Grouped):
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         memory: KeyQueue | tuple[Tensor, Tensor] | None = None,
+        keys: Tensor | None = None,
+        key_labels: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> Tensor:
         return supcon_loss(
             features,
@@ -335,6 +356,9 @@ class SupConLoss(Grouped):
             positives_cap=self.positives_cap,
             no_positive=self.no_positive,
             memory=memory,
+            keys=keys,
+            key_labels=key_labels,
+            valid=valid,
             reduction=self.reduction,
             group=self.group,
             exchange=self.exchange,

@@ -155,6 +155,16 @@ class Data:
         return torch.where(own % 5 == 4, -1, own)
 
     @_drawn
+    def valid(self) -> Tensor:
+        """Rows of which some are padding."""
+        return torch.rand(self.rows) > 0.2
+
+    @_drawn
+    def key_weights(self) -> Tensor:
+        """A mask of positives among the keys."""
+        return torch.rand(self.rows, len(self.keys)) * (torch.rand(self.rows, len(self.keys)) > 0.8)
+
+    @_drawn
     def logits(self) -> Tensor:
         return (self.first.double() @ self.keys.double().T / self.tau).float()
 
@@ -292,6 +302,7 @@ LEVELS = "levels labels"
 VIEWS = "z0=first z1=second"
 PAIR = "q=first k=second"
 QUEUE = PAIR + " queue"
+TOWERS = "image_features=first text_features=second"
 GATHERED = PAIR + " k_global=gathered"
 TARGET = "q=first k=segments target_q=teacher target_k=teacher_segments"
 WHOLE_TARGET = "q=first k=keys target_q=teacher target_k=teacher_keys"
@@ -324,6 +335,14 @@ CASES = [
     Case("supcon_loss", LABELLED + " memory", {"summation": "in"}, ("memory",)),
     Case("supcon_loss", LABELLED + " memory", {"denominator": "only_negatives"}),
     Case("supcon_loss", ALONE + " memory temperature"),
+    Case("supcon_loss", LABELLED + " keys key_labels"),
+    Case("supcon_loss", LABELLED + " keys key_labels", {"denominator": "only_negatives"}, ("keys",)),
+    Case("supcon_loss", "features keys mask=key_weights temperature"),
+    Case("supcon_loss", "features valid"),
+    Case("supcon_loss", LABELLED + " valid"),
+    Case("supcon_loss", LABELLED + " valid", {"summation": "in"}),
+    Case("supcon_loss", "features mask=weights valid"),
+    Case("supcon_loss", ALONE + " memory valid temperature", {"no_positive": "drop"}),
     Case("supcon_loss", LABELLED, {"reduction": "sum"}),
     Case("supcon_loss", LABELLED, {"reduction": "none"}),
     Case("supcon_loss", LABELLED + BOTH_TEMPERATURES),
@@ -336,6 +355,7 @@ CASES = [
     Case("selfcon_loss", "features=augmented labels=half_labels", {"augmentations": 2, "anchors": "exits"}),
     Case("selfcon_loss", EXITS, {"base_temperature": 0.2}),
     Case("selfcon_loss", ALONE, {"no_positive": "drop"}),
+    Case("selfcon_loss", EXITS + " valid", {"anchors": "exits"}),
     Case("selfcon_loss", EXITS, {"reduction": "sum"}),
     Case("selfcon_loss", EXITS, {"reduction": "none"}),
     Case("selfcon_loss", EXITS + BOTH_TEMPERATURES),
@@ -375,6 +395,7 @@ CASES = [
     Case("multilevel_loss", LEVELS, {"reduction": "none"}),
     Case("multilevel_loss", LEVELS + BOTH_TEMPERATURES),
     Case("nt_xent_loss", VIEWS),
+    Case("nt_xent_loss", VIEWS + " valid temperature"),
     Case("nt_xent_loss", VIEWS, {"reduction": "sum"}),
     Case("nt_xent_loss", VIEWS, {"reduction": "none"}),
     Case("nt_xent_loss", VIEWS + " temperature"),
@@ -383,15 +404,29 @@ CASES = [
     Case("info_nce_loss", QUEUE),
     Case("info_nce_loss", QUEUE, frozen=MOMENTUM),
     Case("info_nce_loss", PAIR + " queue=transposed_queue", frozen=MOMENTUM),
+    Case("info_nce_loss", QUEUE, {"in_batch": True}),
+    Case("info_nce_loss", PAIR + " queue=transposed_queue", {"in_batch": True}, MOMENTUM),
+    Case("info_nce_loss", GATHERED, {"rank": 1}, ("k",)),
+    Case("info_nce_loss", GATHERED + " queue", {"rank": 1}, MOMENTUM),
+    Case("info_nce_loss", PAIR + " valid"),
+    Case("info_nce_loss", QUEUE + " valid"),
+    Case("info_nce_loss", QUEUE + " valid", {"in_batch": True}, MOMENTUM),
     Case("info_nce_loss", PAIR, {"reduction": "sum"}),
     Case("info_nce_loss", QUEUE, {"reduction": "none"}),
     Case("info_nce_loss", QUEUE + " temperature"),
-    Case("clip_loss", "image_features=first text_features=second"),
-    Case("clip_loss", "image_features=first text_features=second", {"reduction": "sum"}),
-    Case("clip_loss", "image_features=first text_features=second", {"reduction": "none"}),
-    Case("clip_loss", "image_features=first text_features=second logit_scale"),
+    Case("clip_loss", TOWERS),
+    Case("clip_loss", TOWERS + " labels"),
+    Case("clip_loss", TOWERS + " labels logit_scale", {"reduction": "none"}),
+    Case("clip_loss", TOWERS + " valid"),
+    Case("clip_loss", TOWERS + " labels=some_alone valid"),
+    Case("clip_loss", TOWERS + " labels valid", {"reduction": "none"}),
+    Case("clip_loss", TOWERS, {"reduction": "sum"}),
+    Case("clip_loss", TOWERS, {"reduction": "none"}),
+    Case("clip_loss", TOWERS + " logit_scale"),
     Case("dcl_loss", VIEWS),
     Case("dcl_loss", VIEWS, {"sigma": 0.5}),
+    Case("dcl_loss", VIEWS + " valid"),
+    Case("dcl_loss", VIEWS + " valid", {"sigma": 0.5}),
     Case("dcl_loss", VIEWS, {"reduction": "sum"}),
     Case("dcl_loss", VIEWS, {"sigma": 0.5, "reduction": "none"}),
     Case("dcl_loss", VIEWS + " temperature"),

@@ -28,7 +28,7 @@ TEMPERATURES = ("temperature", "target_temperature", "sigma")
 SCALES = ("logit_scale", "scale", "target_scale")
 SOFT_TARGETS = ("sce_loss", "soft_target_cross_entropy")
 NOT_REDUCED = ("similarity", "masked_log_softmax", "contrastive_lse")
-NOT_DIFFERENTIABLE = ("labels", "mask", "positive_mask")
+NOT_DIFFERENTIABLE = ("labels", "key_labels", "mask", "positive_mask")
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,8 @@ def floor(name: str, problem: Problem, truth: Tensor, dtype: torch.dtype) -> flo
     if x.dim() == 0:
         terms *= logits * problem.summed
     elif problem.averaged:
-        terms /= x.shape[0]
+        valid = problem.inputs.get("valid")
+        terms /= x.shape[0] if valid is None else max(1, int(valid.sum()))
     return 2 * eps * (1 + logits) * (_largest(truth) + terms)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Case(NamedTuple):
     loss: str
     split: tuple[str, ...]  # of _tensors; those of floating point get a gradient
     options: dict[str, Any] = {}  # noqa: RUF012
-    whole: tuple[str, ...] = ()  # of _tensors: a mask's rows are split, a queue is everywhere
+    whole: tuple[str, ...] = ()  # of _tensors, by name: rows are split, but a queue is everywhere
     learned: tuple[str, ...] = ("temperature",)
     positional: int = 9
 
@@ -47,6 +48,22 @@ def _tensors(n: int, seed: int = 0) -> dict[str, Tensor]:
         "queue": unit(7, WIDTH), "labels": labels,
         "floats": torch.where(labels == 0, torch.nan, labels * 0.5), "mask": mask, "bool_mask": mask != 0,
         "positive_mask": torch.rand(2 * WIDTH, 2 * WIDTH, generator=generator) < 0.2,
+        **_keys_and_padding(n, unit, generator),
+    }  # fmt: skip
+
+
+def _keys_and_padding(n: int, unit: Callable[..., Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Two keys to a row, and rows of which some, all of the last rank's if it has one, are padding."""
+    valid = torch.rand(n, generator=generator) < 0.7
+    valid[-1] = False
+    padded, first, second = unit(n, 3, WIDTH), unit(n, WIDTH), unit(n, WIDTH)
+    for x in (padded, first, second):
+        x[~valid] = torch.nan
+    return {
+        "keys": unit(2 * n, WIDTH),
+        "key_labels": torch.randint(0, max(n // 3, 2), (2 * n,), generator=generator),
+        "key_mask": torch.rand(n, 2 * n, generator=generator, dtype=torch.float64),
+        "valid": valid, "padded": padded, "padded_q": first, "padded_k": second,
     }  # fmt: skip
 
 
@@ -64,14 +81,52 @@ CASES = {
     "supcon cap": Case("supcon_loss", ("features", "labels"), {"positives_cap": 2}),
     "supcon in, mask": Case("supcon_loss", ("features",), {"summation": "in"}, ("mask",)),
     "supcon drop": Case("supcon_loss", ("single", "labels"), {"no_positive": "drop"}),
+    "supcon keys": Case("supcon_loss", ("three", "labels", "keys", "key_labels")),
+    "supcon keys, one": Case(
+        "supcon_loss", ("three", "labels", "keys", "key_labels"),
+        {"contrast_mode": "one", "no_positive": "drop", "denominator": "only_negatives"},
+    ),
+    "supcon keys, in": Case("supcon_loss", ("single", "labels", "keys", "key_labels"), {"summation": "in"}),
+    "supcon keys, one positive": Case(
+        "supcon_loss", ("three", "labels", "keys", "key_labels"), {"denominator": "one_positive"}
+    ),
+    "supcon keys, mask": Case("supcon_loss", ("three", "keys"), whole=("key_mask",)),
+    "supcon keys, in, mask": Case("supcon_loss", ("three", "keys"), {"summation": "in"}, ("key_mask",)),
+    "supcon padded": Case("supcon_loss", ("padded", "valid")),
+    "supcon padded labels": Case("supcon_loss", ("padded", "labels", "valid"), {"no_positive": "drop"}),
+    "supcon padded floats": Case("supcon_loss", ("padded", "floats", "valid"), {"contrast_mode": "one"}),
+    "supcon padded, in": Case("supcon_loss", ("padded", "labels", "valid"), {"summation": "in"}),
+    "supcon padded, only negatives": Case(
+        "supcon_loss", ("padded", "labels", "valid"), {"denominator": "only_negatives"}
+    ),
+    "supcon padded mask": Case("supcon_loss", ("padded", "valid"), whole=("mask",)),
+    "supcon padded cap": Case("supcon_loss", ("padded", "labels", "valid"), {"positives_cap": 3}),
+    "supcon padded anchors": Case("supcon_loss", ("padded", "labels", "valid", "keys", "key_labels")),
+    "selfcon padded": Case("selfcon_loss", ("padded", "labels", "valid"), {"anchors": "exits"}),
+    "nt_xent padded": Case("nt_xent_loss", ("padded_q", "padded_k", "valid")),
     "selfcon exits": Case("selfcon_loss", ("three", "labels"), {"anchors": "exits"}),
     "selfcon unsupervised": Case("selfcon_loss", ("three",)),
     "nt_xent": Case("nt_xent_loss", ("q", "k")),
     "info_nce": Case("info_nce_loss", ("q", "k")),
     "info_nce queue": Case("info_nce_loss", ("q", "k"), whole=("queue",)),
+    "info_nce in batch": Case("info_nce_loss", ("q", "k"), {"in_batch": True}, ("queue",)),
+    "info_nce padded": Case("info_nce_loss", ("padded_q", "padded_k"), whole=("valid",)),
+    "info_nce padded queue": Case("info_nce_loss", ("padded_q", "padded_k"), whole=("queue", "valid")),
+    "info_nce padded, in batch": Case(
+        "info_nce_loss", ("padded_q", "padded_k"), {"in_batch": True}, ("queue", "valid")
+    ),
     "dcl": Case("dcl_loss", ("q", "k")),
     "dclw": Case("dcl_loss", ("q", "k"), {"sigma": 0.5}),
+    "dclw padded": Case("dcl_loss", ("padded_q", "padded_k"), {"sigma": 0.5}, ("valid",)),
     "clip": Case("clip_loss", ("q", "k"), learned=("logit_scale",)),
+    "clip labels": Case("clip_loss", ("q", "k"), whole=("labels",), learned=("logit_scale",)),
+    "clip float labels": Case("clip_loss", ("q", "k"), whole=("floats",), learned=("logit_scale",)),
+    "clip padded": Case(
+        "clip_loss", ("padded_q", "padded_k"), whole=("valid",), learned=("logit_scale",)
+    ),
+    "clip padded labels": Case(
+        "clip_loss", ("padded_q", "padded_k"), whole=("floats", "valid"), learned=("logit_scale",)
+    ),
     "sce": Case("sce_loss", ("q", "k"), learned=("temperature", "target_temperature", "coeff")),
     "sce queue": Case("sce_loss", ("q", "k"), {"positive_in_target": "zero"}, ("queue",)),
     "dimcl": Case("dimcl_loss", ("q", "k")),
@@ -80,7 +135,10 @@ CASES = {
     "multilevel": Case("multilevel_loss", ("features", "deep", "labels"), {"weights": [1.0, 0.5]}),
 }  # fmt: skip
 
-KEYWORDS = {"queue": "queue", "mask": "mask", "bool_mask": "mask", "positive_mask": "positive_mask"}
+KEYWORDS = {"queue": "queue", "mask": "mask", "bool_mask": "mask", "positive_mask": "positive_mask",
+            "keys": "keys", "key_labels": "key_labels", "key_mask": "mask", "valid": "valid"}  # fmt: skip
+BY_NAME = {**KEYWORDS, "labels": "labels", "floats": "labels"}  # where they are given so
+NO_FEATURES = ("labels", "floats", "key_labels", "valid")
 SCALARS = {"temperature": 0.2, "base_temperature": 0.1, "target_temperature": 0.3, "coeff": 0.4,
            "logit_scale": 3.0}  # fmt: skip
 
@@ -89,8 +147,9 @@ def _call(case: Case, given: dict[str, Tensor], scalars: dict[str, Tensor], **op
     """By the public function, or on the union by the reference."""
     module = clk if "group" in options else reference
     function = getattr(module, case.loss)
-    split = [given[name] for name in case.split]
-    keywords = {KEYWORDS[name]: given[name] for name in case.whole}
+    split = [given[name] for name in case.split if name not in KEYWORDS]
+    by_name = (*(name for name in case.split if name in KEYWORDS), *case.whole)
+    keywords = {BY_NAME[name]: given[name] for name in by_name}
     if case.loss == "multilevel_loss":
         split = [split[:2], split[2]]
     if case.loss == "clip_loss":
@@ -101,7 +160,7 @@ def _call(case: Case, given: dict[str, Tensor], scalars: dict[str, Tensor], **op
 
 
 def _leaves(case: Case, given: dict[str, Tensor]) -> list[Tensor]:
-    names = [name for name in case.split if name not in ("labels", "floats")]
+    names = [name for name in case.split if name not in NO_FEATURES]
     return [given[name].requires_grad_() for name in names]
 
 
@@ -112,7 +171,12 @@ def _scalars(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 def _own(x: Tensor, name: str, rank: int, sizes: tuple[int, ...]) -> Tensor:
     if name in ("queue", "positive_mask"):
         return x.detach().clone()
-    return x.detach().split(sizes)[rank].clone()
+    return _split(x.detach(), sizes)[rank].clone()
+
+
+def _split(x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The rows of each rank, one or more to a sample."""
+    return x.split([size * (x.shape[0] // sum(sizes)) for size in sizes])
 
 
 def _by_rank(case: Case, rows: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
@@ -171,7 +235,7 @@ def compare(
     value = max(value, _error(total.detach().double(), own_rows.sum()))
     gradient = 0.0
     for found, right in zip(grads[: len(leaves)], wanted_grads, strict=False):
-        gradient = max(gradient, _error(found.double() / world, right.split(sizes)[rank]))
+        gradient = max(gradient, _error(found.double() / world, _split(right, sizes)[rank]))
     for found, right in zip(grads[len(leaves) :], wanted_grads[len(leaves) :], strict=True):
         found = found.double() / world
         dist.all_reduce(found)
@@ -191,7 +255,8 @@ def every_case(rank: int, world: int) -> dict[tuple[Any, ...], float]:
     return found
 
 
-FROZEN = ("sce", "sce queue", "info_nce")  # whose keys may be a momentum encoder's
+# Whose keys may be a momentum encoder's.
+FROZEN = ("sce", "sce queue", "info_nce", "info_nce in batch", "info_nce padded")
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("backend", "one_thread")
 
 B, N, D = 3, 5, 4
 LABELS = torch.arange(N) % 2
+VALID = torch.arange(N) != 1
 
 
 def f64(*shape: int) -> Tensor:
@@ -44,6 +45,17 @@ CASES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
         views(x, y), mask=(y @ y.T > 0).double(), temperature=0.4, no_positive="drop"
     ),
     "supcon capped": lambda m, x, y, z: m.supcon_loss(views(x, y), LABELS, temperature=0.4, positives_cap=2),
+    "supcon keys": lambda m, x, y, z: m.supcon_loss(
+        views(x, y), LABELS, temperature=0.4, keys=z, key_labels=torch.arange(N + 2) % 3
+    ),
+    "supcon keys, in": lambda m, x, y, z: m.supcon_loss(
+        views(y, y), mask=torch.ones(N, N).tril(), temperature=0.4, keys=x, summation="in"
+    ),
+    "supcon padded": lambda m, x, y, z: m.supcon_loss(views(x, y), LABELS, temperature=0.4, valid=VALID),
+    "supcon padded, one positive": lambda m, x, y, z: m.supcon_loss(
+        views(x, y), LABELS, temperature=0.4, valid=VALID, denominator="one_positive"
+    ),
+    "nt_xent padded": lambda m, x, y, z: m.nt_xent_loss(x, y, valid=VALID),
     "selfcon": lambda m, x, y, z: m.selfcon_loss(views(x, y), LABELS, anchors="exits", temperature=0.4),
     "multilevel": lambda m, x, y, z: m.multilevel_loss(
         [views(x, y), views(x[:, :2], y[:, 1:3])], LABELS, weights=[1.0, 0.4]
@@ -53,9 +65,20 @@ CASES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "info_nce": lambda m, x, y, z: m.info_nce_loss(x, y, temperature=0.4),
     "info_nce queue": lambda m, x, y, z: m.info_nce_loss(x, y, z, temperature=0.4),
     "info_nce keys": lambda m, x, y, z: m.info_nce_loss(y, x, torch.cat([x, z]), temperature=0.4),
+    "info_nce in batch": lambda m, x, y, z: m.info_nce_loss(x, y, z, temperature=0.4, in_batch=True),
+    "info_nce gathered": lambda m, x, y, z: m.info_nce_loss(
+        y, y, z, temperature=0.4, k_global=torch.cat([z[:N], x]), rank=1
+    ),
+    "info_nce valid": lambda m, x, y, z: m.info_nce_loss(x, y, temperature=0.4, valid=VALID),
     "clip": lambda m, x, y, z: m.clip_loss(x, y, 2.0 + y[0, 0]),
+    "clip labels": lambda m, x, y, z: m.clip_loss(x, y, 2.0 + y[0, 0], labels=LABELS),
+    "clip labels valid": lambda m, x, y, z: scalar(
+        m.clip_loss(x, y, 2.0, labels=LABELS, valid=VALID, reduction="none")
+    ),
+    "clip valid": lambda m, x, y, z: m.clip_loss(x, y, 2.0, valid=VALID),
     "dcl": lambda m, x, y, z: m.dcl_loss(x, y, temperature=0.4),
     "dclw": lambda m, x, y, z: m.dcl_loss(x, y, temperature=0.4, sigma=0.5),
+    "dclw valid": lambda m, x, y, z: m.dcl_loss(x, y, temperature=0.4, sigma=0.5, valid=VALID),
     "dimcl": lambda m, x, y, z: m.dimcl_loss(x, y, temperature=0.4),
     "sce": lambda m, x, y, z: m.sce_loss(x, y, temperature=0.4, target_temperature=0.3, coeff=0.4),
     "sce queue": lambda m, x, y, z: m.sce_loss(x, y, queue=z, temperature=0.4, positive_in_target="zero"),

@@ -20,10 +20,9 @@ from cl_kernels.tools import check, check_cases, parity
 from cl_kernels.tools.check_cases import CASES, Data
 
 SMALL = ["--rows", "7", "--width", "5"]
+NO_LOSSES = ("sce_targets", "accelerate", "patch", "unpatch")  # `shared_targets` calls the first
 FUNCTIONS = sorted(
-    name
-    for name in clk.__all__
-    if inspect.isfunction(getattr(clk, name)) and name != "sce_targets"  # which `shared_targets` calls
+    name for name in clk.__all__ if inspect.isfunction(getattr(clk, name)) and name not in NO_LOSSES
 )
 CHOICES = {
     "contrast_mode": supcon.CONTRAST_MODES,

@@ -1,0 +1,190 @@
+"""Losses that several repositories have, over the engine; each adapter adds a library's own conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import autograd, dtypes, validation
+from ..losses._common import cross_entropy, inverse, log_add, wide
+from ..losses._views import EMPTY_COUNT, Anchors, outside_rows, view_major
+from ..problem import Contrast, SoftTarget
+
+Scalar = float | Tensor
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which PyTorch computes a product with x, which autocast may lower."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def entropy_dtype(x: Tensor) -> torch.dtype:
+    """That of a cross-entropy of such products, which autocast takes in float32."""
+    return dtypes.accumulate_dtype(x.dtype) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def softmax_dtype(x: Tensor) -> torch.dtype:
+    """That of exponentials and softmaxes of such products, which autocast takes in float32 on a GPU only."""
+    return product_dtype(x) if x.device.type == "cpu" else entropy_dtype(x)
+
+
+@dtypes.full_precision
+def supervised(
+    features: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    views: int,
+    augmentations: int,
+    temperature: Scalar,
+    base_temperature: Scalar,
+    drop: bool = False,
+) -> Tensor:
+    """SupCon's mean over anchors, NaN where the weights of an anchor's positives sum to 0.
+
+    Args:
+        features: [A*B, V, ...], A augmentations of B samples one after the other.
+        labels, mask: [B] and [B, B], on the device of the features.
+        views: how many of the V are anchors.
+        drop: leave out the anchors whose weights sum to 0.
+    """
+    x = validation.views("features", features)
+    batch = validation.split("features", x, augmentations)
+    labels, mask = validation.supervision(labels, mask, batch, x)
+    tau = validation.temperature("temperature", temperature, x)
+    base = validation.temperature("base_temperature", base_temperature, x)
+    given = Anchors(view_major(x), views * x.shape[0], batch, inverse(tau, x), labels, mask)
+    loss, count = outside_rows(given)
+    if count is None:
+        loss = loss.mean()
+    else:  # not divided by it where it is so small
+        divisor, counted = count.masked_fill(count >= EMPTY_COUNT, 1.0), count != 0
+        if drop:
+            loss = (loss / divisor.masked_fill(~counted, 1.0)).masked_fill(
+                ~counted, 0.0
+            ).sum() / counted.sum()
+        else:
+            loss = (loss / divisor).mean()
+    return (loss * (wide(tau, loss) / wide(base, loss))).to(dtypes.accumulate_dtype(x.dtype))
+
+
+def supervision(
+    features: Tensor, labels: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Labels [B] and a mask, which is float32 for them, on the device of the features."""
+    if labels is not None:
+        labels = labels.to(features.device).reshape(-1)
+    if mask is not None and not mask.requires_grad:
+        mask = mask.to(features.device, torch.float32)
+    return labels, mask
+
+
+@dtypes.full_precision
+def info_nce(q: Tensor, keys: Sequence[Tensor], first: int, temperature: Scalar) -> Tensor:
+    """InfoNCE [N] of queries over segments of keys, row i's positive being `first` + i of the first one."""
+    q, *keys = _matrices(q, keys)
+    n, m = q.shape[0], keys[0].shape[0]
+    if not 0 <= first <= m - n:
+        raise ValueError(f"keys must hold the {n} positives from {first} on, got {m}")
+    scale = inverse(validation.temperature("temperature", temperature, q), q)
+    own = torch.arange(first, first + n, device=q.device)
+    stats = autograd.contrastive(Contrast(q, keys[0], scale, positive_index=own), first_positive=first)
+    lse = _with_segments(stats.lse, q, keys[1:], scale)
+    return cross_entropy(lse, stats.positive_sum, sum(len(part) for part in keys))
+
+
+@dtypes.full_precision
+def relational(
+    q: Tensor,
+    k: Tensor,
+    keys: Sequence[Tensor],
+    own: int | None,
+    temperature: Scalar,
+    target_temperature: Scalar,
+) -> Tensor:
+    """Cross-entropy [N] of the similarities of q with the keys against those of k, which get no gradient.
+
+    `own`: column i + own of the first segment of keys is in neither distribution of row i.
+    """
+    q, k, *keys = _matrices(q, [k, *keys])
+    validation.same_shape(q=q, k=k)
+    scale = inverse(validation.temperature("temperature", temperature, q), q)
+    target_scale = inverse(validation.temperature("target_temperature", target_temperature, q), q)
+    if isinstance(target_scale, Tensor):
+        target_scale = target_scale.detach()
+    columns = sum(len(part) for part in keys)
+    positive = None
+    if own is not None:
+        columns -= 1
+        positive = torch.arange(own, own + q.shape[0], device=q.device)
+        validation.index("own", positive, q.shape[0], keys[0].shape[0])
+    teacher, fixed = k.detach(), [part.detach() for part in keys]
+    if own is None or (torch.is_grad_enabled() and any(part.requires_grad for part in keys)):
+        stats = autograd.soft_target(SoftTarget(q, keys, teacher, fixed, scale, target_scale, positive))
+        lse, cross = stats.lse, stats.cross
+    else:
+        problem = SoftTarget(teacher, fixed, teacher, fixed, target_scale, target_scale, positive)
+        _, mean = autograd.soft_target_means(problem)
+        cross = (q.to(mean.dtype) * mean).sum(1) * scale
+    if own is not None:
+        if keys[0].shape[0] == 1:  # the positive alone
+            keys, own = keys[1:], None
+        lse = autograd.contrastive(Contrast(q, keys[0], scale, exclude=own)).lse
+        lse = _with_segments(lse, q, keys[1:], scale)
+    return cross_entropy(lse, cross.to(lse), columns)
+
+
+@dtypes.full_precision
+def share_of_positives(
+    z: Tensor,
+    keys: Tensor | None,
+    own: int,
+    row_labels: Tensor,
+    col_labels: Tensor,
+    partner: Tensor | None,
+    temperature: Scalar,
+) -> Tensor:
+    """-log(sum over positives / sum over all others) [N] of the exponentials of each row's similarities.
+
+    Args:
+        z, keys: [N, D] and [M, D], None: z itself.
+        own: column i + own is row i itself.
+        row_labels, col_labels: int64; equal ones are positives.
+        partner: int64 [N], the column of the positive where every row has exactly one.
+    """
+    if keys is None:
+        (z,) = _matrices(z, [])
+    else:
+        z, keys = _matrices(z, [keys])
+    problem = Contrast(
+        z, keys, inverse(validation.temperature("temperature", temperature, z), z), exclude=own
+    )
+    if partner is not None:
+        stats = autograd.contrastive(problem._replace(positive_index=partner))
+        return cross_entropy(stats.lse, stats.positive_sum, col_labels.shape[0] - 1)
+    problem = problem._replace(row_labels=row_labels, col_labels=col_labels)
+    positives, negatives = (
+        autograd.contrastive(problem._replace(among=among)).lse for among in ("same", "different")
+    )
+    return -F.logsigmoid(positives - negatives)
+
+
+def _matrices(q: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Matrices of one width, in their common dtype."""
+    for x in (q, *keys):
+        validation.features("features", x)
+    validation.same_width(q=q, keys=list(keys))
+    validation.same_device(q=q, keys=list(keys))
+    return dtypes.promote(q, *keys)
+
+
+def _with_segments(lse: Tensor, q: Tensor, keys: Sequence[Tensor], scale: Scalar) -> Tensor:
+    """`lse` over further keys too."""
+    for part in keys:
+        lse = log_add(lse, autograd.contrastive(Contrast(q, part, scale)).lse)
+    return lse
