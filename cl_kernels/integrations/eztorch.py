@@ -374,7 +374,7 @@ _seen: MutableMapping[Any, tuple[Any, Any]] = WeakIdKeyDictionary()
 
 
 def _look_once(mask: Tensor, at: Any, look: Callable[[], Any]) -> Any:
-    """What `look`, of the kind `at`, finds in a mask; again only after an in-place change."""
+    """The finding of `look`, of the kind `at`, in a mask; again only after an in-place change."""
     if mask.is_inference():  # has no count of changes
         return look()
     key = (mask._version, at)

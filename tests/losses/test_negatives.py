@@ -96,7 +96,7 @@ def test_each_rank_of_gathered_keys(rank: int) -> None:
 
 
 def test_key_queues() -> None:
-    """What is filled counts, and an empty queue is none."""
+    """The rows that are filled count, and an empty queue is none."""
     q, k = unit(N, D), unit(N, D)
     queue = clk.KeyQueue(2 * K, D)
     for options in ({"in_batch": True}, {"k_global": k}):
