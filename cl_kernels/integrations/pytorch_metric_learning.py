@@ -85,7 +85,7 @@ class AllPairs(Sequence[Tensor]):
 
 
 class _Rows(NamedTuple):
-    """The rows that a distance makes of the embeddings: similarities are scale q k^T, up to a constant of the row."""
+    """Rows as a distance makes them: similarities are scale q k^T, up to a constant of the row."""
 
     q: Tensor  # [N, D]
     k: Tensor | None  # [M, D], None: q
