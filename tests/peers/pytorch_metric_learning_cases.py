@@ -171,7 +171,7 @@ def CASES() -> list[PeerCase]:
         return make
 
     def picked(positives: slice, negatives: slice, again: int = 0) -> Callable[[], Any]:
-        """Of all pairs by label some, and `again` of them another time."""
+        """Some of all pairs by label, and `again` of them another time."""
 
         def of(x: Tensor, labels: Tensor) -> list[Tensor]:
             pairs = utils.loss_and_miner_utils.get_all_pairs_indices(labels)
