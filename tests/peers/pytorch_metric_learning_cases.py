@@ -110,6 +110,13 @@ def CASES() -> list[PeerCase]:
             add(f"reducer {text}, {labels}", plain(reducer=reducer), [LABELS[labels]])
         add(f"reducer {text}, pairs", plain(reducer=reducer), [LABELS["pairs"]], only=["NTXentLoss"])
 
+    def weighted(found: Any) -> Tensor:
+        """The losses of a reducer that does nothing, by their indices."""
+        indices = found["loss"]["indices"]
+        seen = indices if isinstance(indices, Tensor) else (indices[0] * 100 + indices[1]) % 97
+        # The gradient of a row alone is NaN in the library where 4 or more arrives.
+        return found["loss"]["losses"] * (1 + seen) / 1000
+
     def nothing_done(module: Any, name: str) -> Loss:
         loss = getattr(module, name)(reducer=reducers.DoNothingReducer())
 
@@ -188,13 +195,6 @@ def CASES() -> list[PeerCase]:
     }.items():
         add(text, mined(miner))
         add(f"{text}, no labels", mined(miner, with_labels=False, reducer=reducers.AvgNonZeroReducer()))
-
-    def weighted(found: Any) -> Tensor:
-        """The losses of a reducer that does nothing, by their indices."""
-        indices = found["loss"]["indices"]
-        seen = indices if isinstance(indices, Tensor) else (indices[0] * 100 + indices[1]) % 97
-        # The gradient of a row alone is NaN in the library where 4 or more arrives.
-        return found["loss"]["losses"] * (1 + seen) / 1000
 
     def in_memory(steps: int, size: int, mask: bool = False, **options: Any) -> Callable[[Any, str], Loss]:
         def make(module: Any, name: str) -> Loss:
