@@ -16,6 +16,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """That of products of `x`."""
+    return autocast_dtype(x) or x.dtype
+
+
 def cross_entropy_dtype(x: Tensor) -> torch.dtype:
     """That of a cross-entropy over products of `x`, which autocast takes in float32."""
     return x.dtype if autocast_dtype(x) is None else torch.float32

@@ -17,7 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import autograd, dtypes, validation
 from ..losses import info_nce_loss, sce_loss
-from ._formulas import entropy_dtype, info_nce, relational, share_of_positives, softmax_dtype
+from ._eager import cross_entropy_dtype, logsumexp_dtype
+from ._formulas import info_nce, relational, share_of_positives
 from ._registry import Library
 from ._swap import Unfused, fused
 
@@ -80,14 +81,14 @@ def compute_moco_loss(
         raise Unfused("there are neither keys nor a queue")
     else:
         loss = info_nce_loss(q, k, bank, temperature=temp)
-    return loss.to(entropy_dtype(q))
+    return loss.to(cross_entropy_dtype(q))
 
 
 @fused("eztorch.losses.mocov3_loss:compute_mocov3_loss", known=("a5a4bc41f6c7535d",))
 def compute_mocov3_loss(q: Tensor, k: Tensor, temp: float | Tensor = 1.0, rank: int = 0) -> Tensor:
     r""":math:`2 \tau` times InfoNCE of queries [N, D] over gathered keys [G, D]."""
     loss = info_nce(q, [k], q.shape[0] * rank, temp).mean()
-    return loss.to(entropy_dtype(q)) * (2 * temp)
+    return loss.to(cross_entropy_dtype(q)) * (2 * temp)
 
 
 @fused("eztorch.losses.ressl_loss:compute_ressl_loss", known=("a47c3d64b36e5ac9",))
@@ -119,7 +120,7 @@ def compute_ressl_loss(
     elif bank is None:
         raise Unfused("there are neither keys nor a queue")
     segments = _segments(k_global if use_keys else None, bank)
-    return relational(q, k, segments, own, temp, temp_m).mean().to(softmax_dtype(q))
+    return relational(q, k, segments, own, temp, temp_m).mean().to(logsumexp_dtype(q))
 
 
 @fused("eztorch.losses.simclr_loss:compute_simclr_loss", known=("2c684679a23f00b9",))

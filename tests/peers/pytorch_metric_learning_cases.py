@@ -51,7 +51,7 @@ def CASES() -> list[PeerCase]:
         for name in only:
             found.append(
                 PeerCase(
-                    f"pytorch_metric_learning.{name}.compute_loss",
+                    f"pytorch_metric_learning.{name}",
                     options,
                     lambda name=name: loss(losses, name),
                     lambda name=name: loss(ours, name),
