@@ -1,4 +1,4 @@
-"""What PyTorch's own operations would have made of the inputs, where a loss must look the same."""
+"""The dtypes that PyTorch's own operations would have made of the inputs, and a loss must have."""
 
 from __future__ import annotations
 

@@ -112,9 +112,9 @@ def compute_ressl_loss(
     if use_keys:
         if mask is None:
             raise Unfused("use_keys without a mask")
-        keys, _, rank = _keys(q, k_global, use_keys, queue, mask)
+        _, _, rank = _keys(q, k_global, use_keys, queue, mask)
         own = rank * q.shape[0]
-        if keys is not None and keys.shape[0] == 1 and bank is None:
+        if k_global.shape[0] == 1 and bank is None:
             raise Unfused("there is no key but the row's own")
     elif bank is None:
         raise Unfused("there are neither keys nor a queue")
@@ -171,7 +171,8 @@ def compute_sce_token_loss(
         W_i = \lambda P_i + (1 - \lambda) \mathrm{softmax}_j \frac{k_i \cdot u_j - L M^k_{ij}}{\tau_m}
 
     `mask_sim_q`, `mask_sim_k`: M, [N, G]; `mask_prob_q`: P, [N, G + K]; `mask_log_q`: C, bool [N, G + K],
-    None for 1 everywhere. Rows are walked in chunks, which the backward computes again.
+    None for 1 everywhere. Rows are walked in chunks: once where only q requires a gradient, which has no
+    second derivative then, else once more in the backward.
     """
     return _over_tokens(
         (q, k, k_global, _bank(queue)),
@@ -204,21 +205,22 @@ def _over_tokens(
     temperatures = [validation.temperature("temp", value, q) for value in scalars[1:]]
     dtype = dtypes.accumulate_dtype(q.dtype)
     student, teacher = q.to(dtype), k.to(dtype)
-    bank_too = torch.cat([x.to(dtype) for x in keys]) if len(keys) > 1 else k_global.to(dtype)
+    together = torch.cat([x.to(dtype) for x in keys]) if len(keys) > 1 else k_global.to(dtype)
     scales = [dtypes.scalar_tensor(value, dtype, q.device) for value in (coeff, *temperatures)]
     step = max(1, CHUNK // columns)
-    fixed = (teacher, bank_too, *scales, *masks)
+    fixed = (teacher, together, *scales, *masks)
     if not any(x is not None and x.requires_grad for x in fixed) or not torch.is_grad_enabled():
         losses: Tensor = _FixedTargets.apply(student, large, step, *fixed)
         return losses.mean()
 
+    @dtypes.full_precision  # in a backward inside of autocast too
     def chunk(first: int, *tensors: Any) -> tuple[Tensor]:
         part = slice(first, first + step)
         own = [None if mask is None else mask[part] for mask in tensors[6:]]
         return (_token_rows((tensors[0][part], tensors[1][part]), tensors[2], tensors[3:6], own, large),)
 
     parts = [
-        autograd.recomputed(chunk, first, student, teacher, bank_too, *scales, *masks)[0]
+        autograd.recomputed(chunk, first, student, teacher, together, *scales, *masks)[0]
         for first in range(0, n, step)
     ]
     return torch.cat(parts).mean()
@@ -372,7 +374,7 @@ _seen: MutableMapping[Any, tuple[Any, Any]] = WeakIdKeyDictionary()
 
 
 def _look_once(mask: Tensor, at: Any, look: Callable[[], Any]) -> Any:
-    """What `look`, of the kind `at`, finds in a mask; again only after an in-place change."""
+    """The finding of `look`, of the kind `at`, in a mask; again only after an in-place change."""
     if mask.is_inference():  # has no count of changes
         return look()
     key = (mask._version, at)

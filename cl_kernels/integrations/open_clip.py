@@ -43,7 +43,7 @@ class _Sides(NamedTuple):
 
 
 def _sides(self: library.ClipLoss, images: Tensor, texts: Tensor, logit_scale: float | Tensor) -> _Sides:
-    """What the logits would be made of, on this process and with the gradients that its options say."""
+    """Rows that the logits would be made of, on this process and with the gradients that its options say."""
     scale = wide(validation.scale("logit_scale", logit_scale, images), images)
     if self.world_size == 1:
         return _Sides(images, texts, images, texts, scale, 0)

@@ -129,12 +129,11 @@ def _pairs(
     noise: float | None = None,
     scale: float | None = 10.0,
     scale_shape: tuple[int, ...] = (),
-    bias: bool = False,
-    captions: bool = False,
-    teacher: bool = False,
-    taught: bool = False,
+    **beside: bool,
 ) -> list[Tensor]:
-    """Images, texts, and as asked for the scale, a bias, the logits of captions, what a teacher has."""
+    """Images, texts, the scale, and what is asked for beside them: a `bias`, the logits of `captions`, what a
+    `teacher` has, which is `taught` where it gets a gradient."""
+    taught = beside.get("taught", False)
 
     def some(wide: int, *, close_to: Tensor | None = None) -> Tensor:
         x = features(rows, wide, torch.float64, generator, requires_grad=False)
@@ -148,11 +147,11 @@ def _pairs(
     found = [(images, needs[0]), (some(width, close_to=images), needs[1])]
     if scale is not None:
         found.append((number(scale), True))
-    if bias:
+    if beside.get("bias"):
         found.append((number(-10.0), True))
-    if captions:
+    if beside.get("captions"):
         x = features(rows * LENGTH, TOKENS, torch.float64, generator, requires_grad=False)
         found.append((x.view(rows, LENGTH, TOKENS), True))
-    if teacher:
+    if beside.get("teacher"):
         found += [(some(TEACHER), taught), (some(TEACHER), taught), (number(15.0), taught)]
     return [x.to(dtype).requires_grad_(needed) for x, needed in found]

@@ -183,8 +183,10 @@ def test_chunks_are_computed_again(name: str, chunk: int, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_second_derivatives(name: str) -> None:
-    x, y = example(rows=9, width=3)
+@pytest.mark.parametrize("chunk", [30, 2**20])
+def test_second_derivatives(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ours.SIZES, "cpu", ours._Sizes(rows=4, columns=4, chunk=chunk))
+    x, y = example(rows=9, width=3, classes=2)
     grads = []
     for module in (losses, ours):
         loss = getattr(module, name)(temperature=0.5, reducer=reducers.SumReducer())
@@ -194,7 +196,11 @@ def test_second_derivatives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_learned_temperature_gets_its_gradient(name: str) -> None:
+@pytest.mark.parametrize("chunk", [30, 2**20])
+def test_a_learned_temperature_gets_its_gradient(
+    name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ours.SIZES, "cpu", ours._Sizes(rows=7, columns=11, chunk=chunk))
     x, y = example()
     found = []
     for module in (losses, ours):
