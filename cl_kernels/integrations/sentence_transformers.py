@@ -320,14 +320,15 @@ def _guided_rows(
     n = embeddings[0].shape[0]
     offset = home.get_rank() * n if loss.gather_across_devices else 0
     model = _sides(loss, home, embeddings, offset)
+    model[::2] = [rows / loss.temperature for rows in model[::2]]
     with torch.no_grad():
         guide = _sides(loss, home, guides, offset)
     columns = sum(keys.shape[0] for keys in model[1::2])
     margin, relative = loss.margin, loss.margin_strategy == "relative"
 
-    def chunk(first: int, last: int, temperature: float | Tensor, *sides: Tensor) -> tuple[Tensor]:
+    def chunk(first: int, last: int, *sides: Tensor) -> tuple[Tensor]:
         model, guide = sides[: len(sides) // 2], sides[len(sides) // 2 :]
-        scores = _similarities(model, first, last) / temperature
+        scores = _similarities(model, first, last)
         rows = torch.arange(last - first, device=scores.device)
         positives = rows + offset + first
         with torch.no_grad():
@@ -339,7 +340,7 @@ def _guided_rows(
         scores = scores.masked_fill(false, -torch.inf)
         return (scores.logsumexp(1) - scores[rows, positives],)
 
-    return in_chunks(n, columns, chunk, loss.temperature, *model, *guide)
+    return in_chunks(n, columns, chunk, *model, *guide)
 
 
 def _sides(loss: Any, home: ModuleType, embeddings: Sequence[Tensor], offset: int) -> list[Tensor]:

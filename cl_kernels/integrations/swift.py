@@ -228,15 +228,17 @@ def _rows_without_fakes(groups: _Groups, options: _Options) -> Tensor:
 
     def chunk(first: int, last: int, queries: Tensor, docs: Tensor, positives: Tensor) -> tuple[Tensor]:
         rows = torch.arange(last - first, device=docs.device)
-        scores = queries[first:last] @ docs.T
+        own = queries[first:last] / temperature
+        scores = own @ docs.T
         positive = scores[rows, positives[first:last]]
+        limit = positive.detach()[:, None] + margin / temperature
+        lse = scores.masked_fill(scores.detach() > limit, -torch.inf).logsumexp(1)
         if with_queries:
-            others = queries[first:last] @ queries.T
-            itself = torch.arange(queries.shape[0], device=docs.device) == (rows + first)[:, None]
-            scores = torch.cat([scores, others.masked_fill(itself, -torch.inf)], 1)
-        fake = scores.detach() > positive.detach()[:, None] + margin
-        scores = scores.masked_fill(fake, -torch.inf) / temperature
-        return (scores.logsumexp(1) - positive / temperature,)
+            others = own @ queries.T
+            fake = others.detach() > limit
+            fake[rows, rows + first] = True  # itself
+            lse = log_add(lse, others.masked_fill(fake, -torch.inf).logsumexp(1))
+        return (lse - positive,)
 
     dtype = dtypes.accumulate_dtype(groups.docs.dtype)
     queries, docs = groups.queries.to(dtype), groups.docs.to(dtype)
