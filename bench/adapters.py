@@ -65,7 +65,7 @@ def times(case: PeerCase) -> dict[str, float]:
         step.backward(step.forward())
     samples = timing.interleaved(steps, "cpu", ROUNDS, seconds=SECONDS)
     theirs, ours = ([sum(sample) for sample in samples[whose]] for whose in ("theirs", "ours"))
-    ratios = [x / y for x, y in zip(theirs, ours, strict=True)]
+    ratios = [x / y for x, y in zip(theirs, ours, strict=False)]  # the slower one may run fewer rounds
     return {
         "theirs": statistics.median(theirs),
         "ours": statistics.median(ours),

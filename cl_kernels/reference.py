@@ -136,6 +136,12 @@ def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
     return (weights * x).masked_fill(weights == 0, 0.0).sum(dim=1)
 
 
+def _target_cross_entropy(logits: Tensor, weights: Tensor, included: Tensor) -> Tensor:
+    """-Σ_j w_ij log softmax(S)_ij [N] over the included entries of each row, of which there are some."""
+    log_p = torch.log_softmax(logits.masked_fill(~included, -INF), dim=1)
+    return -_weighted_sum(weights, log_p.masked_fill(~included, 0.0))
+
+
 def soft_target_stats(problem: SoftTarget) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(lse [N], target_lse [N], cross [N], positive_sum [N])` of S = scale q kᵀ and T = target_scale t uᵀ.
 
@@ -615,7 +621,7 @@ def sce_loss(
     queue alone, the row's own key k_i and the queue. The positive is left out of the target, or has logit 0
     in it ("zero"). Denize et al., Similarity Contrastive Estimation.
     """
-    q, k, k_global, queue = check.sce_inputs(q, k, k_global, queue, rank)
+    q, k, k_global, queue = check.keys_and_queue(q, k, k_global, queue, rank)
     temperature = check.temperature("temperature", temperature, q)
     target_temperature = check.temperature("target_temperature", target_temperature, q)
     coeff = check.coefficient("coeff", coeff, q)
@@ -654,20 +660,43 @@ def info_nce_loss(
     queue: Tensor | KeyQueue | None = None,
     *,
     temperature: Scalar = 0.07,
+    in_batch: bool = False,
+    k_global: Tensor | None = None,
+    rank: int = 0,
+    valid: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """-log exp(q_i·k_i/τ) / Σ_j exp(q_i·key_j/τ): keys k, or k_i and the queue [K, D] (MoCo)."""
-    q, k, queue = check.pair_and_queue(q, k, queue)
+    """-log exp(q_i·k_i/τ) / Σ_j exp(q_i·key_j/τ): keys k, or k_i and the queue [K, D] (MoCo).
+
+    `in_batch`: k and the queue. With k_global [G, D]: it (positive i + N·rank), and the queue.
+    Pairs that are not `valid` [N] do not take part.
+    """
+    check.not_both("k_global", k_global, "valid", valid)
+    q, k, k_global, queue = check.keys_and_queue(q, k, k_global, queue, rank)
     temperature = check.temperature("temperature", temperature, q)
+    check.flag("in_batch", in_batch)
+    n = q.shape[0]
+    valid = check.valid_rows(valid, n, q)
     check.option("reduction", reduction, check.REDUCTIONS)
-    q, k = _accumulate(q), _accumulate(k)
-    if queue is None:
+    q, k = _accumulate(_zero_unless(valid, q)), _accumulate(_zero_unless(valid, k))
+    positive = torch.arange(n, device=q.device)
+    if k_global is not None:
+        logits = q @ _accumulate(k_global).T
+        positive = positive + n * rank
+    elif in_batch or queue is None:
         logits = q @ k.T
-        positive = torch.arange(q.shape[0], device=q.device)
     else:
-        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ _accumulate(queue).T], dim=1)
-        positive = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
-    return F.cross_entropy(_inverse(temperature, q) * logits, positive, reduction=reduction)
+        logits = (q * k).sum(dim=1, keepdim=True)
+        positive = torch.zeros_like(positive)
+    included = torch.ones_like(logits, dtype=torch.bool)
+    if valid is not None and logits.shape[1] == n:
+        included = valid[:, None] == valid
+    if queue is not None:
+        logits = torch.cat([logits, q @ _accumulate(queue).T], dim=1)
+        included = F.pad(included, (0, queue.shape[0]), value=True)
+    weights = _one_hot(positive, logits.shape[1]).to(q)
+    loss = _target_cross_entropy(_inverse(temperature, q) * logits, weights, included)
+    return check.reduction(_zero_unless(valid, loss), reduction, valid)
 
 
 @full_precision
@@ -700,44 +729,78 @@ def nt_xent_loss(
 
 @full_precision
 def clip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Scalar, *, reduction: str = "mean"
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Scalar,
+    *,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
-    """Means of the cross-entropies of row i and of column i of logit_scale · image textᵀ [N] (CLIP)."""
+    """Means of the cross-entropies of row i and of column i of logit_scale · image textᵀ [N] (CLIP).
+
+    The target is uniform over the pairs of the label of pair i, without labels that pair. Pairs that are not
+    `valid` [N] do not take part.
+    """
     image, text = check.pair("image_features", image_features, "text_features", text_features)
     logit_scale = check.scale("logit_scale", logit_scale, image)
+    n = image.shape[0]
+    valid = check.valid_rows(valid, n, image)
+    if labels is not None:
+        labels = check.labels("labels", labels, n)
+        check.same_device(image_features=image, labels=labels)
     check.option("reduction", reduction, check.REDUCTIONS)
-    image, text = _accumulate(image), _accumulate(text)
+    image, text = _accumulate(_zero_unless(valid, image)), _accumulate(_zero_unless(valid, text))
     logits = _scalar(logit_scale, image) * (image @ text.T)
-    positive = torch.arange(image.shape[0], device=image.device)
-    rows = F.cross_entropy(logits, positive, reduction=reduction)
-    return (rows + F.cross_entropy(logits.T, positive, reduction=reduction)) / 2
+    included, positives = torch.ones_like(logits, dtype=torch.bool), _columns(n, n, 0, logits.device)
+    if valid is not None:
+        included = valid[:, None] == valid
+    if labels is not None:
+        positives = positives | (included & (labels[:, None] == labels))
+    weights = positives / positives.sum(dim=1).to(logits)  # symmetric
+    rows = _target_cross_entropy(logits, weights, included)
+    loss = (rows + _target_cross_entropy(logits.T, weights, included)) / 2
+    return check.reduction(_zero_unless(valid, loss), reduction, valid)
 
 
 @full_precision
 def dcl_loss(
-    z0: Tensor, z1: Tensor, *, temperature: Scalar = 0.1, sigma: Scalar | None = None, reduction: str = "mean"
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: Scalar = 0.1,
+    sigma: Scalar | None = None,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """LSE_{j≠i} (z0_i·z0_j/τ, z0_i·z1_j/τ) - w_i z0_i·z1_i/τ [N], one way.
 
     w_i = 1, or 2 - N softmax_i(z0_i·z1_i/sigma) (DCLW). With N = 1 the denominator is empty and the loss 0.
-    Yeh et al., Decoupled Contrastive Learning.
+    Pairs that are not `valid` [N] do not take part, nor in N. Yeh et al., Decoupled Contrastive Learning.
     """
     z0, z1 = check.pair("z0", z0, "z1", z1)
     temperature = check.temperature("temperature", temperature, z0)
     if sigma is not None:
         sigma = check.temperature("sigma", sigma, z0)
     check.option("reduction", reduction, check.REDUCTIONS)
-    z0, z1 = _accumulate(z0), _accumulate(z1)
+    valid = check.valid_rows(valid, z0.shape[0], z0)
+    z0, z1 = _accumulate(_zero_unless(valid, z0)), _accumulate(_zero_unless(valid, z1))
     n = z0.shape[0]
     others = ~_columns(n, n, 0, z0.device)
+    if valid is not None:
+        others = others & (valid[:, None] == valid)
     logits = torch.cat([z0 @ z0.T, z0 @ z1.T], dim=1) * _inverse(temperature, z0)
     lse = _logsumexp(logits, others.repeat(1, 2))
     products = (z0 * z1).sum(dim=1)
     weight: Scalar = 1.0
     if sigma is not None:
-        weight = 2 - n * torch.softmax(products * _inverse(sigma, z0), dim=0)
+        counted = torch.ones_like(products, dtype=torch.bool) if valid is None else valid
+        scores = (products * _inverse(sigma, z0))[None]
+        shares = _masked_softmax(scores, counted, _logsumexp(scores, counted[None]))
+        weight = 2 - counted.sum() * shares[0]
     positive = weight * (products * _inverse(temperature, z0))
-    return check.reduction(torch.where(lse == -INF, 0.0 * positive, lse - positive), reduction)
+    loss = torch.where(lse == -INF, 0.0 * positive, lse - positive)
+    return check.reduction(_zero_unless(valid, loss), reduction, valid)
 
 
 @full_precision

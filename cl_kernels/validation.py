@@ -265,13 +265,13 @@ def boolean_mask(name: str, x: Any, shape: Sequence[int]) -> Tensor:
 
 
 def valid_rows(x: Any, n: int, like: Tensor) -> Tensor | None:
-    """The argument `valid`, a bool tensor [n] on the device of `like`, or None."""
+    """A copy of the argument `valid`, a bool tensor [n] on the device of `like`, or None."""
     if x is None:
         return None
     boolean_mask("valid", x, [n])
     if x.device != like.device:
         raise ValueError(f"valid must be on {like.device}, got a tensor on {x.device}")
-    return _saveable(x)
+    return x.clone()  # the backward reads it
 
 
 def not_both(first: str, x: Any, second: str, y: Any) -> None:
@@ -519,7 +519,12 @@ def _label_pair(row_labels: Tensor, col_labels: Tensor, own_excluded: bool) -> t
     return label_ids(row_labels), label_ids(col_labels, columns=True)
 
 
-def sce_inputs(
+def no_group_beside(group: Any, k_global: Any, rank: Any) -> None:
+    if group is not None and (k_global is not None or rank != 0):
+        raise ValueError("k_global and rank must not be given with a group, which gathers the keys itself")
+
+
+def keys_and_queue(
     q: Any, k: Any, k_global: Any, queue: Any, rank: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`pair_and_queue` and the gathered keys [M, D], which must hold the N keys of `rank`; beside these an

@@ -12,6 +12,7 @@ def problems() -> dict[str, Problem]:
     keys = {"q": unit(6, 4), "k": unit(6, 4)}
     queue = {"queue": unit(4, 9).T}
     tau = {"temperature": torch.tensor(0.2)}
+    images = {"image_features": unit(6, 4), "text_features": unit(6, 4), "logit_scale": torch.tensor(10.0)}
     against = {"keys": unit(5, 4), "key_labels": torch.arange(5) % 4}
     valid = {"valid": torch.arange(6) % 4 != 1}
     return {
@@ -45,12 +46,20 @@ def problems() -> dict[str, Problem]:
         "nt_xent": Problem("nt_xent_loss", {**pair, **tau}),
         "info_nce": Problem("info_nce_loss", keys),
         "info_nce queue": Problem("info_nce_loss", {**keys, **queue, **tau}),
-        "clip": Problem(
-            "clip_loss",
-            {"image_features": unit(6, 4), "text_features": unit(6, 4), "logit_scale": torch.tensor(10.0)},
+        "info_nce in batch": Problem("info_nce_loss", {**keys, **queue, **tau}, {"in_batch": True}),
+        "info_nce gathered": Problem(
+            "info_nce_loss", {**keys, "k_global": keys["k"], **queue}, frozen=("k", "k_global", "queue")
         ),
+        "info_nce valid": Problem("info_nce_loss", {**keys, **valid, **tau}),
+        "info_nce queue valid": Problem("info_nce_loss", {**keys, **queue, **valid}),
+        "clip": Problem("clip_loss", images),
+        "clip labels": Problem("clip_loss", {**images, **labels}),
+        "clip labels apart": Problem("clip_loss", {**images, **labels}, {"reduction": "none"}),
+        "clip valid": Problem("clip_loss", {**images, **valid}),
+        "clip labels valid": Problem("clip_loss", {**images, **labels, **valid}),
         "dcl": Problem("dcl_loss", pair),
         "dclw": Problem("dcl_loss", pair, {"sigma": 0.5}),
+        "dclw valid": Problem("dcl_loss", {**pair, **valid}, {"sigma": 0.5}),
         "dimcl": Problem("dimcl_loss", pair),
         "sce": Problem("sce_loss", {**keys, "coeff": torch.tensor(0.3)}),
         "sce queue": Problem("sce_loss", {**keys, **queue}, {"positive_in_target": "zero"}),

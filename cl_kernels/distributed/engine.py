@@ -30,8 +30,8 @@ def mean(loss: Tensor, ranks: Ranks, weight: Tensor | None = None) -> Tensor:
 def contrastive(
     problem: Contrast, ranks: Ranks | None, first_positive: int | None = None
 ) -> ContrastiveStats:
-    """`autograd.contrastive` with the keys of every rank beside this one's, to which indices and offsets
-    refer.
+    """`autograd.contrastive` with the keys of every rank, and their labels and biases, beside this one's, to
+    which indices and offsets refer. A bias gets no gradient.
 
     A mask of positives is [R, samples of all ranks]. With both axes the columns are this rank's own keys,
     over the rows of all.

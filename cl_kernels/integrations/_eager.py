@@ -1,4 +1,4 @@
-"""What PyTorch's own operations would have made of the inputs, where a loss must look the same."""
+"""The dtypes that PyTorch's own operations would have made of the inputs, and a loss must have."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """That of products of `x`."""
+    return autocast_dtype(x) or x.dtype
 
 
 def cross_entropy_dtype(x: Tensor) -> torch.dtype:

@@ -16,24 +16,6 @@ from ..problem import Contrast, SoftTarget
 Scalar = float | Tensor
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which PyTorch computes a product with x, which autocast may lower."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
-
-
-def entropy_dtype(x: Tensor) -> torch.dtype:
-    """That of a cross-entropy of such products, which autocast takes in float32."""
-    return dtypes.accumulate_dtype(x.dtype) if torch.is_autocast_enabled(x.device.type) else x.dtype
-
-
-def softmax_dtype(x: Tensor) -> torch.dtype:
-    """That of exponentials and softmaxes of such products, which autocast takes in float32 on a GPU only."""
-    return product_dtype(x) if x.device.type == "cpu" else entropy_dtype(x)
-
-
 @dtypes.full_precision
 def supervised(
     features: Tensor,

@@ -58,7 +58,8 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
         A context manager that swaps back; as a call, until `unpatch`.
 
     Raises:
-        ImportError: if the library is not installed.
+        ValueError: if there is no such library.
+        ImportError: if it is not installed.
         RuntimeError: if its version, or the source of what would be replaced, is not one that was compared.
 
     Example:
@@ -91,7 +92,15 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
 
 
 def unpatch(name: str | None = None) -> None:
-    """Swap back what `patch` swapped, in one library or (None) in all."""
+    """Swap back what `patch` swapped, in one library or (None) in all.
+
+    Raises:
+        ValueError: if there is no such library.
+
+    Example:
+        >>> import cl_kernels as clk
+        >>> clk.unpatch()  # nothing is patched: nothing changes
+    """
     for each in [name] if name is not None else list(_patched):
         if each not in LIBRARIES:
             raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {each!r}")

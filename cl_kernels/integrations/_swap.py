@@ -62,8 +62,8 @@ class Swap:
 
     @property
     def name(self) -> str:
-        """As `calls` and messages call it."""
-        return f"{self.library}.{self.qualname.removesuffix('.forward')}"
+        """The library and the class or function, as `calls` and messages call it."""
+        return f"{self.library}.{self.qualname.partition('.')[0]}"
 
     def owner(self) -> Any:
         """The class or the module that holds the target; the library is imported."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import dtypes, validation
 from ..losses import dimcl_loss
-from ._formulas import entropy_dtype, product_dtype, softmax_dtype
+from ._eager import cross_entropy_dtype, logsumexp_dtype, product_dtype
 from ._registry import Library
 from ._swap import Unfused, fused
 from .solo_learn import GATHERS_OWN, beside_queue, gather_kind
@@ -35,7 +35,7 @@ def ours_loss_func(
     if extra_pos_mask is not None and bool(extra_pos_mask.diagonal().any()):
         raise Unfused("extra_pos_mask makes a column its own positive")
     loss = dimcl_loss(z1, z2, temperature=tau_decor, positive_mask=extra_pos_mask)
-    return loss.to(softmax_dtype(z1))
+    return loss.to(logsumexp_dtype(z1))
 
 
 @fused("solo.losses.oursloss:ours_loss_func_multigpu", known=("356660f11c6b0046",))
@@ -49,11 +49,11 @@ def ours_loss_func_multigpu(
     validation.pair("z1", z1, "z2", z2)
     validation.minimum_rows("z1", z1, 2)
     if not (dist.is_available() and dist.is_initialized()):
-        return dimcl_loss(z1, z2, temperature=tau_decor).to(softmax_dtype(z1))
+        return dimcl_loss(z1, z2, temperature=tau_decor).to(logsumexp_dtype(z1))
     if gather_kind() not in (None, GATHERS_OWN):
         raise Unfused("this repository's gather sums the gradients of all processes")
     parts = [_with_others(F.batch_norm(z, None, None, training=True)) for z in (z1, z2)]
-    return dimcl_loss(*parts, temperature=tau_decor).to(softmax_dtype(z1))
+    return dimcl_loss(*parts, temperature=tau_decor).to(logsumexp_dtype(z1))
 
 
 @fused("solo.losses.oursloss:ours_simple_loss_func", known=("c3a1cbb538ef94f5",))
@@ -97,4 +97,4 @@ def _with_others(x: Tensor) -> Tensor:
 @fused("solo.losses.moco:moco_loss_func", known=("e08562a35f463ea5",))
 def moco_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     """`cl_kernels.info_nce_loss` of queries and keys [N, D] and a queue [D, K]."""
-    return beside_queue(query, key, queue, temperature).to(entropy_dtype(query))
+    return beside_queue(query, key, queue, temperature).to(cross_entropy_dtype(query))

@@ -17,7 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import autograd, dtypes, validation
 from ..losses import info_nce_loss, sce_loss
-from ._formulas import entropy_dtype, info_nce, relational, share_of_positives, softmax_dtype
+from ._eager import cross_entropy_dtype, logsumexp_dtype
+from ._formulas import info_nce, relational, share_of_positives
 from ._registry import Library
 from ._swap import Unfused, fused
 
@@ -80,14 +81,14 @@ def compute_moco_loss(
         raise Unfused("there are neither keys nor a queue")
     else:
         loss = info_nce_loss(q, k, bank, temperature=temp)
-    return loss.to(entropy_dtype(q))
+    return loss.to(cross_entropy_dtype(q))
 
 
 @fused("eztorch.losses.mocov3_loss:compute_mocov3_loss", known=("a5a4bc41f6c7535d",))
 def compute_mocov3_loss(q: Tensor, k: Tensor, temp: float | Tensor = 1.0, rank: int = 0) -> Tensor:
     r""":math:`2 \tau` times InfoNCE of queries [N, D] over gathered keys [G, D]."""
     loss = info_nce(q, [k], q.shape[0] * rank, temp).mean()
-    return loss.to(entropy_dtype(q)) * (2 * temp)
+    return loss.to(cross_entropy_dtype(q)) * (2 * temp)
 
 
 @fused("eztorch.losses.ressl_loss:compute_ressl_loss", known=("a47c3d64b36e5ac9",))
@@ -112,14 +113,14 @@ def compute_ressl_loss(
     if use_keys:
         if mask is None:
             raise Unfused("use_keys without a mask")
-        keys, _, rank = _keys(q, k_global, use_keys, queue, mask)
+        _, _, rank = _keys(q, k_global, use_keys, queue, mask)
         own = rank * q.shape[0]
-        if keys is not None and keys.shape[0] == 1 and bank is None:
+        if k_global.shape[0] == 1 and bank is None:
             raise Unfused("there is no key but the row's own")
     elif bank is None:
         raise Unfused("there are neither keys nor a queue")
     segments = _segments(k_global if use_keys else None, bank)
-    return relational(q, k, segments, own, temp, temp_m).mean().to(softmax_dtype(q))
+    return relational(q, k, segments, own, temp, temp_m).mean().to(logsumexp_dtype(q))
 
 
 @fused("eztorch.losses.simclr_loss:compute_simclr_loss", known=("2c684679a23f00b9",))
@@ -171,7 +172,8 @@ def compute_sce_token_loss(
         W_i = \lambda P_i + (1 - \lambda) \mathrm{softmax}_j \frac{k_i \cdot u_j - L M^k_{ij}}{\tau_m}
 
     `mask_sim_q`, `mask_sim_k`: M, [N, G]; `mask_prob_q`: P, [N, G + K]; `mask_log_q`: C, bool [N, G + K],
-    None for 1 everywhere. Rows are walked in chunks, which the backward computes again.
+    None for 1 everywhere. Rows are walked in chunks: once where only q requires a gradient, which has no
+    second derivative then, else once more in the backward.
     """
     return _over_tokens(
         (q, k, k_global, _bank(queue)),
@@ -204,21 +206,22 @@ def _over_tokens(
     temperatures = [validation.temperature("temp", value, q) for value in scalars[1:]]
     dtype = dtypes.accumulate_dtype(q.dtype)
     student, teacher = q.to(dtype), k.to(dtype)
-    bank_too = torch.cat([x.to(dtype) for x in keys]) if len(keys) > 1 else k_global.to(dtype)
+    together = torch.cat([x.to(dtype) for x in keys]) if len(keys) > 1 else k_global.to(dtype)
     scales = [dtypes.scalar_tensor(value, dtype, q.device) for value in (coeff, *temperatures)]
     step = max(1, CHUNK // columns)
-    fixed = (teacher, bank_too, *scales, *masks)
+    fixed = (teacher, together, *scales, *masks)
     if not any(x is not None and x.requires_grad for x in fixed) or not torch.is_grad_enabled():
         losses: Tensor = _FixedTargets.apply(student, large, step, *fixed)
         return losses.mean()
 
+    @dtypes.full_precision  # in a backward inside of autocast too
     def chunk(first: int, *tensors: Any) -> tuple[Tensor]:
         part = slice(first, first + step)
         own = [None if mask is None else mask[part] for mask in tensors[6:]]
         return (_token_rows((tensors[0][part], tensors[1][part]), tensors[2], tensors[3:6], own, large),)
 
     parts = [
-        autograd.recomputed(chunk, first, student, teacher, bank_too, *scales, *masks)[0]
+        autograd.recomputed(chunk, first, student, teacher, together, *scales, *masks)[0]
         for first in range(0, n, step)
     ]
     return torch.cat(parts).mean()
@@ -372,7 +375,7 @@ _seen: MutableMapping[Any, tuple[Any, Any]] = WeakIdKeyDictionary()
 
 
 def _look_once(mask: Tensor, at: Any, look: Callable[[], Any]) -> Any:
-    """What `look`, of the kind `at`, finds in a mask; again only after an in-place change."""
+    """The finding of `look`, of the kind `at`, in a mask; again only after an in-place change."""
     if mask.is_inference():  # has no count of changes
         return look()
     key = (mask._version, at)

@@ -13,7 +13,7 @@ from open_clip import loss as library
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
-from ..losses._common import at_least_zero, nothing, wide
+from ..losses._common import at_least_zero, nothing, own_similarity, wide
 from ..problem import Contrast, SoftTarget
 from ._eager import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
 from ._registry import Library
@@ -43,7 +43,7 @@ class _Sides(NamedTuple):
 
 
 def _sides(self: library.ClipLoss, images: Tensor, texts: Tensor, logit_scale: float | Tensor) -> _Sides:
-    """What the logits would be made of, on this process and with the gradients that its options say."""
+    """Rows that the logits would be made of, on this process and with the gradients that its options say."""
     scale = wide(validation.scale("logit_scale", logit_scale, images), images)
     if self.world_size == 1:
         return _Sides(images, texts, images, texts, scale, 0)
@@ -171,19 +171,29 @@ class CoCaLoss(library.CoCaLoss):
 
 
 @dtypes.full_precision
-def _distill_rows(student: _Sides, teacher: _Sides) -> Tensor:
-    """Cross-entropies [N] against the teacher's softmax, the mean of a pair's two."""
+def _distill_rows(student: _Sides, teacher: _Sides) -> tuple[Tensor, Tensor]:
+    """`_clip_rows`, and cross-entropies [N] against the teacher's softmax, the mean of a pair's two.
 
-    def way(q: Tensor, k: Tensor, target_q: Tensor, target_k: Tensor) -> Tensor:
+    One pass a way: the teacher's softmax comes without the positive, which is put back by its share.
+    """
+    n, first = student.images.shape[0], student.first
+    own = torch.arange(n, device=student.images.device) + first
+
+    def way(q: Tensor, k: Tensor, target_q: Tensor, target_k: Tensor) -> tuple[Tensor, Tensor]:
         q, k, target_q, target_k = dtypes.promote(q, k, target_q, target_k)
-        problem = SoftTarget(q, [k], target_q, [target_k], student.scale, teacher.scale)
-        stats = autograd.soft_target(problem)
-        return stats.lse - stats.cross
+        problem = SoftTarget(q, [k], target_q, [target_k], student.scale, teacher.scale, own)
+        stats = autograd.soft_target(problem, first)
+        at_own = own_similarity(target_q, target_k[first : first + n], teacher.scale)
+        share = torch.sigmoid(at_own - stats.target_lse)
+        cross = torch.lerp(stats.cross, stats.positive_sum, share)
+        return stats.lse - stats.positive_sum, stats.lse - cross
 
     per_image = way(student.images, student.text_keys, teacher.images, teacher.text_keys)
     per_text = way(student.texts, student.image_keys, teacher.texts, teacher.image_keys)
-    loss = torch.lerp(per_image, per_text, 0.5)
-    return nothing(loss) if student.image_keys.shape[0] == 1 else at_least_zero(loss)
+    clip, distill = (torch.lerp(x, y, 0.5) for x, y in zip(per_image, per_text, strict=True))
+    if student.image_keys.shape[0] == 1:
+        return nothing(clip), nothing(distill)
+    return at_least_zero(clip), at_least_zero(distill)
 
 
 class DistillClipLoss(library.DistillClipLoss):
@@ -216,8 +226,8 @@ class DistillClipLoss(library.DistillClipLoss):
             promoted(logsumexp_dtype(dist_image_features), dist_logit_scale),
         )
         own, others = _sides(self, *student), _sides(self, *teacher)
-        contrastive = _clip_rows(own).mean().to(dtype)
-        distill = _distill_rows(own, others).mean().to(distilled)
+        clip_rows, distill_rows = _distill_rows(own, others)
+        contrastive, distill = clip_rows.mean().to(dtype), distill_rows.mean().to(distilled)
         self.get_ground_truth(image_features.device, own.images.shape[0])
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": distill}

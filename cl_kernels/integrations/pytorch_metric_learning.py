@@ -85,7 +85,7 @@ class AllPairs(Sequence[Tensor]):
 
 
 class _Rows(NamedTuple):
-    """What a distance makes of the embeddings: similarities are scale q k^T, up to a constant of the row."""
+    """Rows as a distance makes them: similarities are scale q k^T, up to a constant of the row."""
 
     q: Tensor  # [N, D]
     k: Tensor | None  # [M, D], None: q
@@ -408,7 +408,7 @@ class _Plan(NamedTuple):
 
     @staticmethod
     def of(classes: _Classes) -> _Plan:
-        """It waits for the device, for the sizes of the classes."""
+        """Blocks made of small classes; the sizes of the classes are waited for."""
         sizes = _sizes(classes.rows)
         rows, row_order = classes.rows.sort(stable=True)
         columns, column_order = (
@@ -445,11 +445,10 @@ def _pair_losses(rows: _Rows, classes: _Classes, plan: _Plan) -> tuple[Tensor, T
     """NTXent's loss, row and column of each positive pair, in the library's order."""
     parts = _in_blocks(rows, classes, plan, summed=False)
     losses, anchors, positives = (torch.cat(part) for part in zip(*parts, strict=True))
-    order = anchors.argsort(stable=True)
-    positives = positives[order]
-    if classes.shift:
-        positives = (positives + classes.shift) % len(classes.columns)
-    return losses[order], anchors[order], positives
+    columns = len(classes.columns)
+    positives = (positives + classes.shift) % columns
+    order = (anchors * columns + positives).argsort()
+    return losses[order], anchors[order], positives[order]
 
 
 def _in_blocks(rows: _Rows, classes: _Classes, plan: _Plan, summed: bool) -> list[tuple[Tensor, ...]]:

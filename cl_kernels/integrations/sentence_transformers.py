@@ -347,8 +347,8 @@ def _guided_rows(
 
 
 def _sides(loss: Any, home: ModuleType, embeddings: Sequence[Tensor], offset: int) -> list[Tensor]:
-    """What is compared, rows and keys by turns: anchors with all, and positives with positives. The positives
-    are the first keys."""
+    """The sides that are compared, rows and keys by turns: anchors with all, and positives with positives.
+    The positives are the first keys."""
     eps = loss.similarity_fct.eps
     anchors, positives, *negatives = (_cosine_rows(x, eps) for x in embeddings)
     if loss.gather_across_devices:

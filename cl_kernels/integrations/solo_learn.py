@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import validation
 from ..distributed import ProcessGroup, gather_rows
 from ..losses import info_nce_loss
-from ._formulas import entropy_dtype, info_nce, relational, share_of_positives, softmax_dtype
+from ._eager import cross_entropy_dtype, logsumexp_dtype
+from ._formulas import info_nce, relational, share_of_positives
 from ._registry import Library, digest
 from ._swap import Unfused, fused
 
@@ -49,7 +50,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
     columns = validation.label_ids(everyone)
     own = columns if group is None else columns[first : first + z.shape[0]]
     loss = share_of_positives(rows, keys, first, own, columns, partner, temperature)
-    return loss.mean().to(softmax_dtype(z))
+    return loss.mean().to(logsumexp_dtype(z))
 
 
 @fused("solo.losses.mocov2plus:mocov2plus_loss_func", known=("b62551186338645b",))
@@ -57,7 +58,7 @@ def mocov2plus_loss_func(
     query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor = 0.1
 ) -> Tensor:
     """`cl_kernels.info_nce_loss` of queries and keys [N, D] and a queue [D, K], not normalised."""
-    return beside_queue(query, key, queue, temperature).to(entropy_dtype(query))
+    return beside_queue(query, key, queue, temperature).to(cross_entropy_dtype(query))
 
 
 @fused("solo.losses.mocov3:mocov3_loss_func", known=("0812223991df434a",))
@@ -73,7 +74,7 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0
     if group is not None:
         keys = gather_rows(keys.detach(), group)
     loss = info_nce(F.normalize(query, dim=1), [keys], n * rank, temperature).mean()
-    return loss.to(entropy_dtype(query)) * (2 * temperature)
+    return loss.to(cross_entropy_dtype(query)) * (2 * temperature)
 
 
 @fused("solo.losses.nnclr:nnclr_loss_func", known=("48d9a5a09484a4c3",))
@@ -83,7 +84,7 @@ def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float | Tensor = 0.1) ->
     group, first = _processes(nn.shape[0])
     keys = gather_rows(F.normalize(p, dim=-1), group)
     loss = info_nce(F.normalize(nn, dim=-1), [keys], first, temperature)
-    return loss.mean().to(entropy_dtype(nn))
+    return loss.mean().to(cross_entropy_dtype(nn))
 
 
 @fused("solo.losses.ressl:ressl_loss_func", known=("5f1e400e4064804a",))
@@ -97,7 +98,7 @@ def ressl_loss_func(
     """Cross-entropy of the similarities of q with a queue [K, D] against those of k, both [N, D]."""
     if isinstance(temperature_k, Tensor) and temperature_k.requires_grad:
         raise Unfused("temperature_k requires a gradient")
-    return relational(q, k, [queue], None, temperature_q, temperature_k).mean().to(softmax_dtype(q))
+    return relational(q, k, [queue], None, temperature_q, temperature_k).mean().to(logsumexp_dtype(q))
 
 
 def beside_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor) -> Tensor:

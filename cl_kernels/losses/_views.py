@@ -104,14 +104,13 @@ def with_positives(given: Anchors, among: str = "all") -> Contrast:
     if given.keys is not None and given.keys.labels is not None:
         columns = validation.label_ids(given.keys.labels, columns=True)
     else:
-        columns = ids = _of_no_label(given, ids)
+        columns = ids = of_no_label(ids, given.valid_rows(n), ranks)
     own = ids if given.anchors == n else ids[: given.anchors]
     return problem._replace(row_labels=own, col_labels=columns, among=among, label_positives=True)
 
 
-def _of_no_label(given: Anchors, ids: Tensor) -> Tensor:
-    """The ids [V*B] of labels, where a row is not valid one that no valid row of any rank has."""
-    valid, ranks = given.valid_rows(ids.shape[0]), given.ranks
+def of_no_label(ids: Tensor, valid: Tensor | None, ranks: Ranks | None) -> Tensor:
+    """The ids [n] of labels, where a row is not valid one that no valid row of any rank has."""
     if valid is None:
         return ids
     taken = rows_of_all(ids, ranks)
@@ -159,7 +158,7 @@ def statistics(given: Anchors, problem: Contrast) -> ContrastiveStats:
         problem._replace(k=keys, exclude=None, col_labels=validation.label_ids(labels, columns=True))
     )
     return stats._replace(
-        lse=_log_add(stats.lse, beside.lse),
+        lse=log_add_any(stats.lse, beside.lse),
         positive_sum=stats.positive_sum + beside.positive_sum,
         positive_count=stats.positive_count + beside.positive_count,
     )
@@ -175,21 +174,22 @@ def _of_valid_keys(given: Anchors, problem: Contrast) -> ContrastiveStats:
     same = engine.contrastive(problem._replace(among="same"), ranks) if by_label else None
     if same is not None and problem.among == "same":
         return same
-    left_out = ~given.repeated(given.left_out, given.rows.shape[0])
-    bias = left_out.new_zeros(left_out.shape, dtype=dtypes.accumulate_dtype(given.rows.dtype))
-    others = engine.contrastive(
-        problem._replace(
-            among="different", label_positives=False, key_bias=bias.masked_fill(left_out, -torch.inf)
-        ),
-        ranks,
-    )
+    others = of_other_labels(problem, given.repeated(given.left_out, given.rows.shape[0]), ranks)
     if same is None:
         return others
-    lse = others.lse if problem.among == "different" else _log_add(same.lse, others.lse)
+    lse = others.lse if problem.among == "different" else log_add_any(same.lse, others.lse)
     return same._replace(lse=lse)
 
 
-def _log_add(x: Tensor, y: Tensor) -> Tensor:
+def of_other_labels(problem: Contrast, valid: Tensor, ranks: Ranks | None) -> ContrastiveStats:
+    """The statistics over the valid keys whose label is not the row's, without positives."""
+    zeros = torch.zeros_like(valid, dtype=dtypes.accumulate_dtype(problem.q.dtype))
+    bias = zeros.masked_fill(~valid, -torch.inf)
+    others = problem._replace(among="different", label_positives=False, key_bias=bias)
+    return engine.contrastive(others, ranks)
+
+
+def log_add_any(x: Tensor, y: Tensor) -> Tensor:
     """`log_add`, also where one or both are -inf."""
     no_x, no_y = x == -torch.inf, y == -torch.inf
     both = log_add(x.masked_fill(no_x, 0.0), y.masked_fill(no_y, 0.0))

@@ -10,6 +10,7 @@ from ..distributed import ProcessGroup, Ranks, engine, gather, join, total
 from ..problem import Contrast
 from ._common import (
     Grouped,
+    among_valid,
     inverse,
     log_add,
     loss_function,
@@ -19,7 +20,9 @@ from ._common import (
     unit_rows,
     warn_if_alone,
     wide,
+    zero_unless,
 )
+from ._views import log_add_any, rows_of_all
 
 
 @loss_function
@@ -29,6 +32,7 @@ def dcl_loss(
     *,
     temperature: float | Tensor = 0.1,
     sigma: float | Tensor | None = None,
+    valid: Tensor | None = None,
     reduction: str = "mean",
     group: ProcessGroup | None = None,
     exchange: str = "gather",
@@ -48,6 +52,9 @@ def dcl_loss(
             normalised.
         temperature: :math:`\tau > 0`, a float or a tensor of one element, which gets its gradient.
         sigma: :math:`\sigma > 0` of DCLW, likewise; None for DCL.
+        valid: bool [N], False for pairs that are padding: they are in no denominator, nor among the N of
+            DCLW, their loss and gradient are 0 whatever stands in them, and the mean does not count them.
+            None: all count.
         reduction: "mean" over the N anchors, "sum", or "none": [N].
         group, exchange: the processes over whose rows the loss is taken, a `torch.distributed.ProcessGroup`,
             and how keys travel, "gather" or "ring" (docs/distributed.md); None: this process alone.
@@ -75,31 +82,45 @@ def dcl_loss(
     width = None if sigma is None else validation.temperature("sigma", sigma, z0)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    ranks = join(group, exchange, z0, "dcl_loss", z1=z1, temperature=tau, sigma=width, reduction=reduction)
+    valid = validation.valid_rows(valid, z0.shape[0], z0)
+    ranks = join(
+        group, exchange, z0, "dcl_loss", z1=z1, temperature=tau, sigma=width, valid=validation.kind(valid),
+        reduction=reduction,
+    )  # fmt: skip
+    z0, z1 = zero_unless(valid, z0), zero_unless(valid, z1)
     n = total(z0.shape[0], ranks)
     scale = inverse(tau, z0)
     own = torch.arange(z0.shape[0], device=z0.device)
-    cross = engine.contrastive(Contrast(z0, z1, scale, exclude=0, positive_index=own), ranks)
+    pairs = Contrast(z0, z1, scale, exclude=0, positive_index=own)
+    cross = engine.contrastive(among_valid(valid, pairs), ranks)
     positive = cross.positive_sum
     if width is not None:
         ratio = wide(tau, z0) / wide(width, z0)
-        positive = positive * (2.0 - n * _softmax(positive * ratio, ranks))
+        positive = positive * (2.0 - _scaled_softmax(positive * ratio, valid, ranks))
     if n == 1:
         warn_if_alone(n)
         return reduced(nothing(positive), reduction, z0)
-    within = engine.contrastive(Contrast(z0, None, scale, exclude=0), ranks)
-    return reduced(log_add(within.lse, cross.lse) - positive, reduction, z0, ranks=ranks)
+    within = engine.contrastive(among_valid(valid, Contrast(z0, None, scale, exclude=0)), ranks)
+    if valid is None:
+        return reduced(log_add(within.lse, cross.lse) - positive, reduction, z0, ranks=ranks)
+    lse = log_add_any(within.lse, cross.lse)
+    rows = zero_unless(valid & (lse != -torch.inf), lse - positive)
+    return reduced(rows, reduction, z0, valid, ranks)
 
 
-def _softmax(x: Tensor, ranks: Ranks | None) -> Tensor:
-    """Over the elements of all ranks."""
+def _scaled_softmax(x: Tensor, valid: Tensor | None, ranks: Ranks | None) -> Tensor:
+    """The softmax over the valid elements of all ranks, times their number."""
+    n: int | Tensor = total(x.shape[0], ranks)
+    if valid is not None:
+        n = rows_of_all(valid, ranks).sum()
+        x = x.masked_fill(~valid, torch.finfo(x.dtype).min)
     if ranks is None:
-        return torch.softmax(x, 0)
-    return (x - gather(x, ranks.sizes, ranks.group).logsumexp(0)).exp()
+        return n * torch.softmax(x, 0)
+    return n * (x - gather(x, ranks.sizes, ranks.group).logsumexp(0)).exp()
 
 
 class DCLLoss(Grouped):
-    """`dcl_loss` as a module: forward(out0, out1).
+    """`dcl_loss` as a module: forward(out0, out1, valid=None).
 
     `normalize=True, symmetric=True` is the loss of lightly's DCLLoss: rows divided by their norms, and the
     mean of both ways.
@@ -123,20 +144,22 @@ class DCLLoss(Grouped):
         self.symmetric = validation.flag("symmetric", symmetric)
         self.reduction = validation.option("reduction", reduction, validation.REDUCTIONS)
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def forward(self, out0: Tensor, out1: Tensor, valid: Tensor | None = None) -> Tensor:
         validation.features("out0", out0)
         validation.features("out1", out1)
         if self.normalize:
-            out0, out1 = unit_rows(out0), unit_rows(out1)
-        loss = self._one_way(out0, out1)
-        return 0.5 * (loss + self._one_way(out1, out0)) if self.symmetric else loss
+            valid = validation.valid_rows(valid, out0.shape[0], out0)
+            out0, out1 = unit_rows(zero_unless(valid, out0)), unit_rows(zero_unless(valid, out1))
+        loss = self._one_way(out0, out1, valid)
+        return 0.5 * (loss + self._one_way(out1, out0, valid)) if self.symmetric else loss
 
-    def _one_way(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def _one_way(self, out0: Tensor, out1: Tensor, valid: Tensor | None) -> Tensor:
         return dcl_loss(
             out0,
             out1,
             temperature=self.temperature,
             sigma=self.sigma,
+            valid=valid,
             reduction=self.reduction,
             group=self.group,
             exchange=self.exchange,

@@ -112,7 +112,8 @@ def sce_loss(
     Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
     2023.
     """
-    q, k, k_global, queue = validation.sce_inputs(q, k, _global_keys(k, k_global, rank, group), queue, rank)
+    k_global = _global_keys(k, k_global, rank, group)
+    q, k, k_global, queue = validation.keys_and_queue(q, k, k_global, queue, rank)
     tau = validation.temperature("temperature", temperature, q)
     target_tau = validation.temperature("target_temperature", target_temperature, q)
     weight = validation.coefficient("coeff", coeff, q)
@@ -139,11 +140,8 @@ def sce_loss(
 
 def _global_keys(k: Tensor, k_global: Tensor | None, rank: int, group: Any) -> Tensor | None:
     """With a group this rank's keys, to which the engine adds those of the others."""
-    if group is None:
-        return k_global
-    if k_global is not None or rank != 0:
-        raise ValueError("k_global and rank must not be given with a group, which gathers the keys itself")
-    return k
+    validation.no_group_beside(group, k_global, rank)
+    return k_global if group is None else k
 
 
 @loss_function
@@ -186,7 +184,8 @@ def sce_targets(
     Source: Denize et al., "Similarity Contrastive Estimation for Self-Supervised Soft Contrastive Learning",
     2023; the multi-crop there calls the loss once for each crop.
     """
-    _, k, k_global, queue = validation.sce_inputs(k, k, _global_keys(k, k_global, rank, group), queue, rank)
+    k_global = _global_keys(k, k_global, rank, group)
+    _, k, k_global, queue = validation.keys_and_queue(k, k, k_global, queue, rank)
     tau = validation.temperature("target_temperature", target_temperature, k)
     validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
     keys, positive = _keys(k, k_global, queue, rank)

@@ -302,6 +302,7 @@ LEVELS = "levels labels"
 VIEWS = "z0=first z1=second"
 PAIR = "q=first k=second"
 QUEUE = PAIR + " queue"
+TOWERS = "image_features=first text_features=second"
 GATHERED = PAIR + " k_global=gathered"
 TARGET = "q=first k=segments target_q=teacher target_k=teacher_segments"
 WHOLE_TARGET = "q=first k=keys target_q=teacher target_k=teacher_keys"
@@ -403,15 +404,29 @@ CASES = [
     Case("info_nce_loss", QUEUE),
     Case("info_nce_loss", QUEUE, frozen=MOMENTUM),
     Case("info_nce_loss", PAIR + " queue=transposed_queue", frozen=MOMENTUM),
+    Case("info_nce_loss", QUEUE, {"in_batch": True}),
+    Case("info_nce_loss", PAIR + " queue=transposed_queue", {"in_batch": True}, MOMENTUM),
+    Case("info_nce_loss", GATHERED, {"rank": 1}, ("k",)),
+    Case("info_nce_loss", GATHERED + " queue", {"rank": 1}, MOMENTUM),
+    Case("info_nce_loss", PAIR + " valid"),
+    Case("info_nce_loss", QUEUE + " valid"),
+    Case("info_nce_loss", QUEUE + " valid", {"in_batch": True}, MOMENTUM),
     Case("info_nce_loss", PAIR, {"reduction": "sum"}),
     Case("info_nce_loss", QUEUE, {"reduction": "none"}),
     Case("info_nce_loss", QUEUE + " temperature"),
-    Case("clip_loss", "image_features=first text_features=second"),
-    Case("clip_loss", "image_features=first text_features=second", {"reduction": "sum"}),
-    Case("clip_loss", "image_features=first text_features=second", {"reduction": "none"}),
-    Case("clip_loss", "image_features=first text_features=second logit_scale"),
+    Case("clip_loss", TOWERS),
+    Case("clip_loss", TOWERS + " labels"),
+    Case("clip_loss", TOWERS + " labels logit_scale", {"reduction": "none"}),
+    Case("clip_loss", TOWERS + " valid"),
+    Case("clip_loss", TOWERS + " labels=some_alone valid"),
+    Case("clip_loss", TOWERS + " labels valid", {"reduction": "none"}),
+    Case("clip_loss", TOWERS, {"reduction": "sum"}),
+    Case("clip_loss", TOWERS, {"reduction": "none"}),
+    Case("clip_loss", TOWERS + " logit_scale"),
     Case("dcl_loss", VIEWS),
     Case("dcl_loss", VIEWS, {"sigma": 0.5}),
+    Case("dcl_loss", VIEWS + " valid"),
+    Case("dcl_loss", VIEWS + " valid", {"sigma": 0.5}),
     Case("dcl_loss", VIEWS, {"reduction": "sum"}),
     Case("dcl_loss", VIEWS, {"sigma": 0.5, "reduction": "none"}),
     Case("dcl_loss", VIEWS + " temperature"),

@@ -206,7 +206,8 @@ def floor(name: str, problem: Problem, truth: Tensor, dtype: torch.dtype) -> flo
     if x.dim() == 0:
         terms *= logits * problem.summed
     elif problem.averaged:
-        terms /= x.shape[0]
+        valid = problem.inputs.get("valid")
+        terms /= x.shape[0] if valid is None else max(1, int(valid.sum()))
     return 2 * eps * (1 + logits) * (_largest(truth) + terms)
 
 

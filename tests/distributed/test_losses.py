@@ -26,7 +26,7 @@ class Case(NamedTuple):
     loss: str
     split: tuple[str, ...]  # of _tensors; those of floating point get a gradient
     options: dict[str, Any] = {}  # noqa: RUF012
-    whole: tuple[str, ...] = ()  # of _tensors: a mask's rows are split, a queue is everywhere
+    whole: tuple[str, ...] = ()  # of _tensors, by name: rows are split, but a queue is everywhere
     learned: tuple[str, ...] = ("temperature",)
     positional: int = 9
 
@@ -109,9 +109,24 @@ CASES = {
     "nt_xent": Case("nt_xent_loss", ("q", "k")),
     "info_nce": Case("info_nce_loss", ("q", "k")),
     "info_nce queue": Case("info_nce_loss", ("q", "k"), whole=("queue",)),
+    "info_nce in batch": Case("info_nce_loss", ("q", "k"), {"in_batch": True}, ("queue",)),
+    "info_nce padded": Case("info_nce_loss", ("padded_q", "padded_k"), whole=("valid",)),
+    "info_nce padded queue": Case("info_nce_loss", ("padded_q", "padded_k"), whole=("queue", "valid")),
+    "info_nce padded, in batch": Case(
+        "info_nce_loss", ("padded_q", "padded_k"), {"in_batch": True}, ("queue", "valid")
+    ),
     "dcl": Case("dcl_loss", ("q", "k")),
     "dclw": Case("dcl_loss", ("q", "k"), {"sigma": 0.5}),
+    "dclw padded": Case("dcl_loss", ("padded_q", "padded_k"), {"sigma": 0.5}, ("valid",)),
     "clip": Case("clip_loss", ("q", "k"), learned=("logit_scale",)),
+    "clip labels": Case("clip_loss", ("q", "k"), whole=("labels",), learned=("logit_scale",)),
+    "clip float labels": Case("clip_loss", ("q", "k"), whole=("floats",), learned=("logit_scale",)),
+    "clip padded": Case(
+        "clip_loss", ("padded_q", "padded_k"), whole=("valid",), learned=("logit_scale",)
+    ),
+    "clip padded labels": Case(
+        "clip_loss", ("padded_q", "padded_k"), whole=("floats", "valid"), learned=("logit_scale",)
+    ),
     "sce": Case("sce_loss", ("q", "k"), learned=("temperature", "target_temperature", "coeff")),
     "sce queue": Case("sce_loss", ("q", "k"), {"positive_in_target": "zero"}, ("queue",)),
     "dimcl": Case("dimcl_loss", ("q", "k")),
@@ -122,6 +137,7 @@ CASES = {
 
 KEYWORDS = {"queue": "queue", "mask": "mask", "bool_mask": "mask", "positive_mask": "positive_mask",
             "keys": "keys", "key_labels": "key_labels", "key_mask": "mask", "valid": "valid"}  # fmt: skip
+BY_NAME = {**KEYWORDS, "labels": "labels", "floats": "labels"}  # where they are given so
 NO_FEATURES = ("labels", "floats", "key_labels", "valid")
 SCALARS = {"temperature": 0.2, "base_temperature": 0.1, "target_temperature": 0.3, "coeff": 0.4,
            "logit_scale": 3.0}  # fmt: skip
@@ -132,7 +148,8 @@ def _call(case: Case, given: dict[str, Tensor], scalars: dict[str, Tensor], **op
     module = clk if "group" in options else reference
     function = getattr(module, case.loss)
     split = [given[name] for name in case.split if name not in KEYWORDS]
-    keywords = {KEYWORDS[name]: given[name] for name in (*case.split, *case.whole) if name in KEYWORDS}
+    by_name = (*(name for name in case.split if name in KEYWORDS), *case.whole)
+    keywords = {BY_NAME[name]: given[name] for name in by_name}
     if case.loss == "multilevel_loss":
         split = [split[:2], split[2]]
     if case.loss == "clip_loss":
@@ -238,7 +255,8 @@ def every_case(rank: int, world: int) -> dict[tuple[Any, ...], float]:
     return found
 
 
-FROZEN = ("sce", "sce queue", "info_nce")  # whose keys may be a momentum encoder's
+# Whose keys may be a momentum encoder's.
+FROZEN = ("sce", "sce queue", "info_nce", "info_nce in batch", "info_nce padded")
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 

@@ -16,6 +16,7 @@ from cl_kernels.losses._common import log_add
 pytestmark = pytest.mark.usefixtures("backend", "one_thread")
 
 LABELS = torch.tensor([0, 1, 0, 2])
+VALID = torch.tensor([True, True, False, True])
 MASK = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0.3], [0, 0, 0, 2.0]])
 
 
@@ -72,13 +73,44 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Tensor]]]] = {
         lambda q, k, queue, tau: clk.info_nce_loss(q, k, queue, temperature=tau),
         lambda: [f64(3, 3), f64(3, 3), f64(5, 3), scalar(0.4)],
     ),
+    "info_nce with a queue, in batch": (
+        lambda q, k, queue, tau: clk.info_nce_loss(q, k, queue, temperature=tau, in_batch=True),
+        lambda: [f64(3, 3), f64(3, 3), f64(5, 3), scalar(0.4)],
+    ),
+    "info_nce with keys and a queue": (
+        lambda q, keys, queue, tau: clk.info_nce_loss(
+            q, q.detach(), queue, temperature=tau, k_global=keys, rank=1, reduction="none"
+        ),
+        lambda: [f64(2, 3), f64(5, 3), f64(3, 3), scalar(0.4)],
+    ),
+    "info_nce, valid": (
+        lambda q, k, queue: clk.info_nce_loss(q, k, queue, temperature=0.4, in_batch=True, valid=VALID),
+        lambda: [f64(4, 3), f64(4, 3), f64(2, 3)],
+    ),
     "clip": (clk.clip_loss, lambda: [f64(4, 3), f64(4, 3), scalar(3.0)]),
+    **{
+        f"clip {name}": (
+            lambda x, y, scale, options=options: clk.clip_loss(x, y, scale, **options),
+            lambda: [f64(4, 3), f64(4, 3), scalar(3.0)],
+        )
+        for name, options in {
+            "labels": {"labels": LABELS},
+            "labels apart": {"labels": LABELS, "reduction": "none"},
+            "valid": {"valid": VALID},
+            "labels valid": {"labels": LABELS, "valid": VALID},
+            "labels valid apart": {"labels": LABELS, "valid": VALID, "reduction": "none"},
+        }.items()
+    },
     "dcl": (
         lambda x, y, tau: clk.dcl_loss(x, y, temperature=tau),
         lambda: [f64(4, 3), f64(4, 3), scalar(0.4)],
     ),
     "dclw": (
         lambda x, y, tau, sigma: clk.dcl_loss(x, y, temperature=tau, sigma=sigma),
+        lambda: [f64(4, 3), f64(4, 3), scalar(0.4), scalar(0.7)],
+    ),
+    "dclw valid": (
+        lambda x, y, tau, sigma: clk.dcl_loss(x, y, temperature=tau, sigma=sigma, valid=VALID),
         lambda: [f64(4, 3), f64(4, 3), scalar(0.4), scalar(0.7)],
     ),
     "dimcl": (

@@ -35,7 +35,7 @@ CORRECT: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "stablerep_loss": lambda: {"features": unit(4, 3), "labels": torch.tensor([0, 1, 0, 1])},
     "sce_loss": lambda: {**pair("q", "k")(), "k_global": unit(8, 3), "queue": unit(6, 3)},
-    "info_nce_loss": lambda: {**pair("q", "k")(), "queue": unit(6, 3)},
+    "info_nce_loss": lambda: {**pair("q", "k")(), "k_global": unit(8, 3), "queue": unit(6, 3)},
     "nt_xent_loss": pair("z0", "z1"),
     "dcl_loss": pair("z0", "z1"),
     "dimcl_loss": pair("z0", "z1"),
@@ -55,7 +55,7 @@ MATRICES = {
     "selfcon_loss": ["features"],
     "stablerep_loss": ["features"],
     "sce_loss": ["q", "k", "k_global", "queue"],
-    "info_nce_loss": ["q", "k", "queue"],
+    "info_nce_loss": ["q", "k", "k_global", "queue"],
     "nt_xent_loss": ["z0", "z1"],
     "dcl_loss": ["z0", "z1"],
     "dimcl_loss": ["z0", "z1"],
@@ -227,10 +227,30 @@ def test_sce() -> None:
     for value in (-0.1, 1.1, float("nan"), torch.tensor(2.0)):
         refused("sce_loss", ValueError, "coeff must be between 0 and 1", coeff=value)
     refused("sce_loss", TypeError, "coeff must be a float", coeff=None)
-    refused("sce_loss", TypeError, "rank must be an integer", rank=0.0)
-    refused("sce_loss", ValueError, "rank must be an integer of at least 0", rank=-1)
-    refused("sce_loss", ValueError, "k_global must have at least 12 rows", rank=2)
-    refused("sce_loss", ValueError, "k_global must be given with a rank", rank=1, k_global=None)
+
+
+@pytest.mark.parametrize("function", ["sce_loss", "info_nce_loss"])
+def test_gathered_keys(function: str) -> None:
+    refused(function, TypeError, "rank must be an integer", rank=0.0)
+    refused(function, ValueError, "rank must be an integer of at least 0", rank=-1)
+    refused(function, ValueError, "k_global must have at least 12 rows", rank=2)
+    refused(function, ValueError, "k_global must be given with a rank", rank=1, k_global=None)
+
+
+def test_info_nce() -> None:
+    refused("info_nce_loss", TypeError, "in_batch must be True or False", in_batch="yes")
+    refused(
+        "info_nce_loss",
+        ValueError,
+        "k_global and valid must not be given together",
+        valid=torch.ones(4, dtype=torch.bool),
+    )
+
+
+def test_labels_of_clip() -> None:
+    refused("clip_loss", TypeError, "labels must be a torch.Tensor", labels=[0, 1, 0, 1])
+    refused("clip_loss", ValueError, r"labels must have shape \[4\] or \[4, 1\]", labels=torch.arange(3))
+    refused("clip_loss", ValueError, "labels must be on the device", labels=torch.zeros(4, device="meta"))
 
 
 def test_dimcl() -> None:

@@ -65,9 +65,20 @@ CASES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "info_nce": lambda m, x, y, z: m.info_nce_loss(x, y, temperature=0.4),
     "info_nce queue": lambda m, x, y, z: m.info_nce_loss(x, y, z, temperature=0.4),
     "info_nce keys": lambda m, x, y, z: m.info_nce_loss(y, x, torch.cat([x, z]), temperature=0.4),
+    "info_nce in batch": lambda m, x, y, z: m.info_nce_loss(x, y, z, temperature=0.4, in_batch=True),
+    "info_nce gathered": lambda m, x, y, z: m.info_nce_loss(
+        y, y, z, temperature=0.4, k_global=torch.cat([z[:N], x]), rank=1
+    ),
+    "info_nce valid": lambda m, x, y, z: m.info_nce_loss(x, y, temperature=0.4, valid=VALID),
     "clip": lambda m, x, y, z: m.clip_loss(x, y, 2.0 + y[0, 0]),
+    "clip labels": lambda m, x, y, z: m.clip_loss(x, y, 2.0 + y[0, 0], labels=LABELS),
+    "clip labels valid": lambda m, x, y, z: scalar(
+        m.clip_loss(x, y, 2.0, labels=LABELS, valid=VALID, reduction="none")
+    ),
+    "clip valid": lambda m, x, y, z: m.clip_loss(x, y, 2.0, valid=VALID),
     "dcl": lambda m, x, y, z: m.dcl_loss(x, y, temperature=0.4),
     "dclw": lambda m, x, y, z: m.dcl_loss(x, y, temperature=0.4, sigma=0.5),
+    "dclw valid": lambda m, x, y, z: m.dcl_loss(x, y, temperature=0.4, sigma=0.5, valid=VALID),
     "dimcl": lambda m, x, y, z: m.dimcl_loss(x, y, temperature=0.4),
     "sce": lambda m, x, y, z: m.sce_loss(x, y, temperature=0.4, target_temperature=0.3, coeff=0.4),
     "sce queue": lambda m, x, y, z: m.sce_loss(x, y, queue=z, temperature=0.4, positive_in_target="zero"),

@@ -61,6 +61,12 @@ SAME: list[tuple[str, Callable[[], tuple[Any, ...]], dict[str, Any], str]] = [
     ("NTXentLoss", pair, {"temperature": 0.1, "reduction": "none"}, "nt_xent_loss"),
     ("InfoNCELoss", pair, {}, "info_nce_loss"),
     ("InfoNCELoss", lambda: (*pair(), unit(9, 5)), {"temperature": 0.2, "reduction": "sum"}, "info_nce_loss"),
+    (
+        "InfoNCELoss",
+        lambda: (*pair(), unit(9, 5)),
+        {"in_batch": True, "temperature": 0.2},
+        "info_nce_loss",
+    ),
     ("DCLLoss", pair, {}, "dcl_loss"),
     ("DCLLoss", pair, {"temperature": 0.5, "sigma": 0.5}, "dcl_loss"),
 ]
@@ -135,6 +141,26 @@ def test_clip_as_open_clip() -> None:
     rows = clk.ClipLoss(reduction="none")(image, text, scale)
     assert torch.equal(rows, clk.clip_loss(image, text, scale, reduction="none"))
     torch.testing.assert_close(rows.mean(), loss)
+
+
+def test_arguments_by_name() -> None:
+    """Forwards take more than those of the implementations that they replace."""
+    x, y = pair()
+    queue, everyone, labels = unit(9, 5), unit(12, 5), views()[1]
+    valid = torch.tensor([True, True, False, True, False, True])
+    scale = torch.tensor(14.0)
+    supervised = {"labels": labels, "valid": valid}
+    found = clk.ClipLoss()(x, y, scale, output_dict=True, **supervised)
+    assert torch.equal(found["contrastive_loss"], clk.clip_loss(x, y, scale, **supervised))
+    assert torch.equal(
+        clk.InfoNCELoss(0.2)(x, y, queue, k_global=everyone, rank=1),
+        clk.info_nce_loss(x, y, queue, temperature=0.2, k_global=everyone, rank=1),
+    )
+    assert torch.equal(clk.InfoNCELoss()(x, y, valid=valid), clk.info_nce_loss(x, y, valid=valid))
+    assert torch.equal(clk.DCLLoss()(x, y, valid), clk.dcl_loss(x, y, valid=valid))
+    padded = x.masked_fill(~valid[:, None], torch.nan)
+    symmetric = clk.DCLLoss(normalize=True, symmetric=True)
+    torch.testing.assert_close(symmetric(padded, y, valid), symmetric(x[valid], y[valid]))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -10.0])
@@ -212,6 +238,7 @@ def test_positive_mask_follows_the_module() -> None:
         ("DimCLLoss", {"reduction": None}, TypeError, "reduction"),
         ("MultiLevelConLoss", {"reduction": "average"}, ValueError, "reduction"),
         ("InfoNCELoss", {"reduction": "average"}, ValueError, "reduction"),
+        ("InfoNCELoss", {"in_batch": 1}, TypeError, "in_batch"),
         ("NTXentLoss", {"memory_bank_size": 64}, ValueError, "memory_bank_size"),
         ("NTXentLoss", {"gather_distributed": True}, ValueError, "gather_distributed"),
         ("NTXentLoss", {"reduction": "average"}, ValueError, "reduction"),

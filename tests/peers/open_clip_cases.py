@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 NEEDS = ("open_clip",)
 
-WIDTH, WIDE, TEACHER = 16, 512, 24
+WIDTH, TEACHER = 16, 24
 LENGTH, TOKENS = 5, 11
 
 
@@ -23,7 +23,8 @@ def CASES() -> list[PeerCase]:
 def _clip() -> list[PeerCase]:
     frozen = partial(_pairs, needs=(True, False))
     return [
-        _case("ClipLoss", "defaults", width=WIDE, measured=4096),
+        _case("ClipLoss", "defaults", width=128, measured=4096),
+        _case("ClipLoss", "width of 512", width=512, measured=4096),
         _case("ClipLoss", "cache_labels", {"cache_labels": True}, twice=True),
         _case("ClipLoss", "local_loss, gather_with_grad", {"local_loss": True, "gather_with_grad": True}),
         _case("ClipLoss", "rank 1 of 1", {"rank": 1}),
@@ -46,7 +47,7 @@ def _clip() -> list[PeerCase]:
 def _coca() -> list[PeerCase]:
     weights = {"caption_loss_weight": 2.0, "clip_loss_weight": 1.0}
     return [
-        _case("CoCaLoss", "weights 2 and 1", weights, captions=True, measured=4096, width=WIDE),
+        _case("CoCaLoss", "weights 2 and 1", weights, captions=True, measured=4096, width=128),
         _case("CoCaLoss", "pad_id=3", {**weights, "pad_id": 3}, captions=True),
         _case("CoCaLoss", "contrastive weight 0.3", {**weights, "clip_loss_weight": 0.3}, captions=True),
         _case("CoCaLoss", "contrastive weight 0", {**weights, "clip_loss_weight": 0}, captions=True),
@@ -56,7 +57,7 @@ def _coca() -> list[PeerCase]:
 
 def _distill() -> list[PeerCase]:
     return [
-        _case("DistillClipLoss", "defaults", teacher=True, measured=4096, width=WIDE),
+        _case("DistillClipLoss", "defaults", teacher=True, measured=4096, width=128),
         _case(
             "DistillClipLoss", "teacher gets a gradient", teacher=True, inputs=partial(_pairs, taught=True)
         ),
@@ -106,8 +107,8 @@ def _loss(kind: type[nn.Module], arguments: dict[str, Any], call: dict[str, Any]
             if call.get("twice"):
                 criterion(images, texts, scale)
             found = criterion(images, texts, scale, bias, as_dict)
-        values = list(found.values()) if as_dict else found
-        return values if isinstance(values, Tensor) else torch.stack([x.to(images.dtype) for x in values])
+        values = tuple(found.values()) if as_dict else found
+        return values if isinstance(values, Tensor) else sum(values[1:], values[0])
 
     return loss
 
@@ -128,12 +129,11 @@ def _pairs(
     noise: float | None = None,
     scale: float | None = 10.0,
     scale_shape: tuple[int, ...] = (),
-    bias: bool = False,
-    captions: bool = False,
-    teacher: bool = False,
-    taught: bool = False,
+    **beside: bool,
 ) -> list[Tensor]:
-    """Images, texts, and as asked for the scale, a bias, the logits of captions, what a teacher has."""
+    """Images, texts, the scale, and what is asked for beside them: a `bias`, the logits of `captions`, what a
+    `teacher` has, which is `taught` where it gets a gradient."""
+    taught = beside.get("taught", False)
 
     def some(wide: int, *, close_to: Tensor | None = None) -> Tensor:
         x = features(rows, wide, torch.float64, generator, requires_grad=False)
@@ -147,11 +147,11 @@ def _pairs(
     found = [(images, needs[0]), (some(width, close_to=images), needs[1])]
     if scale is not None:
         found.append((number(scale), True))
-    if bias:
+    if beside.get("bias"):
         found.append((number(-10.0), True))
-    if captions:
+    if beside.get("captions"):
         x = features(rows * LENGTH, TOKENS, torch.float64, generator, requires_grad=False)
         found.append((x.view(rows, LENGTH, TOKENS), True))
-    if teacher:
+    if beside.get("teacher"):
         found += [(some(TEACHER), taught), (some(TEACHER), taught), (number(15.0), taught)]
     return [x.to(dtype).requires_grad_(needed) for x, needed in found]

@@ -42,15 +42,16 @@ def CASES() -> list[PeerCase]:
         """A case of each loss, of embeddings, references (`refs` more than embeddings) and integers."""
 
         def example(rows: int, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
-            embeddings = [features(rows, 32, dtype, generator)]
+            width = 128 if more.get("measured") else 32
+            embeddings = [features(rows, width, dtype, generator)]
             if refs is not None:
-                embeddings.append(features(rows + refs, 32, dtype, generator))
+                embeddings.append(features(rows + refs, width, dtype, generator))
             return [*embeddings, *(make(rows) for make in inputs)]
 
         for name in only:
             found.append(
                 PeerCase(
-                    f"pytorch_metric_learning.{name}.compute_loss",
+                    f"pytorch_metric_learning.{name}",
                     options,
                     lambda name=name: loss(losses, name),
                     lambda name=name: loss(ours, name),
@@ -91,6 +92,9 @@ def CASES() -> list[PeerCase]:
     }.items():
         add(text, plain(distance=distance, temperature=0.3), fused=False)
 
+    far = distances.DotProductSimilarity(normalize_embeddings=False)
+    add("losses beyond their bound", plain(distance=far, temperature=0.05))
+
     class_weights = torch.linspace(0.5, 2, 24)
     for text, reducer in {
         "mean": reducers.MeanReducer(),
@@ -106,16 +110,17 @@ def CASES() -> list[PeerCase]:
             add(f"reducer {text}, {labels}", plain(reducer=reducer), [LABELS[labels]])
         add(f"reducer {text}, pairs", plain(reducer=reducer), [LABELS["pairs"]], only=["NTXentLoss"])
 
+    def weighted(found: Any) -> Tensor:
+        """The losses of a reducer that does nothing, by their indices."""
+        indices = found["loss"]["indices"]
+        seen = indices if isinstance(indices, Tensor) else (indices[0] * 100 + indices[1]) % 97
+        # The gradient of a row alone is NaN in the library where 4 or more arrives.
+        return found["loss"]["losses"] * (1 + seen) / 1000
+
     def nothing_done(module: Any, name: str) -> Loss:
         loss = getattr(module, name)(reducer=reducers.DoNothingReducer())
 
-        def first(embeddings: Tensor, labels: Tensor) -> Tensor:
-            found = loss(embeddings, labels)["loss"]
-            indices = found["indices"]
-            seen = indices.sum() if isinstance(indices, Tensor) else (indices[0] * 100 + indices[1]) % 97
-            return found["losses"] * (1 + seen) / 1000  # theirs is NaN in the gradient of a row alone times 4
-
-        return first
+        return lambda embeddings, labels: weighted(loss(embeddings, labels))
 
     add("reducer nothing", nothing_done)
     add("reducer nothing, uneven", nothing_done, [LABELS["uneven"]])
@@ -166,7 +171,7 @@ def CASES() -> list[PeerCase]:
         return make
 
     def picked(positives: slice, negatives: slice, again: int = 0) -> Callable[[], Any]:
-        """Of all pairs by label some, and `again` of them another time."""
+        """Some of all pairs by label, and `again` of them another time."""
 
         def of(x: Tensor, labels: Tensor) -> list[Tensor]:
             pairs = utils.loss_and_miner_utils.get_all_pairs_indices(labels)
@@ -199,7 +204,8 @@ def CASES() -> list[PeerCase]:
                 chosen = torch.arange(len(x)) % 3 == 0 if mask else None
                 for step in range(steps):
                     memory(x.detach().roll(step, 0) * (1 + step), labels.roll(2 * step), enqueue_mask=chosen)
-                return memory(x, labels, enqueue_mask=chosen)
+                found = memory(x, labels, enqueue_mask=chosen)
+                return weighted(found) if isinstance(found, dict) else found
 
             return last
 
@@ -212,6 +218,8 @@ def CASES() -> list[PeerCase]:
     add("memory, no larger than a batch", in_memory(3, 24))
     add("memory, non-zero", in_memory(3, 60, reducer=reducers.AvgNonZeroReducer()))
     add("memory, all losses", in_memory(5, 100, reducer=reducers.PerAnchorReducer()), only=["SupConLoss"])
+    nothing = reducers.DoNothingReducer()
+    add("memory, nothing reduced", in_memory(6, 100, reducer=nothing))
     add("memory, some enqueued", in_memory(3, 64, mask=True))
     add("memory, distance", in_memory(3, 64, distance=distances.LpDistance()), fused=False)
     add("memory, one row", in_memory(3, 5), rows=1)

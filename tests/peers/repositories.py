@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import linecache
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import torch
 
@@ -47,11 +48,22 @@ def load(repository: str, path: str, name: str | None = None) -> ModuleType:
     root = clone(repository)
     assert root is not None
     title = name or f"{repository}/{path}".replace("/", "_").replace("-", "_").removesuffix(".py")
-    spec = importlib.util.spec_from_file_location(title, root / path)
+    return load_file(root / path, title)
+
+
+def load_file(path: Path, name: str) -> ModuleType:
+    linecache.checkcache(str(path))
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def of_commit(repository: str, commit: str, path: str) -> str:
+    """A file as it was."""
+    command = ["git", "-C", str(clone(repository)), "show", f"{commit}:{path}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def load_solo(repository: str, files: Sequence[str]) -> dict[str, ModuleType]:
@@ -77,5 +89,22 @@ def solo_utils(repository: str) -> Iterator[None]:
         "solo.utils.misc": misc,
         "ipdb": ModuleType("ipdb"),  # a debugger, which DimCL imports
     }
-    with mock.patch.dict(sys.modules, stand_ins):
+    with only_here("solo", "ipdb"):
+        sys.modules.update(stand_ins)
         yield
+
+
+@contextmanager
+def only_here(*roots: str) -> Iterator[dict[str, ModuleType]]:
+    """sys.modules, whose modules of these packages are after it what they were before."""
+
+    def those() -> dict[str, ModuleType]:
+        return {name: x for name, x in sys.modules.items() if name.partition(".")[0] in roots}
+
+    before = those()
+    try:
+        yield sys.modules
+    finally:
+        for name in those():
+            del sys.modules[name]
+        sys.modules.update(before)

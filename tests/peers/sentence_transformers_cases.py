@@ -20,10 +20,10 @@ SUBSETS = [
 ]
 SYMMETRIC = ("query_to_doc", "doc_to_query")
 HARDNESS = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
-RANKING = "sentence_transformers.MultipleNegativesRankingLoss.compute_loss_from_embeddings"
-CACHED_RANKING = "sentence_transformers.CachedMultipleNegativesRankingLoss.calculate_loss"
+RANKING = "sentence_transformers.MultipleNegativesRankingLoss"
+CACHED_RANKING = "sentence_transformers.CachedMultipleNegativesRankingLoss"
 GIST = "sentence_transformers.GISTEmbedLoss"
-CACHED_GIST = "sentence_transformers.CachedGISTEmbedLoss.calculate_loss"
+CACHED_GIST = "sentence_transformers.CachedGISTEmbedLoss"
 MINI_BATCH = 7
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from .cases import PeerCase, features
 
 NEEDS = ("swift", "transformers")
-LOSS = "swift.InfonceLoss.__call__"
+LOSS = "swift.InfonceLoss"
 EQUAL, RAGGED = (3, 3, 3, 3, 3, 3), (2, 5, 1, 3, 4, 2, 1)
 
 

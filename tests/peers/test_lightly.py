@@ -1,4 +1,4 @@
-"""What of lightly's losses is no comparison of values: state, errors, what falls back, dtypes, processes."""
+"""lightly's losses, beside the comparisons of values: state, errors, what falls back, dtypes, processes."""
 
 from __future__ import annotations
 

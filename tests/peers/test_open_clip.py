@@ -1,4 +1,4 @@
-"""What of open_clip's losses is no comparison of values: caches, errors, what falls back, processes."""
+"""open_clip's losses, beside the comparisons of values: caches, errors, what falls back, processes."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def _on_two(rank: int) -> tuple[dict[str, Any], list[Any]]:
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What two processes report."""
+    """The reports of two processes."""
     found = in_group(2, _on_two, tmp_path_factory.mktemp("group"))
     assert all(isinstance(one, tuple) for one in found), found
     return found

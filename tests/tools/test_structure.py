@@ -21,11 +21,12 @@ PACKAGE = Path(cl_kernels.__file__).resolve().parent
 FOLDERS = ("cl_kernels", "gates", "tests", "bench", "examples")
 MOST_PARAMETERS = 10
 MANY_KEYWORDS = {
+    "cl_kernels/integrations/eztorch.py: compute_sce_token_loss",
+    "cl_kernels/losses/info_nce.py: info_nce_loss",
     "cl_kernels/losses/sce.py: sce_loss",
     "cl_kernels/losses/selfcon.py: selfcon_loss",
     "cl_kernels/losses/supcon.py: supcon_loss",
     "cl_kernels/losses/supcon.py: __init__",
-    "cl_kernels/reference.py: selfcon_loss",
     "cl_kernels/reference.py: supcon_loss",
 }
 """The losses that have more options than a function should take; kernels are another matter."""
