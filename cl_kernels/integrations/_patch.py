@@ -6,18 +6,19 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+import sys
 from importlib import import_module
 from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import nn
 
-from ._registry import LIBRARIES, REPOSITORIES, digest, library
-from ._swap import Swap, Unfused, holders, logger, swaps
+from ._registry import LIBRARIES, digest, library
+from ._swap import Swap, Unfused, logger, swaps
 
 T = TypeVar("T")
 
+_PACKAGES = {known.package for known in LIBRARIES.values()}
 _patched: dict[str, list[tuple[Any, str, Any]]] = {}
 
 
@@ -70,18 +71,20 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
     known = library(name)
     if name in _patched:
         return Patch(name, [])
-    wrong = known.unknown()
-    if wrong is not None:
-        raise RuntimeError(f"{wrong}; an adapter can be imported from cl_kernels.integrations.{name}")
+    fault = known.fault()
+    if fault is not None:
+        raise RuntimeError(f"{fault}; an adapter can be imported from cl_kernels.integrations.{name}")
+    import_module(f".{name}", __package__)
     found = [swap for swap in swaps(name) if _there(swap)]
     if not found:
-        raise ImportError(f"nothing of {name} is importable as {LIBRARIES[name]}")
+        raise ImportError(f"nothing of {name} is importable as {known.package}")
     for swap in found:
-        _refuse_unknown_source(swap, swap.original())
+        if swap.known and digest(swap.original()) not in swap.known:
+            raise RuntimeError(f"{swap.target} has another source than the versions that were compared")
     undo = _patched[name] = []
     for swap in found:
-        owner, attribute, original = swap.owner(), swap.qualname.rpartition(".")[2], swap.original()
-        places = [(owner, attribute)] if inspect.isclass(owner) else holders(swap, original)
+        owner, attribute, original = swap.owner(), swap.attribute, swap.original()
+        places = [(owner, attribute)] if inspect.isclass(owner) else _holders(swap, known.package)
         replaced = swap.over(original, owner if inspect.isclass(owner) else None)
         for place, held in places:
             undo.append((place, held, vars(place).get(held)))
@@ -102,8 +105,7 @@ def unpatch(name: str | None = None) -> None:
         >>> clk.unpatch()  # nothing is patched: nothing changes
     """
     for each in [name] if name is not None else list(_patched):
-        if each not in LIBRARIES:
-            raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {each!r}")
+        library(each)
         for place, attribute, original in reversed(_patched.pop(each, [])):
             if original is None:  # the class had inherited it
                 delattr(place, attribute)
@@ -149,7 +151,7 @@ def _twin(criterion: Any) -> Any:
         if rebind is not None:
             rebind(twin)
         return twin if not isinstance(twin, nn.Module) else _with_children(twin) or twin
-    if isinstance(criterion, nn.Module) and _root(kind) in LIBRARIES.values():
+    if isinstance(criterion, nn.Module) and _root(kind) in _PACKAGES:
         twin = _with_children(copy.copy(criterion))
         if twin is not None:
             return twin
@@ -162,7 +164,7 @@ def _with_children(module: nn.Module) -> nn.Module | None:
     for name, child in module._modules.items():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             fused[name] = _with_children(copy.copy(child))
-        elif child is not None and _root(type(child)) in LIBRARIES.values():
+        elif child is not None and _root(type(child)) in _PACKAGES:
             with contextlib.suppress(Unfused):
                 fused[name] = _twin(child)
     fused = {name: twin for name, twin in fused.items() if twin is not None}
@@ -174,15 +176,19 @@ def _with_children(module: nn.Module) -> nn.Module | None:
 
 def _swaps_of(kind: Any) -> list[Swap]:
     """Those that replace a function, or methods of a class."""
-    for name, root in LIBRARIES.items():
-        if name not in REPOSITORIES and _root(kind) != root:
+    for name, known in LIBRARIES.items():
+        copied = known.distribution is None
+        if not copied and _root(kind) != known.package:
             continue
-        _refuse_unknown_version(name)
-        if name in REPOSITORIES:
-            mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
-            mine = [swap for swap in mine if _source(swap, kind) in swap.known]
-        else:
-            mine = [swap for swap in swaps(name) if _has(kind, swap)]
+        try:
+            fault = known.fault()
+            import_module(f".{name}", __package__)
+        except (ImportError, AttributeError) as error:  # what the adapter replaces is not there
+            fault = str(error)
+        if fault is not None:
+            raise Unfused(fault)
+        has = _has_source if copied else _has
+        mine = [swap for swap in swaps(name) if has(kind, swap)]
         if mine:
             return mine
     return []
@@ -192,32 +198,25 @@ def _has(kind: Any, swap: Swap) -> bool:
     """Whether a function is what `swap` replaces, or a class has it, be it inherited."""
     if not isinstance(kind, type):
         return (kind.__module__, kind.__qualname__) == (swap.module, swap.qualname)
-    owner, name = swap.owner(), swap.qualname.rpartition(".")[2]
+    owner, name = swap.owner(), swap.attribute
     return inspect.isclass(owner) and issubclass(kind, owner) and getattr(kind, name) is getattr(owner, name)
-
-
-def _refuse_unknown_version(name: str) -> None:
-    try:
-        wrong = library(name).unknown()
-    except (ImportError, AttributeError) as error:  # what the adapter replaces is not there
-        wrong = str(error)
-    if wrong is not None:
-        raise Unfused(wrong)
 
 
 def _method(swap: Swap, kind: Any) -> Any:
     """The function of `kind` that a swap replaces, `kind` itself if it is one."""
     if isinstance(kind, FunctionType):
         return kind
-    return getattr(kind, swap.qualname.rpartition(".")[2], None)
+    return getattr(kind, swap.attribute, None)
 
 
-def _source(swap: Swap, kind: Any) -> str | None:
-    function = _method(swap, kind)
+def _has_source(kind: Any, swap: Swap) -> bool:
+    """Whether a function, or a class of the same name, has a known source, wherever it was copied to."""
+    if kind.__qualname__ != swap.qualname.partition(".")[0]:
+        return False
     try:
-        return digest(function) if function is not None else None
+        return digest(_method(swap, kind)) in swap.known
     except (OSError, TypeError):  # defined where no source can be read
-        return None
+        return False
 
 
 @functools.cache
@@ -226,9 +225,21 @@ def _fused_class(kind: type, found: tuple[Swap, ...]) -> type:
     adapter = getattr(import_module(f".{found[0].library}", __package__), kind.__name__, None)
     if inspect.isclass(adapter) and issubclass(adapter, kind):
         return adapter
-    methods = {swap.qualname.rpartition(".")[2]: swap for swap in found}
+    methods = {swap.attribute: swap for swap in found}
     body: dict[str, Any] = {name: swap.over(getattr(kind, name), kind) for name, swap in methods.items()}
     return type(kind.__name__, (kind,), {**body, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _holders(swap: Swap, package: str) -> list[tuple[Any, str]]:
+    """The loaded modules of a library that have the target, and the name it has there."""
+    function = swap.original()
+    return [
+        (module, name)
+        for path, module in list(sys.modules.items())
+        if path.partition(".")[0] == package and module is not None
+        for name, value in list(vars(module).items())
+        if value is function
+    ]
 
 
 def _there(swap: Swap) -> bool:
@@ -237,11 +248,6 @@ def _there(swap: Swap) -> bool:
     except (ImportError, AttributeError):
         return False
     return True
-
-
-def _refuse_unknown_source(swap: Swap, function: Callable[..., Any]) -> None:
-    if swap.known and digest(function) not in swap.known:
-        raise RuntimeError(f"{swap.target} has another source than the versions that were compared")
 
 
 def _root(kind: Any) -> str:

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ._registry import LIBRARIES
-
 R = TypeVar("R")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -59,6 +57,7 @@ class Swap:
         self.library = ours.__module__.rpartition(".")[2]
         self.target, self.ours, self.relies_on, self.known = target, ours, relies_on, known
         self.module, _, self.qualname = target.partition(":")
+        self.attribute = self.qualname.rpartition(".")[2]
 
     @property
     def name(self) -> str:
@@ -74,7 +73,7 @@ class Swap:
 
     def original(self) -> Callable[..., Any]:
         """The library's own function, also where it is patched."""
-        found = getattr(self.owner(), self.qualname.rpartition(".")[2])
+        found = getattr(self.owner(), self.attribute)
         return getattr(found, "unfused", found)
 
     def over(self, original: Callable[..., Any] | None = None, owner: type | None = None) -> Any:
@@ -183,18 +182,6 @@ def served(library: str, target: str) -> Callable[[Function], Function]:
         return call  # type: ignore[return-value]
 
     return decorate
-
-
-def holders(swap: Swap, function: Callable[..., Any]) -> list[tuple[Any, str]]:
-    """The loaded modules of a library that have `function`, and the name it has there."""
-    root = LIBRARIES[swap.library]
-    return [
-        (module, name)
-        for path, module in list(sys.modules.items())
-        if path.partition(".")[0] == root and module is not None
-        for name, value in list(vars(module).items())
-        if value is function
-    ]
 
 
 def _count(counter: Counter[str], name: str) -> None:

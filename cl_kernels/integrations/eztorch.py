@@ -19,10 +19,7 @@ from .. import autograd, dtypes, validation
 from ..losses import info_nce_loss, sce_loss
 from ._eager import cross_entropy_dtype, logsumexp_dtype
 from ._formulas import info_nce, relational, share_of_positives
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("eztorch")
 
 CHUNK = 2**18  # entries of a mask, or logits, at a time
 NORM_EPS = 1e-12  # that of torch.nn.functional.normalize

@@ -21,10 +21,7 @@ from ..distributed import gather
 from ..losses._common import at_least_zero, inverse, nothing, own_similarity
 from ..problem import Contrast
 from ._eager import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("lightly", distribution="lightly", versions=("1.5.26", "1.6.0"))
 
 __all__ = ["DCLLoss", "DCLWLoss", "DirectCLRLoss", "MACLLoss", "NTXentLoss"]
 

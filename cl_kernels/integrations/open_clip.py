@@ -16,10 +16,7 @@ from .. import autograd, dtypes, validation
 from ..losses._common import at_least_zero, nothing, own_similarity, wide
 from ..problem import Contrast, SoftTarget
 from ._eager import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("open_clip", distribution="open_clip_torch", versions=("3.3.0", "4.2.0.dev0"))
 
 __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss"]
 

@@ -6,10 +6,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ._formulas import supervised, supervision
-from ._registry import Library
 from ._swap import fused
-
-LIBRARY = Library("selfcon")
 
 
 class ConLoss(nn.Module):

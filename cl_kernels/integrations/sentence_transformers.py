@@ -29,10 +29,7 @@ from .. import autograd, dtypes, validation
 from ..losses._common import log_add, own_similarity
 from ..problem import Contrast
 from ._chunks import in_chunks
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("sentence_transformers", distribution="sentence-transformers", versions=("6.2.0",))
 
 _LOSSES = "sentence_transformers.sentence_transformer.losses"
 _COSINES = (cos_sim, pytorch_cos_sim)

@@ -17,10 +17,8 @@ from ..distributed import ProcessGroup, gather_rows
 from ..losses import info_nce_loss
 from ._eager import cross_entropy_dtype, logsumexp_dtype
 from ._formulas import info_nce, relational, share_of_positives
-from ._registry import Library, digest
+from ._registry import digest
 from ._swap import Unfused, fused
-
-LIBRARY = Library("solo_learn")
 
 GATHERS_ALL = "016d219801a11f7f"  # GatherLayer.backward: sums the gradients of all processes
 GATHERS_OWN = "a00b07c56deca144"  # takes those of this process's loss

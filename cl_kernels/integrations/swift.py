@@ -16,10 +16,7 @@ from ..distributed import gather_rows
 from ..losses._common import log_add, own_similarity
 from ..problem import Contrast
 from ._chunks import in_chunks
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("swift", distribution="ms-swift", versions=("4.6.0",))
 
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
 

@@ -7,7 +7,6 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from torch import Tensor
 
 import cl_kernels
 from cl_kernels.integrations import dimcl, eztorch, selfcon, solo_learn, supcontrast
-from cl_kernels.integrations._registry import REPOSITORIES
 
 
 def _sce(case: Case) -> Outcome:
@@ -167,11 +165,6 @@ def test_over_processes(file: str, kind: str, names: Any, work: Any, tmp_path: P
         wanted = [other.constant("loss"), *(other.constant(f"grad_{x}") for x in names if x != "indexes")]
         for x, y in zip(found, wanted, strict=True):
             torch.testing.assert_close(x, y.to(x), rtol=1e-10, atol=1e-12)
-
-
-def test_modules_import_without_their_libraries() -> None:
-    for name in REPOSITORIES:
-        assert import_module(f"cl_kernels.integrations.{name}").LIBRARY.distribution is None
 
 
 @pytest.mark.skipif(find_spec("eztorch") is not None, reason="eztorch is there")

@@ -21,6 +21,7 @@ from torch import nn
 import cl_kernels as clk
 from cl_kernels import integrations
 from cl_kernels.integrations import _patch, _registry, _swap
+from cl_kernels.integrations._registry import Library
 
 LIBRARY = """
 import torch
@@ -66,10 +67,7 @@ class Wrapper(nn.Module):
 
 ADAPTER = """
 import fakelib.losses as losses
-from cl_kernels.integrations._registry import Library
 from cl_kernels.integrations._swap import Unfused, fused
-
-LIBRARY = Library("fake", distribution="fake", versions=("1.2",))
 
 
 @fused("fakelib.losses:plain")
@@ -98,8 +96,9 @@ def fakelib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleT
     (tmp_path / "fakelib" / "losses.py").write_text(LIBRARY)
     (tmp_path / "adapter.py").write_text(ADAPTER)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for registry in (_registry, _patch, _swap):
-        monkeypatch.setattr(registry, "LIBRARIES", {"fake": "fakelib"})
+    for registry in (_registry, _patch):
+        monkeypatch.setattr(registry, "LIBRARIES", {"fake": Library("fakelib", "fake", ("1.2",))})
+    monkeypatch.setattr(_patch, "_PACKAGES", {"fakelib"})
     monkeypatch.setattr(_patch, "_patched", {})
     monkeypatch.setattr(_swap, "SWAPS", {})
     for name in ("_fused", "_fallback"):
@@ -278,7 +277,7 @@ def test_adapters_are_imported_when_they_are_used() -> None:
         assert here == {"_patch", "_registry", "_swap"}, here
         assert "lightly" in dir(cl_kernels.integrations)
         import cl_kernels.integrations.supcontrast
-        assert cl_kernels.integrations.supcontrast.LIBRARY.name == "supcontrast"
+        assert "cl_kernels.integrations.supcontrast" in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
