@@ -53,6 +53,6 @@ def test_applies(patch: Path) -> None:
         place = None if spec is None else Path(str(spec.origin)).parents[1]
     if place is None:
         pytest.skip("the library's source is not here")
-    check = ["git", "apply", "--check", "--unidiff-zero", "--include=*.py", str(patch)]
+    check = ["git", "apply", "--check", "--unidiff-zero", "--ignore-whitespace", "--include=*.py", str(patch)]
     alone = {**os.environ, "GIT_CEILING_DIRECTORIES": str(place.parent)}  # not as a part of this repository
     subprocess.run(check, cwd=place, env=alone, check=True)
