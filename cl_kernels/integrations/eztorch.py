@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import autograd, dtypes, validation
 from ..losses import info_nce_loss, sce_loss
+from ..losses._common import in_chunks
 from ._eager import cross_entropy_dtype, logsumexp_dtype
 from ._formulas import info_nce, relational, share_of_positives
 from ._registry import Library
@@ -214,17 +215,13 @@ def _over_tokens(
         losses: Tensor = _FixedTargets.apply(student, large, step, *fixed)
         return losses.mean()
 
-    @dtypes.full_precision  # in a backward inside of autocast too
-    def chunk(first: int, *tensors: Any) -> tuple[Tensor]:
-        part = slice(first, first + step)
+    def chunk(first: int, last: int, *tensors: Any) -> tuple[Tensor]:
+        part = slice(first, last)
         own = [None if mask is None else mask[part] for mask in tensors[6:]]
         return (_token_rows((tensors[0][part], tensors[1][part]), tensors[2], tensors[3:6], own, large),)
 
-    parts = [
-        autograd.recomputed(chunk, first, student, teacher, together, *scales, *masks)[0]
-        for first in range(0, n, step)
-    ]
-    return torch.cat(parts).mean()
+    (rows,) = in_chunks(n, columns, chunk, student, teacher, together, *scales, *masks)
+    return rows.mean()
 
 
 def _token_rows(
@@ -247,7 +244,7 @@ def _token_rows(
 
 def _logits(rows: Tensor, keys: Tensor, ignored: Tensor | None, large: float) -> Tensor:
     """Similarities, those of the first keys less `large` where they are ignored."""
-    logits = rows @ keys.T
+    logits = autograd.similarity(rows, keys, 1.0, normalize=False)
     if ignored is not None:
         logits[:, : ignored.shape[1]].sub_(ignored.to(logits), alpha=large)
     return logits

@@ -26,9 +26,8 @@ from sentence_transformers.util.similarity import pytorch_cos_sim
 from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
-from ..losses._common import log_add, own_similarity
+from ..losses._common import in_chunks, log_add, own_similarity
 from ..problem import Contrast
-from ._chunks import in_chunks
 from ._registry import Library
 from ._swap import Unfused, fused
 
@@ -323,15 +322,14 @@ def _guided_rows(
     n = embeddings[0].shape[0]
     offset = home.get_rank() * n if loss.gather_across_devices else 0
     model = _sides(loss, home, embeddings, offset)
-    model[::2] = [rows / loss.temperature for rows in model[::2]]
     with torch.no_grad():
         guide = _sides(loss, home, guides, offset)
     columns = sum(keys.shape[0] for keys in model[1::2])
-    margin, relative = loss.margin, loss.margin_strategy == "relative"
+    scale, margin, relative = 1.0 / loss.temperature, loss.margin, loss.margin_strategy == "relative"
 
     def chunk(first: int, last: int, *sides: Tensor) -> tuple[Tensor]:
         model, guide = sides[: len(sides) // 2], sides[len(sides) // 2 :]
-        scores = _similarities(model, first, last)
+        scores = _similarities(model, first, last, scale)
         rows = torch.arange(last - first, device=scores.device)
         positives = rows + offset + first
         with torch.no_grad():
@@ -343,7 +341,8 @@ def _guided_rows(
         scores = scores.masked_fill(false, -torch.inf)
         return (scores.logsumexp(1) - scores[rows, positives],)
 
-    return in_chunks(n, columns, chunk, *model, *guide)
+    (rows,) = in_chunks(n, columns, chunk, *model, *guide)
+    return rows
 
 
 def _sides(loss: Any, home: ModuleType, embeddings: Sequence[Tensor], offset: int) -> list[Tensor]:
@@ -366,6 +365,9 @@ def _cosine_rows(x: Tensor, eps: float) -> Tensor:
     return x / (norm + (norm.clamp_min(eps) - norm).detach())
 
 
-def _similarities(sides: Sequence[Tensor], first: int, last: int) -> Tensor:
-    parts = [q[first:last] @ k.T for q, k in zip(sides[::2], sides[1::2], strict=True)]
+def _similarities(sides: Sequence[Tensor], first: int, last: int, scale: float = 1.0) -> Tensor:
+    parts = [
+        autograd.similarity(q[first:last], k, scale, normalize=False)
+        for q, k in zip(sides[::2], sides[1::2], strict=True)
+    ]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]

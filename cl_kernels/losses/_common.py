@@ -7,19 +7,23 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .. import dtypes, ops, validation
+from .. import autograd, dtypes, ops, validation
 from ..distributed import EXCHANGES, ProcessGroup, Ranks, engine
 from ..problem import Contrast
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+CHUNK_LOGITS = {"cpu": 2**20, "other": 2**22}
 
 
 def loss_function(function: Callable[P, R]) -> Callable[P, R]:
@@ -111,6 +115,27 @@ def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
     if not copied and q.requires_grad and not k.requires_grad and torch.is_grad_enabled():
         k = ops.snapshot(k)
     return (q.to(dtype) * k.to(dtype)).sum(1) * scale
+
+
+def in_chunks(
+    rows: int, columns: int, chunk: Callable[..., tuple[Tensor, ...]], *args: Any
+) -> tuple[Tensor, ...]:
+    """`chunk(first, last, *args)` of slices of the rows, joined; each is computed again in the backward.
+
+    Args:
+        rows, columns: those of the matrix that is not to be held.
+        chunk: holds no tensors of its own, and multiplies matrices by `autograd.similarity` alone: in a
+            backward inside of autocast, `@` is in half precision.
+    """
+    kind = next(x.device.type for x in args if isinstance(x, Tensor))
+    step = max(1, CHUNK_LOGITS["cpu" if kind == "cpu" else "other"] // max(columns, 1))
+    if step >= rows:
+        return chunk(0, rows, *args)
+    again: Callable[..., tuple[Tensor, ...]] = autograd.recomputed
+    if torch.compiler.is_compiling():
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    parts = [again(chunk, first, min(first + step, rows), *args) for first in range(0, rows, step)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def log_add(x: Tensor, y: Tensor) -> Tensor:
