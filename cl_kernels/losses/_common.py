@@ -49,10 +49,12 @@ class EmptyContrastWarning(UserWarning):
 
 
 def warn_of_nothing(why: str) -> None:
-    """Warn on behalf of the caller of a loss or of its module."""
+    """Warn on behalf of the caller of a loss or of its module; adapters warn no more than their libraries."""
     between = (__name__.partition(".")[0], "torch")
     frame, depth = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in between:
+        if frame.f_globals["__name__"].startswith(f"{between[0]}.integrations."):
+            return
         frame, depth = frame.f_back, depth + 1
     text = f"a row has nothing to contrast with, its loss and gradient are 0: {why}"
     warnings.warn(text, EmptyContrastWarning, stacklevel=depth)

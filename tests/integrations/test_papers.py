@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -231,6 +232,14 @@ def test_a_backward_of_token_losses_inside_of_autocast_is_exact(
         wanted = gradient(keys)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(gradient(keys), wanted)
+
+
+@pytest.mark.parametrize("kind", [supcontrast.SupConLoss, selfcon.ConLoss], ids=lambda kind: kind.__name__)
+def test_rows_with_nothing_to_contrast_go_without_a_warning(kind: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", cl_kernels.EmptyContrastWarning)
+        kind()(torch.ones(1, 1, 4))
+        solo_learn.nnclr_loss_func(torch.ones(1, 4), torch.ones(1, 4))
 
 
 def test_rows_without_positives() -> None:
