@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
 from ..distributed import gather
-from ..losses._common import at_least_zero, inverse, nothing, own_similarity
+from ..losses._common import cross_entropy, inverse, own_similarity
 from ..problem import Contrast
 from ._eager import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
 from ._registry import Library
@@ -66,8 +66,7 @@ def _against_others(
 
 def _cross_entropy(others: _Others) -> Tensor:
     """That of finding the positives, [2N]."""
-    loss = others.lse - others.positive
-    return nothing(loss) if others.columns == 1 else at_least_zero(loss)
+    return cross_entropy(others.lse, others.positive, others.columns)
 
 
 def _scale(temperature: float | Tensor, like: Tensor) -> float | Tensor:
