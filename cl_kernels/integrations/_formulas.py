@@ -67,20 +67,6 @@ def supervision(
 
 
 @dtypes.full_precision
-def info_nce(q: Tensor, keys: Sequence[Tensor], first: int, temperature: Scalar) -> Tensor:
-    """InfoNCE [N] of queries over segments of keys, row i's positive being `first` + i of the first one."""
-    q, *keys = _matrices(q, keys)
-    n, m = q.shape[0], keys[0].shape[0]
-    if not 0 <= first <= m - n:
-        raise ValueError(f"keys must hold the {n} positives from {first} on, got {m}")
-    scale = inverse(validation.temperature("temperature", temperature, q), q)
-    own = torch.arange(first, first + n, device=q.device)
-    stats = autograd.contrastive(Contrast(q, keys[0], scale, positive_index=own), first_positive=first)
-    lse = _with_segments(stats.lse, q, keys[1:], scale)
-    return cross_entropy(lse, stats.positive_sum, sum(len(part) for part in keys))
-
-
-@dtypes.full_precision
 def relational(
     q: Tensor,
     k: Tensor,

@@ -19,7 +19,7 @@ from .. import autograd, dtypes, validation
 from ..losses import info_nce_loss, sce_loss
 from ..losses._common import in_chunks
 from ._eager import cross_entropy_dtype, logsumexp_dtype
-from ._formulas import info_nce, relational, share_of_positives
+from ._formulas import relational, share_of_positives
 from ._registry import Library
 from ._swap import Unfused, fused
 
@@ -68,7 +68,7 @@ def compute_sce_loss(
 def compute_moco_loss(
     q: Tensor,
     k: Tensor,
-    k_global: Tensor,
+    k_global: Tensor | None,
     use_keys: bool,
     queue: Tensor | None,
     temp: float | Tensor = 0.2,
@@ -76,19 +76,18 @@ def compute_moco_loss(
 ) -> Tensor:
     """InfoNCE over gathered keys [G, D] and a queue [D, K], or over the row's own key and the queue."""
     bank = _bank(queue)
-    if use_keys:
-        loss = info_nce(q, _segments(k_global, bank), q.shape[0] * rank, temp).mean()
-    elif bank is None:
-        raise Unfused("there are neither keys nor a queue")
-    else:
-        loss = info_nce_loss(q, k, bank, temperature=temp)
+    if not use_keys:
+        if bank is None:
+            raise Unfused("there are neither keys nor a queue")
+        k_global, rank = None, 0
+    loss = info_nce_loss(q, k, bank, k_global=k_global, rank=rank, temperature=temp)
     return loss.to(cross_entropy_dtype(q))
 
 
 @fused("eztorch.losses.mocov3_loss:compute_mocov3_loss", known=("a5a4bc41f6c7535d",))
 def compute_mocov3_loss(q: Tensor, k: Tensor, temp: float | Tensor = 1.0, rank: int = 0) -> Tensor:
     r""":math:`2 \tau` times InfoNCE of queries [N, D] over gathered keys [G, D]."""
-    loss = info_nce(q, [k], q.shape[0] * rank, temp).mean()
+    loss = info_nce_loss(q, q, k_global=k, rank=rank, temperature=temp)
     return loss.to(cross_entropy_dtype(q)) * (2 * temp)
 
 
