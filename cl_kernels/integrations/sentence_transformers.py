@@ -26,7 +26,7 @@ from sentence_transformers.util.similarity import pytorch_cos_sim
 from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
-from ..losses._common import in_chunks, log_add, own_similarity
+from ..losses._common import beside, in_chunks, log_add, own_similarity
 from ..problem import Contrast
 from ._registry import Library
 from ._swap import Unfused, fused
@@ -217,7 +217,7 @@ def _above_positive(loss: Any, rows: _Rows, scale: float | Tensor) -> list[Tenso
     backward = None
     if loss.hardness_mode is not None and loss.hardness_strength > 0:
         positive = own_similarity(queries, docs, scale)
-        found = [-F.logsigmoid(positive - _harder_negatives(loss, rows, scale))]
+        found = [beside(_harder_negatives(loss, rows, scale), positive)]
     else:
         both_axes = rows.alone and "doc_to_query" in directions
         own = torch.arange(rows.first, rows.first + rows.n, device=queries.device)

@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -146,6 +146,13 @@ def log_add(x: Tensor, y: Tensor) -> Tensor:
     return x + F.softplus(y - x, threshold=40.0)
 
 
+def over_segments(lse: Tensor, q: Tensor, keys: Sequence[Tensor], scale: float | Tensor) -> Tensor:
+    """`lse` [N] over further keys too, [M, D] each."""
+    for part in keys:
+        lse = log_add(lse, autograd.contrastive(Contrast(q, part, scale)).lse)
+    return lse
+
+
 def nothing(x: Tensor) -> Tensor:
     """0 in the graph of x; NaN where x is not finite."""
     return x - x
@@ -165,6 +172,11 @@ def at_least_zero(loss: Tensor, weights: Tensor | None = None) -> Tensor:
 def cross_entropy(lse: Tensor, target: Tensor, columns: int) -> Tensor:
     """lse - target [N] for LSEs over so many columns and means of their logits."""
     return settled(lse - target, columns)
+
+
+def beside(others: Tensor, positive: Tensor) -> Tensor:
+    """The cross-entropy [N] of positives that the log-sum-exps of the others do not contain."""
+    return -F.logsigmoid(positive - others)
 
 
 def settled(loss: Tensor, columns: int, weights: Tensor | None = None) -> Tensor:
