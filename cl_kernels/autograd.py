@@ -667,6 +667,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.rest = [None if isinstance(x, Tensor) else x for x in args]
 
     @staticmethod
+    @full_precision
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         function, needs = ctx.function, ctx.needs_input_grad[1:]
         args = [x if x is not None else other for x, other in zip(ctx.saved_tensors, ctx.rest, strict=True)]

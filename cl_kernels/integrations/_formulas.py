@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
-from ..losses._common import cross_entropy, inverse, log_add, wide
+from ..losses._common import beside, cross_entropy, inverse, over_segments, wide
 from ..losses._views import EMPTY_COUNT, Anchors, outside_rows, view_major
 from ..problem import Contrast, SoftTarget
 
@@ -67,20 +66,6 @@ def supervision(
 
 
 @dtypes.full_precision
-def info_nce(q: Tensor, keys: Sequence[Tensor], first: int, temperature: Scalar) -> Tensor:
-    """InfoNCE [N] of queries over segments of keys, row i's positive being `first` + i of the first one."""
-    q, *keys = _matrices(q, keys)
-    n, m = q.shape[0], keys[0].shape[0]
-    if not 0 <= first <= m - n:
-        raise ValueError(f"keys must hold the {n} positives from {first} on, got {m}")
-    scale = inverse(validation.temperature("temperature", temperature, q), q)
-    own = torch.arange(first, first + n, device=q.device)
-    stats = autograd.contrastive(Contrast(q, keys[0], scale, positive_index=own), first_positive=first)
-    lse = _with_segments(stats.lse, q, keys[1:], scale)
-    return cross_entropy(lse, stats.positive_sum, sum(len(part) for part in keys))
-
-
-@dtypes.full_precision
 def relational(
     q: Tensor,
     k: Tensor,
@@ -117,7 +102,7 @@ def relational(
         if keys[0].shape[0] == 1:  # the positive alone
             keys, own = keys[1:], None
         lse = autograd.contrastive(Contrast(q, keys[0], scale, exclude=own)).lse
-        lse = _with_segments(lse, q, keys[1:], scale)
+        lse = over_segments(lse, q, keys[1:], scale)
     return cross_entropy(lse, cross.to(lse), columns)
 
 
@@ -153,7 +138,7 @@ def share_of_positives(
     positives, negatives = (
         autograd.contrastive(problem._replace(among=among)).lse for among in ("same", "different")
     )
-    return -F.logsigmoid(positives - negatives)
+    return beside(negatives, positives)
 
 
 def _matrices(q: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -163,10 +148,3 @@ def _matrices(q: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
     validation.same_width(q=q, keys=list(keys))
     validation.same_device(q=q, keys=list(keys))
     return dtypes.promote(q, *keys)
-
-
-def _with_segments(lse: Tensor, q: Tensor, keys: Sequence[Tensor], scale: Scalar) -> Tensor:
-    """`lse` over further keys too."""
-    for part in keys:
-        lse = log_add(lse, autograd.contrastive(Contrast(q, part, scale)).lse)
-    return lse

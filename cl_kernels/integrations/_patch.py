@@ -7,9 +7,10 @@ import copy
 import functools
 import inspect
 import sys
+from collections.abc import Callable
 from importlib import import_module
-from types import FunctionType
-from typing import Any, TypeVar
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -19,7 +20,18 @@ from ._swap import Swap, Unfused, logger, swaps
 T = TypeVar("T")
 
 _PACKAGES = {known.package for known in LIBRARIES.values()}
-_patched: dict[str, list[tuple[Any, str, Any]]] = {}
+
+
+class _Place(NamedTuple):
+    """An attribute that was replaced."""
+
+    holder: Any  # a class or a module
+    attribute: str
+    original: Any  # None: a class had inherited it
+    replaced: Any
+
+
+_patched: dict[str, list[_Place]] = {}
 
 
 class Patch:
@@ -69,8 +81,6 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
         cl_kernels: lightly.loss.ntx_ent_loss:NTXentLoss.forward
     """
     known = library(name)
-    if name in _patched:
-        return Patch(name, [])
     fault = known.fault()
     if fault is not None:
         raise RuntimeError(f"{fault}; an adapter can be imported from cl_kernels.integrations.{name}")
@@ -78,20 +88,35 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
     found = [swap for swap in swaps(name) if _there(swap)]
     if not found:
         raise ImportError(f"nothing of {name} is importable as {known.package}")
+    if name in _patched:
+        if all(hasattr(getattr(swap.owner(), swap.attribute), "replaces") for swap in found):
+            return Patch(name, [])
+        unpatch(name)  # a module was loaded again
     for swap in found:
-        if swap.known and digest(swap.original()) not in swap.known:
+        original = swap.original()
+        if not swap.is_theirs(original) or (swap.known and digest(original) not in swap.known):
             raise RuntimeError(f"{swap.target} has another source than the versions that were compared")
-    undo = _patched[name] = []
-    for swap in found:
-        owner, attribute, original = swap.owner(), swap.attribute, swap.original()
-        places = [(owner, attribute)] if inspect.isclass(owner) else _holders(swap, known.package)
-        replaced = swap.over(original, owner if inspect.isclass(owner) else None)
-        for place, held in places:
-            undo.append((place, held, vars(place).get(held)))
-            setattr(place, held, replaced)
-        if verbose:
-            print(f"cl_kernels: {swap.target}")
-    return Patch(name, [swap.target for swap in found])
+    _patched[name] = []
+    try:
+        for swap in found:
+            _replace(swap, known.package, _patched[name])
+    except BaseException:
+        unpatch(name)
+        raise
+    targets = [swap.target for swap in found]
+    if verbose:
+        print(*(f"cl_kernels: {target}" for target in targets), sep="\n")
+    return Patch(name, targets)
+
+
+def _replace(swap: Swap, package: str, undo: list[_Place]) -> None:
+    owner, original = swap.owner(), swap.original()
+    in_class = inspect.isclass(owner)
+    replaced = swap.over(original, owner if in_class else None)
+    places = [(owner, swap.attribute)] if in_class else _holders(package, original)
+    for place, name in places:
+        undo.append(_Place(place, name, vars(place).get(name), replaced))
+        setattr(place, name, replaced)
 
 
 def unpatch(name: str | None = None) -> None:
@@ -105,12 +130,14 @@ def unpatch(name: str | None = None) -> None:
         >>> clk.unpatch()  # nothing is patched: nothing changes
     """
     for each in [name] if name is not None else list(_patched):
-        library(each)
-        for place, attribute, original in reversed(_patched.pop(each, [])):
-            if original is None:  # the class had inherited it
-                delattr(place, attribute)
-            else:
-                setattr(place, attribute, original)
+        known = library(each)
+        for place in reversed(_patched.pop(each, [])):
+            if place.original is None:  # the class had inherited it
+                delattr(place.holder, place.attribute)
+                continue
+            setattr(place.holder, place.attribute, place.original)
+            for holder, attribute in _holders(known.package, place.replaced):  # imported since
+                setattr(holder, attribute, place.original)
 
 
 def accelerate(criterion: T) -> T:
@@ -118,11 +145,12 @@ def accelerate(criterion: T) -> T:
 
     Args:
         criterion: an instance of a loss class, or a loss function. A class is known by its name and library,
-            or, if it belongs to a paper's repository, wherever it was copied to, by its source; a subclass
-            with methods of its own is not. Losses inside of a library's wrappers are replaced too.
+            or, if it belongs to a paper's repository, wherever it was copied to, by its source; a subclass of
+            one's own is not. Losses inside of a library's wrappers are replaced too.
 
     Returns:
-        A shallow copy, an instance of a subclass: parameters and buffers are shared with the original.
+        A shallow copy, an instance of a subclass, to be used from now on: it shares parameters and buffers
+        with the original.
 
     Example:
         >>> import torch, cl_kernels as clk
@@ -140,22 +168,36 @@ def _twin(criterion: Any) -> Any:
     if hasattr(kind, "replaces") or kind.__module__.startswith(f"{__package__}."):
         return criterion
     found = _swaps_of(kind)
-    if found and all(hasattr(_method(swap, kind), "replaces") for swap in found):
-        return criterion  # patched
     if found:
         if not isinstance(kind, type):
             return found[0].over(criterion)
-        twin = copy.copy(criterion)
-        twin.__class__ = _fused_class(kind, tuple(found))
         rebind = getattr(import_module(f".{found[0].library}", __package__), "rebind", None)
+        for swap in found:
+            if swap.attribute in vars(criterion) and rebind is None:
+                raise Unfused(f"it has a {swap.attribute} of its own")
+        twin = _copy(criterion)
+        twin.__class__ = _fused_class(kind, tuple(found))
         if rebind is not None:
             rebind(twin)
         return twin if not isinstance(twin, nn.Module) else _with_children(twin) or twin
     if isinstance(criterion, nn.Module) and _root(kind) in _PACKAGES:
-        twin = _with_children(copy.copy(criterion))
+        twin = _with_children(_copy(criterion))
         if twin is not None:
             return twin
     raise Unfused(f"no adapter here knows {kind.__module__}.{kind.__qualname__}")
+
+
+def _copy(criterion: Any) -> Any:
+    """A shallow copy with methods and dictionaries of its own: hooks, or a module put into it, stay there."""
+    if getattr(criterion, "_compiled_call_impl", None) is not None:
+        raise Unfused("it is compiled: accelerate it before")
+    twin = copy.copy(criterion)
+    for name, value in vars(criterion).items():
+        if isinstance(value, MethodType) and value.__self__ is criterion:
+            vars(twin)[name] = MethodType(value.__func__, twin)
+        elif isinstance(value, dict):
+            vars(twin)[name] = value.copy()
+    return twin
 
 
 def _with_children(module: nn.Module) -> nn.Module | None:
@@ -163,7 +205,7 @@ def _with_children(module: nn.Module) -> nn.Module | None:
     fused: dict[str, nn.Module | None] = {}
     for name, child in module._modules.items():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            fused[name] = _with_children(copy.copy(child))
+            fused[name] = _with_children(_copy(child))
         elif child is not None and _root(type(child)) in _PACKAGES:
             with contextlib.suppress(Unfused):
                 fused[name] = _twin(child)
@@ -226,13 +268,28 @@ def _fused_class(kind: type, found: tuple[Swap, ...]) -> type:
     if inspect.isclass(adapter) and issubclass(adapter, kind):
         return adapter
     methods = {swap.attribute: swap for swap in found}
-    body: dict[str, Any] = {name: swap.over(getattr(kind, name), kind) for name, swap in methods.items()}
-    return type(kind.__name__, (kind,), {**body, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    originals = {name: getattr(kind, name) for name in methods}
+    body: dict[str, Any] = {
+        name: swap.over(getattr(originals[name], "unfused", originals[name]), kind)
+        for name, swap in methods.items()
+    }
+    body |= {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": _reduced}
+    return type(kind.__name__, (kind,), body)
 
 
-def _holders(swap: Swap, package: str) -> list[tuple[Any, str]]:
-    """The loaded modules of a library that have the target, and the name it has there."""
-    function = swap.original()
+def _reduced(twin: Any, protocol: int) -> tuple[Any, ...]:
+    """Pickle a twin of a class without an adapter, whose class has no name to be found by."""
+    return _restored, (type(twin).__mro__[1], vars(twin))
+
+
+def _restored(kind: type, state: dict[str, Any]) -> Any:
+    criterion = kind.__new__(kind)
+    vars(criterion).update(state)
+    return accelerate(criterion)
+
+
+def _holders(package: str, function: Callable[..., Any]) -> list[tuple[Any, str]]:
+    """The loaded modules of a library that have a function, and the name it has there."""
     return [
         (module, name)
         for path, module in list(sys.modules.items())

@@ -17,8 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import autograd, dtypes, validation
 from ..losses import info_nce_loss, sce_loss
-from ._eager import cross_entropy_dtype, logsumexp_dtype
-from ._formulas import info_nce, relational, share_of_positives
+from ..losses._common import in_chunks
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted
+from ._formulas import relational, share_of_positives
 from ._swap import Unfused, fused
 
 CHUNK = 2**18  # entries of a mask, or logits, at a time
@@ -64,7 +65,7 @@ def compute_sce_loss(
 def compute_moco_loss(
     q: Tensor,
     k: Tensor,
-    k_global: Tensor,
+    k_global: Tensor | None,
     use_keys: bool,
     queue: Tensor | None,
     temp: float | Tensor = 0.2,
@@ -72,19 +73,18 @@ def compute_moco_loss(
 ) -> Tensor:
     """InfoNCE over gathered keys [G, D] and a queue [D, K], or over the row's own key and the queue."""
     bank = _bank(queue)
-    if use_keys:
-        loss = info_nce(q, _segments(k_global, bank), q.shape[0] * rank, temp).mean()
-    elif bank is None:
-        raise Unfused("there are neither keys nor a queue")
-    else:
-        loss = info_nce_loss(q, k, bank, temperature=temp)
+    if not use_keys:
+        if bank is None:
+            raise Unfused("there are neither keys nor a queue")
+        k_global, rank = None, 0
+    loss = info_nce_loss(q, k, bank, k_global=k_global, rank=rank, temperature=temp)
     return loss.to(cross_entropy_dtype(q))
 
 
 @fused("eztorch.losses.mocov3_loss:compute_mocov3_loss", known=("a5a4bc41f6c7535d",))
 def compute_mocov3_loss(q: Tensor, k: Tensor, temp: float | Tensor = 1.0, rank: int = 0) -> Tensor:
     r""":math:`2 \tau` times InfoNCE of queries [N, D] over gathered keys [G, D]."""
-    loss = info_nce(q, [k], q.shape[0] * rank, temp).mean()
+    loss = info_nce_loss(q, q, k_global=k, rank=rank, temperature=temp)
     return loss.to(cross_entropy_dtype(q)) * (2 * temp)
 
 
@@ -144,7 +144,7 @@ def compute_simclr_loss(
     if z.shape[0] == 2 * samples:
         partner = rows.roll(samples) + first
     loss = share_of_positives(z, keys, first, labels, columns, partner, temp).mean()
-    return loss.to(torch.promote_types(z.dtype, pos_mask.dtype))
+    return loss.to(promoted(z.dtype, pos_mask))
 
 
 @fused("eztorch.losses.sce_token_loss:compute_sce_token_loss", known=("0ff75856be2dd5c0",))
@@ -211,17 +211,13 @@ def _over_tokens(
         losses: Tensor = _FixedTargets.apply(student, large, step, *fixed)
         return losses.mean()
 
-    @dtypes.full_precision  # in a backward inside of autocast too
-    def chunk(first: int, *tensors: Any) -> tuple[Tensor]:
-        part = slice(first, first + step)
+    def chunk(first: int, last: int, *tensors: Any) -> tuple[Tensor]:
+        part = slice(first, last)
         own = [None if mask is None else mask[part] for mask in tensors[6:]]
         return (_token_rows((tensors[0][part], tensors[1][part]), tensors[2], tensors[3:6], own, large),)
 
-    parts = [
-        autograd.recomputed(chunk, first, student, teacher, together, *scales, *masks)[0]
-        for first in range(0, n, step)
-    ]
-    return torch.cat(parts).mean()
+    (rows,) = in_chunks(n, columns, chunk, student, teacher, together, *scales, *masks)
+    return rows.mean()
 
 
 def _token_rows(
@@ -244,7 +240,7 @@ def _token_rows(
 
 def _logits(rows: Tensor, keys: Tensor, ignored: Tensor | None, large: float) -> Tensor:
     """Similarities, those of the first keys less `large` where they are ignored."""
-    logits = rows @ keys.T
+    logits = autograd.similarity(rows, keys, 1.0, normalize=False)
     if ignored is not None:
         logits[:, : ignored.shape[1]].sub_(ignored.to(logits), alpha=large)
     return logits

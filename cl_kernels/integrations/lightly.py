@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
 from ..distributed import gather
-from ..losses._common import at_least_zero, inverse, nothing, own_similarity
+from ..losses._common import beside, cross_entropy, inverse, own_similarity
 from ..problem import Contrast
-from ._eager import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
 from ._swap import Unfused, fused
 
 __all__ = ["DCLLoss", "DCLWLoss", "DirectCLRLoss", "MACLLoss", "NTXentLoss"]
@@ -63,8 +63,7 @@ def _against_others(
 
 def _cross_entropy(others: _Others) -> Tensor:
     """That of finding the positives, [2N]."""
-    loss = others.lse - others.positive
-    return nothing(loss) if others.columns == 1 else at_least_zero(loss)
+    return cross_entropy(others.lse, others.positive, others.columns)
 
 
 def _scale(temperature: float | Tensor, like: Tensor) -> float | Tensor:
@@ -106,7 +105,7 @@ def _against_bank(out0: Tensor, out1: Tensor, bank: Tensor, scale: float | Tenso
     """Cross-entropies [N] of finding the row of out1 among rows [K, D] that get no gradient."""
     out0, out1, bank = dtypes.promote(out0, out1, bank)
     positive = own_similarity(out0, out1, scale)
-    return -F.logsigmoid(positive - autograd.contrastive(Contrast(out0, bank, scale)).lse)
+    return beside(autograd.contrastive(Contrast(out0, bank, scale)).lse, positive)
 
 
 def _refuse_changed(cross_entropy: nn.Module) -> None:

@@ -13,9 +13,10 @@ from open_clip import loss as library
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
-from ..losses._common import at_least_zero, nothing, own_similarity, wide
+from ..losses import clip_loss
+from ..losses._common import own_similarity, settled, wide, with_unread
 from ..problem import Contrast, SoftTarget
-from ._eager import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
 from ._swap import Unfused, fused
 
 __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss"]
@@ -71,27 +72,17 @@ def _refuse(self: library.ClipLoss, images: Tensor, texts: Tensor, logit_scale: 
 
 
 @dtypes.full_precision
-def _clip_rows(sides: _Sides) -> Tensor:
-    """Cross-entropies [N]: the mean of a pair's two."""
-    own = torch.arange(sides.images.shape[0], device=sides.images.device) + sides.first
+def _clip_mean(sides: _Sides) -> Tensor:
+    """The mean of the cross-entropies both ways."""
     if sides.square:
-        problem = Contrast(sides.images, sides.texts, sides.scale, positive_index=own, both_axes=True)
-        stats = autograd.contrastive(problem)
-        loss = torch.lerp(stats.lse, stats.lse_cols, 0.5) - stats.positive_sum
-    else:
-        per_image, per_text = (
-            autograd.contrastive(Contrast(q, k, sides.scale, positive_index=own), sides.first)
-            for q, k in ((sides.images, sides.text_keys), (sides.texts, sides.image_keys))
-        )
-        loss = torch.lerp(per_image.lse - per_image.positive_sum, per_text.lse - per_text.positive_sum, 0.5)
-    return nothing(loss) if sides.image_keys.shape[0] == 1 else at_least_zero(loss)
-
-
-def _in_graph(loss: Tensor, logit_bias: float | Tensor | None) -> Tensor:
-    """`loss` with a gradient of 0 for a bias of all logits, which no softmax sees."""
-    if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
-        return loss + logit_bias.flatten()[:0].sum().to(loss)
-    return loss
+        return clip_loss(sides.images, sides.texts, sides.scale)
+    own = torch.arange(sides.images.shape[0], device=sides.images.device) + sides.first
+    per_image, per_text = (
+        autograd.contrastive(Contrast(q, k, sides.scale, positive_index=own), sides.first)
+        for q, k in ((sides.images, sides.text_keys), (sides.texts, sides.image_keys))
+    )
+    loss = torch.lerp(per_image.lse - per_image.positive_sum, per_text.lse - per_text.positive_sum, 0.5)
+    return settled(loss, sides.image_keys.shape[0]).mean()
 
 
 def _clip(
@@ -107,9 +98,9 @@ def _clip(
         raise Unfused("logit_bias has more than one element")
     dtype = promoted(cross_entropy_dtype(images), logit_scale)
     sides = _sides(self, images, texts, logit_scale)
-    loss = _clip_rows(sides).mean().to(dtype)
+    loss = _clip_mean(sides).to(dtype)
     self.get_ground_truth(images.device, sides.images.shape[0])  # which may cache the labels
-    return _in_graph(loss, logit_bias)
+    return with_unread(loss, logit_bias)
 
 
 class ClipLoss(library.ClipLoss):
@@ -169,7 +160,7 @@ class CoCaLoss(library.CoCaLoss):
 
 @dtypes.full_precision
 def _distill_rows(student: _Sides, teacher: _Sides) -> tuple[Tensor, Tensor]:
-    """`_clip_rows`, and cross-entropies [N] against the teacher's softmax, the mean of a pair's two.
+    """Cross-entropies [N] of pairs, and against the teacher's softmax, each the mean of both ways.
 
     One pass a way: the teacher's softmax comes without the positive, which is put back by its share.
     """
@@ -188,9 +179,8 @@ def _distill_rows(student: _Sides, teacher: _Sides) -> tuple[Tensor, Tensor]:
     per_image = way(student.images, student.text_keys, teacher.images, teacher.text_keys)
     per_text = way(student.texts, student.image_keys, teacher.texts, teacher.image_keys)
     clip, distill = (torch.lerp(x, y, 0.5) for x, y in zip(per_image, per_text, strict=True))
-    if student.image_keys.shape[0] == 1:
-        return nothing(clip), nothing(distill)
-    return at_least_zero(clip), at_least_zero(distill)
+    columns = student.image_keys.shape[0]
+    return settled(clip, columns), settled(distill, columns)
 
 
 class DistillClipLoss(library.DistillClipLoss):

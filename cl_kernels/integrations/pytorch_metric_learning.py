@@ -8,7 +8,8 @@ the library's losses take are indices, of every pair of rows by itself; `CrossBa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,9 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
-from ..losses._common import at_least_zero, inverse
+from ..losses._common import at_least_zero, in_chunks, inverse
 from ..problem import Contrast
+from ._dtypes import autocast_dtype, logsumexp_dtype, product_dtype
 from ._swap import Unfused, fused
 
 __all__ = ["CrossBatchMemory", "DistributedLossWrapper", "NTXentLoss", "SupConLoss"]
@@ -306,10 +308,8 @@ def _by_label(embeddings: Tensor, ref_emb: Tensor, pairs: AllPairs) -> _Classes:
 
 def _rows(loss: Any, embeddings: Tensor, ref_emb: Tensor, pairs: _Classes | _Given) -> _Rows:
     """The embeddings as the loss's distance wants them, once it is sure that the engine can have them."""
-    distance, device = loss.distance, embeddings.device.type
+    distance, autocast = loss.distance, autocast_dtype(embeddings) is not None
     squared = _is_squared(distance)
-    autocast = torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else embeddings.dtype
     if embeddings.dtype not in dtypes.FLOAT_DTYPES or ref_emb.device != embeddings.device:
         raise Unfused("embeddings are not floating-point numbers on one device")
     if embeddings.ndim != 2 or ref_emb.ndim != 2 or embeddings.shape[1] != ref_emb.shape[1]:
@@ -333,8 +333,7 @@ def _rows(loss: Any, embeddings: Tensor, ref_emb: Tensor, pairs: _Classes | _Giv
         q, k = F.pad(2 * q, (0, 1), value=1.0), torch.cat([k, -(k * k).sum(1, keepdim=True)], 1)
     elif same:
         k = None
-    result = torch.float32 if autocast and device == "cuda" else dtype  # as CUDA's autocast sums
-    return _Rows(q, k, scale, dtype, result)
+    return _Rows(q, k, scale, product_dtype(embeddings), logsumexp_dtype(embeddings))
 
 
 def _is_squared(distance: Any) -> bool:
@@ -469,18 +468,14 @@ def _in_blocks(rows: _Rows, classes: _Classes, plan: _Plan, summed: bool) -> lis
         for x in (k, classes.columns, torch.arange(len(k), device=k.device))
     ]
     cells = sum((last - first) * (plan.blocks[i][3] - plan.blocks[i][1]) for first, last, i in parts)
-    again = cells > chunk and torch.is_grad_enabled()
+    block = partial(autograd.recomputed, _block) if cells > chunk else _block
     return [
-        _maybe_again(
-            again, _block, summed, classes.exclude, rows.dtype, rows.scale,
+        block(
+            summed, classes.exclude, rows.dtype, rows.scale,
             *(x[j] for x in of_rows), *(x[i] for x in of_columns),
         )
         for j, (_, _, i) in enumerate(parts)
     ]  # fmt: skip
-
-
-def _maybe_again(again: bool, function: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
-    return autograd.recomputed(function, *args) if again else function(*args)
 
 
 def _cut(x: Tensor, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -524,20 +519,16 @@ def _mean_log_of_given(rows: _Rows, pairs: _Given) -> tuple[Tensor, Tensor]:
     if (positive & negative).any():
         raise Unfused("a pair is both positive and negative")
     valid = positive.any() & negative.any()
-    step = max(1, _sizes(rows.q).chunk // size[1])
-    again = step < size[0] and torch.is_grad_enabled()
     q, k = (x.to(dtypes.accumulate_dtype(x.dtype)) for x in (rows.q, rows.keys))
-    found = [
-        _maybe_again(again, _some_rows, k, rows.scale, *parts)[0]
-        for parts in zip(*(x.split(step) for x in (q, positive, negative)), strict=True)
-    ]
-    return torch.cat(found), valid
+    (found,) = in_chunks(*size, _some_rows, rows.scale, q, k, positive, negative)
+    return found, valid
 
 
 def _some_rows(
-    k: Tensor, scale: float | Tensor, q: Tensor, positive: Tensor, negative: Tensor
+    first: int, last: int, scale: float | Tensor, q: Tensor, k: Tensor, *pairs: Tensor
 ) -> tuple[Tensor, ...]:
-    logits = autograd.similarity(q, k, scale, normalize=False)
+    positive, negative = (x[first:last] for x in pairs)
+    logits = autograd.similarity(q[first:last], k, scale, normalize=False)
     count = positive.sum(1)
     alone = count == 0
     kept = (positive | negative) & ~alone[:, None]
@@ -567,16 +558,11 @@ def _scores(rows: _Rows, anchors: Sequence[Tensor], others: Sequence[Tensor]) ->
     if len(q) * len(k) <= 4 * sum(sizes):
         matrix = autograd.similarity(q, None if rows.k is None else k, rows.scale, normalize=False)
         return matrix[rows_of, columns_of].split(sizes)
-    step = max(1, _sizes(q).chunk // q.shape[1])
-    again = step < sum(sizes) and torch.is_grad_enabled()
-    found = [
-        _maybe_again(again, _products, q, k, rows.scale, *parts)[0]
-        for parts in zip(rows_of.split(step), columns_of.split(step), strict=True)
-    ]
-    return torch.cat(found).split(sizes)
+    (found,) = in_chunks(sum(sizes), q.shape[1], _products, q, k, rows.scale, rows_of, columns_of)
+    return found.split(sizes)
 
 
 def _products(
-    q: Tensor, k: Tensor, scale: float | Tensor, rows: Tensor, columns: Tensor
+    first: int, last: int, q: Tensor, k: Tensor, scale: float | Tensor, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, ...]:
-    return ((q[rows] * k[columns]).sum(1) * scale,)
+    return ((q[rows[first:last]] * k[columns[first:last]]).sum(1) * scale,)

@@ -26,9 +26,9 @@ from sentence_transformers.util.similarity import pytorch_cos_sim
 from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
-from ..losses._common import log_add, own_similarity
+from ..losses._common import beside, in_chunks, log_add, own_similarity
 from ..problem import Contrast
-from ._chunks import in_chunks
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype
 from ._swap import Unfused, fused
 
 _LOSSES = "sentence_transformers.sentence_transformer.losses"
@@ -164,18 +164,14 @@ class _Rows(NamedTuple):
 
 def _ranking_loss(loss: Any, home: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
     """The mean over rows, in the library's dtype; `home` is its module, whose collectives are used."""
-    rows = _ranking_rows(loss, home, embeddings)
-    dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
-    if dtype == torch.float32 and embeddings[0].is_cpu and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")  # where its logsumexp does not go back to float32
-    return rows.mean().to(dtype)
+    embeddings = _floats(embeddings)
+    return _ranking_rows(loss, home, embeddings).mean().to(logsumexp_dtype(embeddings[0]))
 
 
 @dtypes.full_precision
 def _ranking_rows(loss: Any, home: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
     if loss.similarity_fct not in (*_COSINES, dot_score):
         raise Unfused("similarity_fct is neither cos_sim nor dot_score")
-    embeddings = _floats(embeddings)
     scale = validation.scale("scale", loss.scale, embeddings[0])
     n, first = embeddings[0].shape[0], 0
     if loss.gather_across_devices:
@@ -215,7 +211,7 @@ def _above_positive(loss: Any, rows: _Rows, scale: float | Tensor) -> list[Tenso
     backward = None
     if loss.hardness_mode is not None and loss.hardness_strength > 0:
         positive = own_similarity(queries, docs, scale)
-        found = [-F.logsigmoid(positive - _harder_negatives(loss, rows, scale))]
+        found = [beside(_harder_negatives(loss, rows, scale), positive)]
     else:
         both_axes = rows.alone and "doc_to_query" in directions
         own = torch.arange(rows.first, rows.first + rows.n, device=queries.device)
@@ -307,10 +303,7 @@ def _guided_loss(
     loss: Any, home: ModuleType, embeddings: Sequence[Tensor], guides: Sequence[Tensor]
 ) -> Tensor:
     """The mean over rows, as for `_ranking_loss`."""
-    dtype = embeddings[0].dtype
-    if torch.is_autocast_enabled(embeddings[0].device.type):
-        dtype = torch.promote_types(dtype, torch.float32)
-    return _guided_rows(loss, home, embeddings, guides).mean().to(dtype)
+    return _guided_rows(loss, home, embeddings, guides).mean().to(cross_entropy_dtype(embeddings[0]))
 
 
 @dtypes.full_precision
@@ -320,15 +313,14 @@ def _guided_rows(
     n = embeddings[0].shape[0]
     offset = home.get_rank() * n if loss.gather_across_devices else 0
     model = _sides(loss, home, embeddings, offset)
-    model[::2] = [rows / loss.temperature for rows in model[::2]]
     with torch.no_grad():
         guide = _sides(loss, home, guides, offset)
     columns = sum(keys.shape[0] for keys in model[1::2])
-    margin, relative = loss.margin, loss.margin_strategy == "relative"
+    scale, margin, relative = 1.0 / loss.temperature, loss.margin, loss.margin_strategy == "relative"
 
     def chunk(first: int, last: int, *sides: Tensor) -> tuple[Tensor]:
         model, guide = sides[: len(sides) // 2], sides[len(sides) // 2 :]
-        scores = _similarities(model, first, last)
+        scores = _similarities(model, first, last, scale)
         rows = torch.arange(last - first, device=scores.device)
         positives = rows + offset + first
         with torch.no_grad():
@@ -340,7 +332,8 @@ def _guided_rows(
         scores = scores.masked_fill(false, -torch.inf)
         return (scores.logsumexp(1) - scores[rows, positives],)
 
-    return in_chunks(n, columns, chunk, *model, *guide)
+    (rows,) = in_chunks(n, columns, chunk, *model, *guide)
+    return rows
 
 
 def _sides(loss: Any, home: ModuleType, embeddings: Sequence[Tensor], offset: int) -> list[Tensor]:
@@ -363,6 +356,9 @@ def _cosine_rows(x: Tensor, eps: float) -> Tensor:
     return x / (norm + (norm.clamp_min(eps) - norm).detach())
 
 
-def _similarities(sides: Sequence[Tensor], first: int, last: int) -> Tensor:
-    parts = [q[first:last] @ k.T for q, k in zip(sides[::2], sides[1::2], strict=True)]
+def _similarities(sides: Sequence[Tensor], first: int, last: int, scale: float = 1.0) -> Tensor:
+    parts = [
+        autograd.similarity(q[first:last], k, scale, normalize=False)
+        for q, k in zip(sides[::2], sides[1::2], strict=True)
+    ]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]

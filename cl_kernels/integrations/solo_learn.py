@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import validation
 from ..distributed import ProcessGroup, gather_rows
 from ..losses import info_nce_loss
-from ._eager import cross_entropy_dtype, logsumexp_dtype
-from ._formulas import info_nce, relational, share_of_positives
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype
+from ._formulas import relational, share_of_positives
 from ._registry import digest
 from ._swap import Unfused, fused
 
@@ -38,7 +38,8 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
     validation.features("z", z)
     indexes = validation.labels("indexes", indexes, z.shape[0])
     validation.same_device(z=z, indexes=indexes)
-    group, first = _processes(z.shape[0])
+    group, rank = _processes()
+    first = rank * z.shape[0]
     rows = F.normalize(z, dim=-1)
     keys = None if group is None else gather_rows(rows, group)
     everyone = gather_rows(indexes, group)
@@ -67,11 +68,12 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0
     """
     validation.pair("query", query, "key", key)
     group = _world()
-    n, rank = query.shape[0], 0 if group is None else dist.get_rank()
+    rank = 0 if group is None else dist.get_rank()
     keys = F.normalize(key, dim=1)
     if group is not None:
         keys = gather_rows(keys.detach(), group)
-    loss = info_nce(F.normalize(query, dim=1), [keys], n * rank, temperature).mean()
+    rows = F.normalize(query, dim=1)
+    loss = info_nce_loss(rows, rows, k_global=keys, rank=rank, temperature=temperature)
     return loss.to(cross_entropy_dtype(query)) * (2 * temperature)
 
 
@@ -79,10 +81,11 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0
 def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     """InfoNCE of normalised rows: neighbours [N, D] over the predictions [N, D] of all processes."""
     validation.pair("nn", nn, "p", p)
-    group, first = _processes(nn.shape[0])
+    group, rank = _processes()
     keys = gather_rows(F.normalize(p, dim=-1), group)
-    loss = info_nce(F.normalize(nn, dim=-1), [keys], first, temperature)
-    return loss.mean().to(cross_entropy_dtype(nn))
+    rows = F.normalize(nn, dim=-1)
+    loss = info_nce_loss(rows, rows, k_global=keys, rank=rank, temperature=temperature)
+    return loss.to(cross_entropy_dtype(nn))
 
 
 @fused("solo.losses.ressl:ressl_loss_func", known=("5f1e400e4064804a",))
@@ -119,14 +122,14 @@ def _world() -> ProcessGroup | None:
     return None
 
 
-def _processes(rows: int) -> tuple[ProcessGroup | None, int]:
-    """All processes, and this one's first row among those of all."""
+def _processes() -> tuple[ProcessGroup | None, int]:
+    """All processes, and which of them this one is."""
     group = _world()
     if group is None:
         return None, 0
     if gather_kind() not in (None, GATHERS_ALL):
         raise Unfused("this repository's gather does not sum the gradients of all processes")
-    return group, rows * dist.get_rank()
+    return group, dist.get_rank()
 
 
 def _partner(indexes: Tensor) -> Tensor | None:

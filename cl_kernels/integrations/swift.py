@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import autograd, dtypes
 from ..distributed import gather_rows
-from ..losses._common import log_add, own_similarity
+from ..losses._common import in_chunks, log_add, own_similarity
 from ..problem import Contrast
-from ._chunks import in_chunks
+from ._dtypes import cross_entropy_dtype
 from ._swap import Unfused, fused
 
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
@@ -131,12 +131,9 @@ def _of_all(sentences: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_loss(sentences: Tensor, labels: Tensor, options: _Options) -> Tensor:
-    dtype = sentences.dtype
-    if torch.is_autocast_enabled(sentences.device.type):
-        dtype = torch.promote_types(dtype, torch.float32)
     groups = _groups(sentences, labels, options.hard_negatives)
     rows = _rows_over_batch(groups, options) if options.use_batch else _rows_over_group(groups, options)
-    return rows.mean().to(dtype)
+    return rows.mean().to(cross_entropy_dtype(sentences))
 
 
 def _groups(sentences: Tensor, labels: Tensor, hard_negatives: int | None) -> _Groups:
@@ -193,7 +190,7 @@ def _rows_over_batch(groups: _Groups, options: _Options) -> Tensor:
     queries, docs = groups.queries, groups.docs
     scale = 1.0 / options.temperature
     if options.mask_fake_negative:
-        loss = _rows_without_fakes(groups, options)
+        loss = _rows_without_fakes(groups, options, scale)
         positive = own_similarity(queries, docs[groups.first], scale)
     else:
         problem = Contrast(queries, docs, scale, positive_index=groups.first)
@@ -219,19 +216,19 @@ def _from_positives(groups: _Groups, scale: float) -> Tensor:
     return autograd.contrastive(problem).lse
 
 
-def _rows_without_fakes(groups: _Groups, options: _Options) -> Tensor:
+def _rows_without_fakes(groups: _Groups, options: _Options, scale: float) -> Tensor:
     """[B]: over documents, and anchors if they are included, no more similar than the margin allows."""
-    temperature, margin, with_queries = options.temperature, options.fake_neg_margin, options.include_qq
+    margin, with_queries = options.fake_neg_margin, options.include_qq
 
     def chunk(first: int, last: int, queries: Tensor, docs: Tensor, positives: Tensor) -> tuple[Tensor]:
         rows = torch.arange(last - first, device=docs.device)
-        own = queries[first:last] / temperature
-        scores = own @ docs.T
+        own = queries[first:last]
+        scores = autograd.similarity(own, docs, scale, normalize=False)
         positive = scores[rows, positives[first:last]]
-        limit = positive.detach()[:, None] + margin / temperature
+        limit = positive.detach()[:, None] + margin * scale
         lse = scores.masked_fill(scores.detach() > limit, -torch.inf).logsumexp(1)
         if with_queries:
-            others = own @ queries.T
+            others = autograd.similarity(own, queries, scale, normalize=False)
             fake = others.detach() > limit
             fake[rows, rows + first] = True  # itself
             lse = log_add(lse, others.masked_fill(fake, -torch.inf).logsumexp(1))
@@ -240,4 +237,5 @@ def _rows_without_fakes(groups: _Groups, options: _Options) -> Tensor:
     dtype = dtypes.accumulate_dtype(groups.docs.dtype)
     queries, docs = groups.queries.to(dtype), groups.docs.to(dtype)
     columns = docs.shape[0] + (queries.shape[0] if with_queries else 0)
-    return in_chunks(queries.shape[0], columns, chunk, queries, docs, groups.first)
+    (loss,) = in_chunks(queries.shape[0], columns, chunk, queries, docs, groups.first)
+    return loss

@@ -6,20 +6,24 @@ import copy
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .. import dtypes, ops, validation
+from .. import autograd, dtypes, ops, validation
 from ..distributed import EXCHANGES, ProcessGroup, Ranks, engine
 from ..problem import Contrast
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+CHUNK_LOGITS = {"cpu": 2**20, "other": 2**22}
 
 
 def loss_function(function: Callable[P, R]) -> Callable[P, R]:
@@ -45,10 +49,12 @@ class EmptyContrastWarning(UserWarning):
 
 
 def warn_of_nothing(why: str) -> None:
-    """Warn on behalf of the caller of a loss or of its module."""
+    """Warn on behalf of the caller of a loss or of its module; adapters warn no more than their libraries."""
     between = (__name__.partition(".")[0], "torch")
     frame, depth = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in between:
+        if frame.f_globals["__name__"].startswith(f"{between[0]}.integrations."):
+            return
         frame, depth = frame.f_back, depth + 1
     text = f"a row has nothing to contrast with, its loss and gradient are 0: {why}"
     warnings.warn(text, EmptyContrastWarning, stacklevel=depth)
@@ -113,10 +119,38 @@ def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
     return (q.to(dtype) * k.to(dtype)).sum(1) * scale
 
 
+def in_chunks(
+    rows: int, columns: int, chunk: Callable[..., tuple[Tensor, ...]], *args: Any
+) -> tuple[Tensor, ...]:
+    """`chunk(first, last, *args)` of slices of the rows, joined; each is computed again in the backward.
+
+    Args:
+        rows, columns: those of the matrix that is not to be held.
+        chunk: holds no tensors of its own, and multiplies matrices by `autograd.similarity` alone: in a
+            backward inside of autocast, `@` is in half precision.
+    """
+    kind = next(x.device.type for x in args if isinstance(x, Tensor))
+    step = max(1, CHUNK_LOGITS["cpu" if kind == "cpu" else "other"] // max(columns, 1))
+    if step >= rows:
+        return chunk(0, rows, *args)
+    again: Callable[..., tuple[Tensor, ...]] = autograd.recomputed
+    if torch.compiler.is_compiling():
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    parts = [again(chunk, first, min(first + step, rows), *args) for first in range(0, rows, step)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
 def log_add(x: Tensor, y: Tensor) -> Tensor:
     """log(e^x + e^y) of finite x and y; the second derivative of torch.logaddexp is NaN where they lie more
     than 709 apart."""
     return x + F.softplus(y - x, threshold=40.0)
+
+
+def over_segments(lse: Tensor, q: Tensor, keys: Sequence[Tensor], scale: float | Tensor) -> Tensor:
+    """`lse` [N] over further keys too, [M, D] each."""
+    for part in keys:
+        lse = log_add(lse, autograd.contrastive(Contrast(q, part, scale)).lse)
+    return lse
 
 
 def nothing(x: Tensor) -> Tensor:
@@ -140,10 +174,22 @@ def cross_entropy(lse: Tensor, target: Tensor, columns: int) -> Tensor:
     return settled(lse - target, columns)
 
 
+def beside(others: Tensor, positive: Tensor) -> Tensor:
+    """The cross-entropy [N] of positives that the log-sum-exps of the others do not contain."""
+    return -F.logsigmoid(positive - others)
+
+
 def settled(loss: Tensor, columns: int, weights: Tensor | None = None) -> Tensor:
     """A cross-entropy [N], just computed, over so many columns: `at_least_zero`, and 0 for one column."""
     warn_if_alone(columns)
     return nothing(loss) if columns == 1 else at_least_zero(loss, weights)
+
+
+def with_unread(loss: Tensor, scalar: Any) -> Tensor:
+    """`loss` with a gradient of 0 for a tensor that does not change it, such as a bias of all logits."""
+    if isinstance(scalar, Tensor) and scalar.requires_grad:
+        return loss + scalar.flatten()[:0].sum().to(loss)
+    return loss
 
 
 def reduced(

@@ -17,6 +17,7 @@ from ._common import (
     loss_function,
     reduced,
     wide,
+    with_unread,
     zero_unless,
 )
 from ._views import log_add_any, of_no_label, of_other_labels
@@ -208,8 +209,7 @@ class ClipLoss(Grouped):
             group=self.group,
             exchange=self.exchange,
         )
-        if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
-            loss = loss + logit_bias.flatten()[:0].sum().to(loss)  # in the graph, its value left alone
+        loss = with_unread(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import autograd, validation
@@ -14,11 +13,12 @@ from ..problem import Contrast
 from ._common import (
     Grouped,
     among_valid,
+    beside,
     cross_entropy,
     inverse,
-    log_add,
     loss_function,
     nothing,
+    over_segments,
     own_similarity,
     reduced,
     shown,
@@ -131,10 +131,9 @@ def info_nce_loss(
 def _among_keys(problem: Contrast, first: int, queue: Tensor | None, ranks: Ranks | None) -> Tensor:
     """[N]: the positives are keys of the problem, from `first` on, and the queue holds further ones."""
     stats = engine.contrastive(problem, ranks, first_positive=first)
-    lse, columns = stats.lse, total(problem.keys.shape[0], ranks)
-    if queue is not None and queue.shape[0] > 0:
-        lse = log_add(lse, autograd.contrastive(Contrast(problem.q, queue, problem.scale)).lse)
-        columns += queue.shape[0]
+    further = [] if queue is None or queue.shape[0] == 0 else [queue]
+    lse = over_segments(stats.lse, problem.q, further, problem.scale)
+    columns = total(problem.keys.shape[0], ranks) + sum(len(part) for part in further)
     return cross_entropy(lse, stats.positive_sum, columns)
 
 
@@ -145,7 +144,7 @@ def _beside_queue(q: Tensor, k: Tensor, queue: Tensor, scale: float | Tensor) ->
         warn_of_empty_queue()
         return nothing(positive)
     others = autograd.contrastive(Contrast(q, queue, scale)).lse
-    return -F.logsigmoid(positive - others)
+    return beside(others, positive)
 
 
 class InfoNCELoss(Grouped):

@@ -18,6 +18,7 @@ from ._common import (
     log_add,
     loss_function,
     nothing,
+    over_segments,
     own_similarity,
     reduced,
     shown,
@@ -252,9 +253,7 @@ def _to_targets(
         return _alone(q, k, scale, coeff)
     problem = Contrast(q, keys[0], scale, positive_index=positive)
     first = engine.contrastive(problem, ranks, first_positive=start)
-    lse = first.lse
-    for part in keys[1:]:
-        lse = log_add(lse, autograd.contrastive(Contrast(q, part, scale)).lse)
+    lse = over_segments(first.lse, q, keys[1:], scale)
     cross = ((q.to(targets.mean.dtype) * targets.mean).sum(1) * scale).to(lse)
     own = first.positive_sum if positive is not None else own_similarity(q, k, scale).to(lse)
     if positive is None:

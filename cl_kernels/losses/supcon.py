@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import autograd, dispatch, dtypes, ops, reference, validation
 from ..distributed import ProcessGroup, join, rows_of, total
-from ._common import Grouped, at_least_zero, inverse, loss_function, shown, warn_if_alone, zero_unless
+from ._common import (
+    Grouped,
+    at_least_zero,
+    in_chunks,
+    inverse,
+    loss_function,
+    shown,
+    warn_if_alone,
+    zero_unless,
+)
 from ._views import (
     Anchors,
     Keys,
@@ -35,7 +41,7 @@ CONTRAST_MODES = ("all", "one")
 SUMMATIONS = ("out", "in")
 DENOMINATORS = ("all", "one_positive", "only_negatives")
 NO_POSITIVE = ("zero", "drop")
-CHUNK_LOGITS = 2**22
+Rows = tuple[Tensor, Tensor]  # losses, and weights of positives
 
 
 @loss_function
@@ -254,17 +260,15 @@ def _chunked_rows(given: Anchors, kept: int | None, **options: Any) -> tuple[Ten
         warn_without_negatives((labels == labels[:1])[None])
     elif options["denominator"] == "only_negatives" and given.mask is not None:
         warn_without_negatives(given.mask != 0)
-    step = max(1, CHUNK_LOGITS // keys.shape[0])
     tensors = (
         given.rows[:anchors], keys, given.scale, labels, given.mask, key_labels, everyone.left_out
     )  # fmt: skip
     themselves = given.keys is None
 
-    def chunk(first: int, queries: Tensor, keys: Tensor, scale: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    def chunk(first: int, last: int, queries: Tensor, keys: Tensor, scale: Any, *rest: Any) -> Rows:
         labels, mask, key_labels, valid = rest
-        own = torch.arange(first, min(first + step, anchors), device=keys.device)
-        # By an op: what a compiled graph traces is multiplied in bfloat16 under autocast, in its backward.
-        logits = autograd.similarity(queries[first : first + own.shape[0]], keys, scale, normalize=False)
+        own = torch.arange(first, last, device=keys.device)
+        logits = autograd.similarity(queries[first:last], keys, scale, normalize=False)
         if themselves:
             if ranks is not None:
                 own = own // batch * samples + own % batch + before
@@ -276,14 +280,7 @@ def _chunked_rows(given: Anchors, kept: int | None, **options: Any) -> tuple[Ten
             pairs = reference.key_pairs(logits, own % batch, labels, key_labels, mask)
         return reference.supcon_rows_of(logits, *pairs, **options)
 
-    if step >= anchors:
-        loss, count = chunk(0, *tensors)
-    else:
-        again: Callable[..., tuple[Tensor, ...]] = autograd.recomputed
-        if torch.compiler.is_compiling() or not autograd.in_transform():
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        parts = [again(chunk, first, *tensors) for first in range(0, anchors, step)]
-        loss, count = (torch.cat(part) for part in zip(*parts, strict=True))
+    loss, count = in_chunks(anchors, keys.shape[0], chunk, *tensors)
     if options["denominator"] != "only_negatives":
         loss = at_least_zero(loss, given.mask)
     return loss, count

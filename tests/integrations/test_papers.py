@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import cl_kernels
 from cl_kernels.integrations import dimcl, eztorch, selfcon, solo_learn, supcontrast
+from cl_kernels.losses._common import CHUNK_LOGITS
 
 
 def _sce(case: Case) -> Outcome:
@@ -206,6 +208,31 @@ def test_a_second_derivative_of_token_losses_is_right_or_refused() -> None:
     (gradient,) = torch.autograd.grad(loss, q, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.sum(), q)
+
+
+@pytest.mark.parametrize("chunk", [20, 2**20])
+def test_a_backward_of_token_losses_inside_of_autocast_is_exact(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", chunk)
+    q, k = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
+    masks = (None, torch.eye(8), torch.eye(8), None)
+
+    def gradient(k: Tensor) -> Tensor:
+        return torch.autograd.grad(eztorch.compute_sce_token_loss(q, k, k, None, *masks, 0.5), q)[0]
+
+    for keys in (k, k.detach()):
+        wanted = gradient(keys)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(gradient(keys), wanted)
+
+
+@pytest.mark.parametrize("kind", [supcontrast.SupConLoss, selfcon.ConLoss], ids=lambda kind: kind.__name__)
+def test_rows_with_nothing_to_contrast_go_without_a_warning(kind: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", cl_kernels.EmptyContrastWarning)
+        kind()(torch.ones(1, 1, 4))
+        solo_learn.nnclr_loss_func(torch.ones(1, 4), torch.ones(1, 4))
 
 
 def test_rows_without_positives() -> None:

@@ -13,6 +13,7 @@ from loss_cases import problems
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import cl_kernels as clk
+from cl_kernels.losses._common import CHUNK_LOGITS
 from cl_kernels.tools import check_cases
 
 pytestmark = pytest.mark.usefixtures("backend", "one_thread")
@@ -40,7 +41,7 @@ def test_one_graph_and_the_same_result(case: str) -> None:
 
 
 def test_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cl_kernels.losses.supcon.CHUNK_LOGITS", 5 * 12)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 5 * 12)
     problem = problems()["supcon capped"]
     assert_same(comparisons.run(compiled(problem.function, "aot_eager"), problem), comparisons.ours(problem))
 

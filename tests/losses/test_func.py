@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, jacrev, jvp, vjp, vmap
 
 import cl_kernels as clk
+from cl_kernels.losses._common import CHUNK_LOGITS
 
 pytestmark = pytest.mark.usefixtures("backend", "one_thread")
 
@@ -210,7 +211,7 @@ def test_shared_targets_in_a_batch() -> None:
 
 
 def test_chunks_of_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cl_kernels.losses.supcon.CHUNK_LOGITS", 3 * 2 * N)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 3 * 2 * N)
     x, y, z = f64(B, N, D), f64(B, N, D), f64(N + 2, D)
     for transform in ("grad", "vmap of grad", "jacrev of grad"):
         found, expected = (

@@ -11,6 +11,7 @@ from comparisons import Problem, assert_close, assert_parity, clustered, near, u
 from torch import Tensor
 
 import cl_kernels as clk
+from cl_kernels.losses._common import CHUNK_LOGITS
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned", "one_thread")
 
@@ -150,7 +151,7 @@ def test_keys_alone_get_a_gradient() -> None:
 
 
 def test_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cl_kernels.losses.supcon.CHUNK_LOGITS", 3 * M)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 3 * M)
     for options in OPTIONS:
         assert_close(Problem("supcon_loss", labelled(), options))
 

@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import cl_kernels as clk
 from cl_kernels import reference
+from cl_kernels.losses._common import CHUNK_LOGITS
 
 pytestmark = pytest.mark.usefixtures("backend", "one_thread")
 
@@ -473,7 +474,7 @@ TAKERS = (info_nce, sce, gathered_sce, shared_targets, supcon, supcon_in, supcon
 def test_an_enqueue_between_forward_and_backward_changes_nothing(
     loss: Callable[..., Tensor], level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cl_kernels.losses.supcon.CHUNK_LOGITS", 40)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 40)
     results = []
     queue = filled(level, torch.float32)
     q, k = unit(6, D).requires_grad_(), unit(6, D)
@@ -489,7 +490,7 @@ def test_an_enqueue_between_forward_and_backward_changes_nothing(
 def test_supcon_in_chunks_of_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, queue = double(6, D), double(6, D), filled("in mid-wrap")
     whole = supcon_in_chunks(q, k, queue)
-    monkeypatch.setattr("cl_kernels.losses.supcon.CHUNK_LOGITS", 40)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 40)
     assert_equal_gradients(supcon_in_chunks(q, k, queue), whole, [q])
 
 

@@ -27,6 +27,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from cl_kernels import validation
 from cl_kernels.integrations import pytorch_metric_learning as ours
+from cl_kernels.losses._common import CHUNK_LOGITS
 
 NAMES = ("SupConLoss", "NTXentLoss")
 TARGET = "pytorch_metric_learning.{}"
@@ -172,6 +173,7 @@ def test_all_pairs_are_the_librarys_indices(own: int | None) -> None:
 @pytest.mark.parametrize("chunk", [1, 50])
 def test_chunks_are_computed_again(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ours.SIZES, "cpu", ours._Sizes(rows=7, columns=11, chunk=chunk))
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", chunk)
     x, y = example(classes=4)
     y[:3] = 9  # three in a class, between others
     for options in ({}, {"reducer": reducers.PerAnchorReducer()}):

@@ -36,6 +36,7 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from cl_kernels.integrations import sentence_transformers as ours
+from cl_kernels.losses._common import CHUNK_LOGITS
 
 TEXTS = (
     ["a cat", "the dog sat", "blue", "run"],
@@ -245,8 +246,23 @@ def test_gist_walks_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         return value, torch.cat(torch.autograd.grad(value, x[:3]))
 
     wanted = outcome()
-    monkeypatch.setattr("cl_kernels.integrations._chunks.CHUNK_LOGITS", 300)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 300)
     assert_alike(outcome(), wanted)
+
+
+@pytest.mark.parametrize("chunk", [150, 2**20])
+def test_a_backward_of_gist_inside_of_autocast_is_exact(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", chunk)
+    x = pairs(count=4)
+    loss = ours.CachedGISTEmbedLoss(Given(), Given("guide"), temperature=0.1)
+
+    def gradient() -> Tensor:
+        value = loss.calculate_loss(mini_batches(x[:2]), mini_batches([y.detach() for y in x[2:]]))
+        return torch.cat(torch.autograd.grad(value, x[:2]))
+
+    wanted = gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(gradient(), wanted)
 
 
 @pytest.mark.parametrize(

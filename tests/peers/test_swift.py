@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cl_kernels import integrations
 from cl_kernels.integrations import swift as ours
+from cl_kernels.losses._common import CHUNK_LOGITS
 
 HERE = all(map(importlib.util.find_spec, NEEDS))
 needs_swift = pytest.mark.skipif(not HERE, reason="ms-swift is not here")
@@ -61,8 +62,20 @@ def test_masked_rows_are_walked_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
         return value, torch.autograd.grad(value, sentences)[0]
 
     wanted = outcome()
-    monkeypatch.setattr("cl_kernels.integrations._chunks.CHUNK_LOGITS", 500)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 500)
     torch.testing.assert_close(outcome(), wanted)
+
+
+@pytest.mark.parametrize("chunk", [500, 2**20])
+def test_a_backward_inside_of_autocast_is_exact(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", chunk)
+    sentences, labels = example(rows=20)
+    sentences = sentences.detach().float().requires_grad_()
+    loss = with_environment(ours.InfonceLoss(None, None), mask_fake_negative=1, include_qq=1)
+    (wanted,) = torch.autograd.grad(loss(sentences, labels), sentences)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(loss(sentences, labels), sentences)
+    torch.testing.assert_close(found, wanted)
 
 
 @needs_swift
