@@ -29,7 +29,7 @@ def one_of_each() -> list[PeerCase]:
     """The first case of each loss."""
     found: dict[str, PeerCase] = {}
     for module in MODULES:
-        for case in module.CASES():
+        for case in module.cases():
             found.setdefault(case.loss, case)
     return list(found.values())
 
