@@ -282,7 +282,7 @@ def _reduced(twin: Any, protocol: int) -> tuple[Any, ...]:
     return _restored, (type(twin).__mro__[1], vars(twin))
 
 
-def _restored(kind: type, state: dict[str, Any]) -> Any:
+def _restored(kind: Any, state: dict[str, Any]) -> Any:
     criterion = kind.__new__(kind)
     vars(criterion).update(state)
     return accelerate(criterion)

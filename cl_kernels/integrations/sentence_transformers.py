@@ -169,7 +169,7 @@ def _ranking_loss(loss: Any, home: ModuleType, embeddings: Sequence[Tensor]) -> 
 
 
 @dtypes.full_precision
-def _ranking_rows(loss: Any, home: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
+def _ranking_rows(loss: Any, home: ModuleType, embeddings: list[Tensor]) -> Tensor:
     if loss.similarity_fct not in (*_COSINES, dot_score):
         raise Unfused("similarity_fct is neither cos_sim nor dot_score")
     scale = validation.scale("scale", loss.scale, embeddings[0])

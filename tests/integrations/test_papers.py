@@ -17,10 +17,12 @@ import pytest
 import torch
 from groups import in_group
 from oracles import Case, Outcome
+from processes import run_python
 from torch import Tensor
 
 import cl_kernels
 from cl_kernels.integrations import dimcl, eztorch, selfcon, solo_learn, supcontrast
+from cl_kernels.integrations._registry import LIBRARIES
 from cl_kernels.losses._common import CHUNK_LOGITS
 
 
@@ -167,6 +169,15 @@ def test_over_processes(file: str, kind: str, names: Any, work: Any, tmp_path: P
         wanted = [other.constant("loss"), *(other.constant(f"grad_{x}") for x in names if x != "indexes")]
         for x, y in zip(found, wanted, strict=True):
             torch.testing.assert_close(x, y.to(x), rtol=1e-10, atol=1e-12)
+
+
+def test_modules_import_without_their_libraries() -> None:
+    packages = {known.package for known in LIBRARIES.values()}
+    code = [f"import sys; sys.modules.update(dict.fromkeys({packages}))"]  # whose import fails now
+    alone = [name for name, known in LIBRARIES.items() if known.distribution is None]
+    code += [f"import cl_kernels.integrations.{name}" for name in (*alone, "swift")]
+    done = run_python("-c", "\n".join(code))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(find_spec("eztorch") is not None, reason="eztorch is there")

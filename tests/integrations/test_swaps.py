@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers.side_by_side import ran
 from torch import nn
 
 import cl_kernels as clk
@@ -114,10 +115,6 @@ def fakelib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleT
 
 
 X = torch.arange(3.0)
-
-
-def ran(name: str) -> tuple[int, int]:
-    return tuple(integrations.calls().get(name, (0, 0)))  # type: ignore[return-value]
 
 
 def test_an_adapter_is_a_subclass_that_runs_fused(fakelib: Any) -> None:
@@ -282,8 +279,8 @@ def test_adapters_are_imported_when_they_are_used() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
-def test_twins_are_pickled_by_their_adapter() -> None:
-    from cl_kernels.integrations.supcontrast import SupConLoss
-
-    loss = pickle.loads(pickle.dumps(SupConLoss(temperature=0.2)))
-    assert type(loss) is SupConLoss and loss.temperature == 0.2
+def test_twins_are_pickled_by_their_adapter(fakelib: Any) -> None:
+    twin = clk.accelerate(fakelib.Loss(2.0))
+    loss = pickle.loads(pickle.dumps(twin))
+    assert type(loss) is type(twin) is not fakelib.Loss
+    assert loss(X) == 6.0 and ran("fake.Loss") == (1, 0)
