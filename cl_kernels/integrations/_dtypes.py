@@ -9,25 +9,25 @@ from ._swap import Unfused
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """That in which autocast multiplies `x`; None: as it comes."""
+    """The dtype in which autocast multiplies `x`; None: as it comes."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """That of products of `x`."""
+    """The dtype of products of `x`."""
     return autocast_dtype(x) or x.dtype
 
 
 def cross_entropy_dtype(x: Tensor) -> torch.dtype:
-    """That of a cross-entropy over products of `x`, which autocast takes in float32."""
+    """The dtype of a cross-entropy over products of `x`, which autocast takes in float32."""
     return x.dtype if autocast_dtype(x) is None else torch.float32
 
 
 def logsumexp_dtype(x: Tensor) -> torch.dtype:
-    """That of a log-sum-exp of products of `x`, which autocast takes in float32 but for CPUs."""
+    """The dtype of a log-sum-exp of products of `x`, which autocast takes in float32 but for CPUs."""
     lower = autocast_dtype(x)
     if lower is None:
         return x.dtype
@@ -35,7 +35,7 @@ def logsumexp_dtype(x: Tensor) -> torch.dtype:
 
 
 def promoted(dtype: torch.dtype, *others: float | Tensor) -> torch.dtype:
-    """That of rows of `dtype` after arithmetic with `others`: numbers and 0-dim tensors do not change it."""
+    """The dtype of rows after arithmetic with `others`: numbers and 0-dim tensors do not change it."""
     for other in others:
         if isinstance(other, Tensor) and other.dim() > 0:
             dtype = torch.promote_types(dtype, other.dtype)

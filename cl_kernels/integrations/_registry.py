@@ -49,7 +49,7 @@ LIBRARIES = {
 
 
 def library(name: str) -> Library:
-    """The one of a name.
+    """A library by its name.
 
     Raises:
         ValueError: if there is none.

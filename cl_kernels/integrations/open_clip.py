@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import autograd, dtypes, validation
 from ..losses import clip_loss
-from ..losses._common import own_similarity, settled, wide, with_unread
+from ..losses._common import own_similarity, settled, wide
 from ..problem import Contrast, SoftTarget
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
 from ._swap import Unfused, fused
@@ -94,13 +94,19 @@ def _clip(
 ) -> Tensor:
     """The contrastive loss of `ClipLoss`."""
     _refuse(self, images, texts, logit_scale)
-    if isinstance(logit_bias, Tensor) and (logit_bias.numel() != 1 or logit_bias.dim() > 2):
-        raise Unfused("logit_bias has more than one element")
+    if isinstance(logit_bias, Tensor):
+        if logit_bias.numel() != 1 or logit_bias.dim() > 2:
+            raise Unfused("logit_bias has more than one element")
+    elif not isinstance(logit_bias, int | float | None):
+        raise Unfused("logit_bias is not a number")
     dtype = promoted(cross_entropy_dtype(images), logit_scale)
     sides = _sides(self, images, texts, logit_scale)
     loss = _clip_mean(sides).to(dtype)
     self.get_ground_truth(images.device, sides.images.shape[0])  # which may cache the labels
-    return with_unread(loss, logit_bias)
+    if logit_bias is None:
+        return loss
+    without = logit_bias - logit_bias  # 0 in value and gradient, or NaN
+    return loss + (without.sum().to(loss) if isinstance(without, Tensor) else without)
 
 
 class ClipLoss(library.ClipLoss):

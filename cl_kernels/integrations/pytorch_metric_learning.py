@@ -81,6 +81,9 @@ class AllPairs(Sequence[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.indices)
 
+    def __add__(self, other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.indices + other
+
 
 class _Rows(NamedTuple):
     """Rows as a distance makes them: similarities are scale q k^T, up to a constant of the row."""
@@ -203,7 +206,10 @@ class NTXentLoss(losses.NTXentLoss):
 class CrossBatchMemory(losses.CrossBatchMemory):
     """The library's `CrossBatchMemory`, which without a miner gives its loss no index of each pair."""
 
-    @fused("pytorch_metric_learning.losses.cross_batch_memory:CrossBatchMemory.create_indices_tuple")
+    @fused(
+        "pytorch_metric_learning.losses.cross_batch_memory:CrossBatchMemory.create_indices_tuple",
+        relies_on=("add_to_memory",),
+    )
     def create_indices_tuple(
         self,
         embeddings: Tensor,
@@ -237,22 +243,19 @@ class DistributedLossWrapper(distributed.DistributedLossWrapper):
         ref_labels: Tensor | None,
         world_size: int,
     ) -> Any:
-        if world_size <= 1:
-            return self.loss(emb, labels, indices_tuple, ref_emb, ref_labels)
-        makes_pairs = self.efficient and indices_tuple is None
-        if makes_pairs and labels is None:
+        if world_size <= 1 or not self.efficient or indices_tuple is not None:
+            raise Unfused("the loss inside makes the pairs, and may itself run fused")
+        if not isinstance(self.loss, losses.SupConLoss | losses.NTXentLoss):
+            raise Unfused(f"the loss inside is {type(self.loss).__name__}")
+        if labels is None:
             raise Unfused("there are no labels")
         everyone, their_labels, refs, their_ref_labels, labels = distributed.gather_emb_and_ref(
             emb, labels, ref_emb, ref_labels
         )
-        if not self.efficient:
-            return self.loss(everyone, their_labels, indices_tuple, refs, their_ref_labels) * world_size
-        if their_labels is not None:
-            their_labels = distributed.select_ref_or_regular(their_labels, their_ref_labels)
-        if makes_pairs:
-            indices_tuple = AllPairs(labels, their_labels, 0)
+        their_labels = distributed.select_ref_or_regular(their_labels, their_ref_labels)
         refs = distributed.select_ref_or_regular(everyone, refs)
-        return self.loss(emb, labels, indices_tuple, refs, their_labels) * world_size
+        pairs = AllPairs(labels, their_labels, 0)
+        return self.loss(emb, labels, pairs, refs, their_labels) * world_size
 
 
 def _sizes(x: Tensor) -> _Sizes:
@@ -540,6 +543,7 @@ def _some_rows(
 def _pair_losses_of_given(rows: _Rows, pairs: _Given) -> Tensor:
     """NTXent's losses of the positive pairs that are given, each with the negatives of its anchor."""
     a1, p, a2, n = pairs
+    a2 = a2 % len(rows.q)  # as an index of rows, which may be negative
     positives, negatives = _scores(rows, (a1, a2), (p, n))
     most = negatives.new_full((len(rows.q),), -torch.inf)
     most = most.scatter_reduce(0, a2, negatives.detach(), "amax")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import logging
 import pickle
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -131,8 +133,7 @@ def test_what_cannot_be_fused_runs_as_the_library_has_it_and_says_so_once(
         assert adapter(X, power=2) == 36.0 and adapter(X, power=2) == 36.0
         adapter(X, power=3)
     assert [record.getMessage() for record in caplog.records] == [
-        "fake.Loss runs as the library has it: power 2",
-        "fake.Loss runs as the library has it: power 3",
+        "fake.Loss runs as the library has it: power 2",  # and not again for another number
     ]
     assert ran("fake.Loss") == (0, 3)
 
@@ -235,6 +236,101 @@ def test_accelerate_reaches_into_wrappers(fakelib: Any) -> None:
     assert ran("fake.Loss") == (2, 0)
 
 
+def test_a_twin_outlives_a_patch(fakelib: Any) -> None:
+    with clk.patch("fake", verbose=False):
+        twin = clk.accelerate(fakelib.Loss())
+    twin(X)
+    assert ran("fake.Loss") == (1, 0)
+
+
+def test_a_twin_has_methods_and_hooks_of_its_own(fakelib: Any) -> None:
+    loss = fakelib.Loss(3.0)
+    loss.chosen = loss.weight
+    twin = clk.accelerate(loss)
+    assert twin.chosen.__self__ is twin
+    twin.register_forward_hook(lambda *_: pytest.fail("the original calls the twin's hook"))
+    twin.more = nn.Identity()
+    loss(X)
+    assert not hasattr(loss, "more")
+
+
+def test_a_twin_is_pickled(fakelib: Any) -> None:
+    twin = pickle.loads(pickle.dumps(clk.accelerate(fakelib.Loss(3.0))))
+    assert isinstance(twin, fakelib.Loss) and twin(X) == 9.0 and ran("fake.Loss") == (1, 0)
+
+
+def test_accelerate_leaves_an_instance_with_a_method_of_its_own(fakelib: Any) -> None:
+    loss = fakelib.Loss()
+    loss.forward = lambda x: 7.0
+    assert clk.accelerate(loss) is loss
+    compiled = fakelib.Loss()
+    compiled.compile()
+    assert clk.accelerate(compiled) is compiled
+
+
+def test_methods_in_the_place_of_the_library_s_are_not_passed_over(
+    fakelib: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = clk.accelerate(fakelib.Loss())
+    twin.weight = lambda: 5.0
+    assert twin(X) == 15.0
+    monkeypatch.setattr(fakelib.Loss, "weight", lambda self: 4.0)
+    assert clk.accelerate(fakelib.Loss())(X) == 12.0
+    assert ran("fake.Loss") == (0, 2)
+    monkeypatch.setattr(fakelib.Loss, "forward", lambda self, x: 3.0)
+    with pytest.raises(RuntimeError, match=r"Loss\.forward has another source"):
+        clk.patch("fake")
+
+
+def test_errors_within_are_raised_at_once(fakelib: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of ours, or of a user's function, is neither hidden nor run into twice."""
+    called = []
+
+    def user(self: Any, x: torch.Tensor) -> None:
+        called.append(x)
+        raise ValueError("the user's own")
+
+    swap = _swap.SWAPS["fakelib.losses:Loss.forward"]
+    monkeypatch.setattr(swap, "ours", user)
+    with pytest.raises(ValueError, match="the user's own"):
+        clk.accelerate(fakelib.Loss())(X)
+    assert len(called) == 1 and ran("fake.Loss") == (0, 0)
+
+
+def test_a_fallback_holds_nothing(fakelib: Any) -> None:
+    x = torch.zeros(3)
+    held = weakref.ref(x)
+    gc.disable()
+    try:
+        clk.accelerate(fakelib.Loss())(x, power=2)
+        del x
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_forward_mode_runs_as_the_library_has_it(fakelib: Any) -> None:
+    _, tangent = torch.func.jvp(clk.accelerate(fakelib.plain), (X,), (torch.ones(3),))
+    assert tangent == 3.0 and ran("fake.plain") == (0, 1)
+
+
+def test_a_patch_that_fails_is_taken_back(fakelib: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = fakelib.plain
+    swap = _swap.SWAPS["fakelib.losses:Loss.forward"]
+    with monkeypatch.context() as faulty, pytest.raises(ZeroDivisionError):
+        faulty.setattr(swap, "over", lambda *_: 1 / 0)
+        clk.patch("fake")
+    assert fakelib.plain is original
+
+
+def test_unpatch_reaches_names_that_were_imported_since(fakelib: Any) -> None:
+    original = fakelib.plain
+    with clk.patch("fake", verbose=False):
+        fakelib.late = fakelib.losses.plain
+        assert fakelib.late is not original
+    assert fakelib.late is original
+
+
 def test_accelerate_leaves_what_it_does_not_know(fakelib: Any, caplog: pytest.LogCaptureFixture) -> None:
     class Mine(fakelib.Loss):  # type: ignore[misc]
         pass
@@ -243,9 +339,6 @@ def test_accelerate_leaves_what_it_does_not_know(fakelib: Any, caplog: pytest.Lo
         assert clk.accelerate(criterion) is criterion
     assert len(caplog.records) == 5
     assert "CrossEntropyLoss is left as it is: no adapter here knows torch.nn" in caplog.text
-    with clk.patch("fake", verbose=False):
-        loss = fakelib.Loss()
-        assert clk.accelerate(loss) is loss  # runs fused already
 
 
 def test_a_hook_serves_the_library_that_asks(fakelib: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +350,16 @@ def test_a_hook_serves_the_library_that_asks(fakelib: Any, monkeypatch: pytest.M
         assert hooked(X, power=1) == 3.0 and hooked(X, 2) == 9.0
         assert ran("fake.plain")[0] - before == fused, asked
         assert inspect.signature(hooked) == inspect.signature(original)
+
+
+def test_a_hook_without_an_adapter_leaves_the_library_alone(
+    fakelib: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CL_KERNELS_SERVE", "1")
+    for library, target in (("fake", "fakelib.losses:gone"), ("gone", "fakelib.losses:plain")):
+        hooked = integrations.served(library, target)(fakelib.losses.plain)
+        assert hooked(X) == hooked(X) == 3.0
+    assert len(caplog.records) == 2 and ran("fake.plain") == (0, 0)
 
 
 def test_a_module_s_hook_keeps_subclasses(fakelib: Any, monkeypatch: pytest.MonkeyPatch) -> None:
