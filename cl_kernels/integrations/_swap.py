@@ -82,11 +82,17 @@ class Swap:
     def over(self, original: Callable[..., Any] | None = None, owner: type | None = None) -> Any:
         """A function that calls `ours`, and where that does not serve `original`; None: found when needed.
 
-        `owner` is the class whose method is replaced.
+        `owner` is the class whose method is replaced; where it has inherited it, a class that comes between
+        the two in a subclass keeps its say.
         """
+        inherited = owner is not None and self.attribute not in vars(owner)
 
         @functools.wraps(original or self.ours)
         def call(*args: Any, **options: Any) -> Any:
+            if inherited and args:
+                following = getattr(super(owner, args[0]), self.attribute)
+                if getattr(following, "unfused", following.__func__) is not original:
+                    return following(*args[1:], **options)
             error: Exception | None = None
             try:
                 self._refuse(args, owner)

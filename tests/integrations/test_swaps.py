@@ -53,6 +53,10 @@ class Loss(nn.Module):
         return (self.weight() * x.sum()) ** power
 
 
+class Child(Loss):
+    pass
+
+
 class Heavier(Loss):
     def weight(self):
         return 2 * self.scale
@@ -80,6 +84,12 @@ def plain(x, power=1):
 
 class Loss(losses.Loss):
     @fused("fakelib.losses:Loss.forward", relies_on=("weight",))
+    def forward(self, x, power=1):
+        return self.scale * x.sum() if power == 1 else _refuse(power)
+
+
+class Child(losses.Child):
+    @fused("fakelib.losses:Child.forward")
     def forward(self, x, power=1):
         return self.scale * x.sum() if power == 1 else _refuse(power)
 
@@ -153,12 +163,27 @@ def test_a_subclass_with_a_method_of_its_own_is_not_fused(fakelib: Any) -> None:
     assert ran("fake.Loss") == (0, 1)
 
 
+def test_a_patch_of_what_is_inherited_keeps_the_order_of_classes(fakelib: Any) -> None:
+    class Between(fakelib.Loss):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1000
+
+    class Both(fakelib.Child, Between):  # type: ignore[misc]
+        pass
+
+    with clk.patch("fake", verbose=False):
+        assert fakelib.Child()(X) == 3.0 and ran("fake.Child") == (1, 0)
+        assert Both()(X) == 1003.0
+    assert "forward" not in vars(fakelib.Child)
+
+
 def test_patch_reaches_what_exists(fakelib: Any, capsys: pytest.CaptureFixture[str]) -> None:
     before, function = fakelib.Loss(), fakelib.plain
     signatures = [inspect.signature(x) for x in (fakelib.Loss.forward, fakelib.Loss, fakelib.plain)]
     patched = clk.patch("fake")
     assert capsys.readouterr().out.split() == [
-        "cl_kernels:", "fakelib.losses:plain", "cl_kernels:", "fakelib.losses:Loss.forward"
+        "cl_kernels:", "fakelib.losses:plain", "cl_kernels:", "fakelib.losses:Loss.forward",
+        "cl_kernels:", "fakelib.losses:Child.forward",
     ]  # fmt: skip
     assert before(X) == 3.0 and ran("fake.Loss") == (1, 0)
     assert fakelib.plain(X) == 3.0 and fakelib.losses.plain is fakelib.plain is not function
@@ -166,7 +191,7 @@ def test_patch_reaches_what_exists(fakelib: Any, capsys: pytest.CaptureFixture[s
     assert [inspect.signature(x) for x in (fakelib.Loss.forward, fakelib.Loss, fakelib.plain)] == signatures
     assert fakelib.Loss.forward.__doc__ == "A loss." and fakelib.plain.__name__ == "plain"
     assert fakelib.plain(X, power=2) == 9.0 and before(X, 2) == 9.0  # as the library has it
-    assert patched.swapped == ["fakelib.losses:plain", "fakelib.losses:Loss.forward"]
+    assert patched.swapped == list(_swap.SWAPS)
     clk.unpatch("fake")
     assert fakelib.plain is fakelib.losses.plain is function
     before(X)
