@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import dtypes, validation
 from ..losses import dimcl_loss
-from ._eager import cross_entropy_dtype, logsumexp_dtype, product_dtype
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype, product_dtype
 from ._registry import Library
 from ._swap import Unfused, fused
 from .solo_learn import GATHERS_OWN, beside_queue, gather_kind

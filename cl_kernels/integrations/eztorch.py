@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import autograd, dtypes, validation
 from ..losses import info_nce_loss, sce_loss
 from ..losses._common import in_chunks
-from ._eager import cross_entropy_dtype, logsumexp_dtype
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted
 from ._formulas import relational, share_of_positives
 from ._registry import Library
 from ._swap import Unfused, fused
@@ -147,7 +147,7 @@ def compute_simclr_loss(
     if z.shape[0] == 2 * samples:
         partner = rows.roll(samples) + first
     loss = share_of_positives(z, keys, first, labels, columns, partner, temp).mean()
-    return loss.to(torch.promote_types(z.dtype, pos_mask.dtype))
+    return loss.to(promoted(z.dtype, pos_mask))
 
 
 @fused("eztorch.losses.sce_token_loss:compute_sce_token_loss", known=("0ff75856be2dd5c0",))

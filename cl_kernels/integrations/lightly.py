@@ -20,7 +20,7 @@ from .. import autograd, dtypes, validation
 from ..distributed import gather
 from ..losses._common import beside, cross_entropy, inverse, own_similarity
 from ..problem import Contrast
-from ._eager import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
 from ._registry import Library
 from ._swap import Unfused, fused
 

@@ -16,7 +16,7 @@ from .. import autograd, dtypes, validation
 from ..losses import clip_loss
 from ..losses._common import own_similarity, settled, wide, with_unread
 from ..problem import Contrast, SoftTarget
-from ._eager import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
 from ._registry import Library
 from ._swap import Unfused, fused
 

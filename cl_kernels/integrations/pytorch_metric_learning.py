@@ -29,6 +29,7 @@ from torch import Tensor
 from .. import autograd, dtypes, validation
 from ..losses._common import at_least_zero, in_chunks, inverse
 from ..problem import Contrast
+from ._dtypes import autocast_dtype, logsumexp_dtype, product_dtype
 from ._registry import Library
 from ._swap import Unfused, fused
 
@@ -311,10 +312,8 @@ def _by_label(embeddings: Tensor, ref_emb: Tensor, pairs: AllPairs) -> _Classes:
 
 def _rows(loss: Any, embeddings: Tensor, ref_emb: Tensor, pairs: _Classes | _Given) -> _Rows:
     """The embeddings as the loss's distance wants them, once it is sure that the engine can have them."""
-    distance, device = loss.distance, embeddings.device.type
+    distance, autocast = loss.distance, autocast_dtype(embeddings) is not None
     squared = _is_squared(distance)
-    autocast = torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else embeddings.dtype
     if embeddings.dtype not in dtypes.FLOAT_DTYPES or ref_emb.device != embeddings.device:
         raise Unfused("embeddings are not floating-point numbers on one device")
     if embeddings.ndim != 2 or ref_emb.ndim != 2 or embeddings.shape[1] != ref_emb.shape[1]:
@@ -338,8 +337,7 @@ def _rows(loss: Any, embeddings: Tensor, ref_emb: Tensor, pairs: _Classes | _Giv
         q, k = F.pad(2 * q, (0, 1), value=1.0), torch.cat([k, -(k * k).sum(1, keepdim=True)], 1)
     elif same:
         k = None
-    result = torch.float32 if autocast and device == "cuda" else dtype  # as CUDA's autocast sums
-    return _Rows(q, k, scale, dtype, result)
+    return _Rows(q, k, scale, product_dtype(embeddings), logsumexp_dtype(embeddings))
 
 
 def _is_squared(distance: Any) -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .. import autograd, dtypes, validation
 from ..losses._common import beside, in_chunks, log_add, own_similarity
 from ..problem import Contrast
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype
 from ._registry import Library
 from ._swap import Unfused, fused
 
@@ -166,18 +167,14 @@ class _Rows(NamedTuple):
 
 def _ranking_loss(loss: Any, home: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
     """The mean over rows, in the library's dtype; `home` is its module, whose collectives are used."""
-    rows = _ranking_rows(loss, home, embeddings)
-    dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
-    if dtype == torch.float32 and embeddings[0].is_cpu and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")  # where its logsumexp does not go back to float32
-    return rows.mean().to(dtype)
+    embeddings = _floats(embeddings)
+    return _ranking_rows(loss, home, embeddings).mean().to(logsumexp_dtype(embeddings[0]))
 
 
 @dtypes.full_precision
-def _ranking_rows(loss: Any, home: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
+def _ranking_rows(loss: Any, home: ModuleType, embeddings: list[Tensor]) -> Tensor:
     if loss.similarity_fct not in (*_COSINES, dot_score):
         raise Unfused("similarity_fct is neither cos_sim nor dot_score")
-    embeddings = _floats(embeddings)
     scale = validation.scale("scale", loss.scale, embeddings[0])
     n, first = embeddings[0].shape[0], 0
     if loss.gather_across_devices:
@@ -309,10 +306,7 @@ def _guided_loss(
     loss: Any, home: ModuleType, embeddings: Sequence[Tensor], guides: Sequence[Tensor]
 ) -> Tensor:
     """The mean over rows, as for `_ranking_loss`."""
-    dtype = embeddings[0].dtype
-    if torch.is_autocast_enabled(embeddings[0].device.type):
-        dtype = torch.promote_types(dtype, torch.float32)
-    return _guided_rows(loss, home, embeddings, guides).mean().to(dtype)
+    return _guided_rows(loss, home, embeddings, guides).mean().to(cross_entropy_dtype(embeddings[0]))
 
 
 @dtypes.full_precision

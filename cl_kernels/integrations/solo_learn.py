@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import validation
 from ..distributed import ProcessGroup, gather_rows
 from ..losses import info_nce_loss
-from ._eager import cross_entropy_dtype, logsumexp_dtype
+from ._dtypes import cross_entropy_dtype, logsumexp_dtype
 from ._formulas import relational, share_of_positives
 from ._registry import Library, digest
 from ._swap import Unfused, fused

@@ -15,6 +15,7 @@ from .. import autograd, dtypes
 from ..distributed import gather_rows
 from ..losses._common import in_chunks, log_add, own_similarity
 from ..problem import Contrast
+from ._dtypes import cross_entropy_dtype
 from ._registry import Library
 from ._swap import Unfused, fused
 
@@ -133,12 +134,9 @@ def _of_all(sentences: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_loss(sentences: Tensor, labels: Tensor, options: _Options) -> Tensor:
-    dtype = sentences.dtype
-    if torch.is_autocast_enabled(sentences.device.type):
-        dtype = torch.promote_types(dtype, torch.float32)
     groups = _groups(sentences, labels, options.hard_negatives)
     rows = _rows_over_batch(groups, options) if options.use_batch else _rows_over_group(groups, options)
-    return rows.mean().to(dtype)
+    return rows.mean().to(cross_entropy_dtype(sentences))
 
 
 def _groups(sentences: Tensor, labels: Tensor, hard_negatives: int | None) -> _Groups:
