@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import autograd, dtypes, validation
+from ..distributed import ProcessGroup, gather_rows
+from ..losses import info_nce_loss
 from ..losses._common import beside, cross_entropy, inverse, over_segments, wide
 from ..losses._views import EMPTY_COUNT, Anchors, outside_rows, view_major
 from ..problem import Contrast, SoftTarget
+from ._registry import digest
 
 Scalar = float | Tensor
+
+GATHERS_ALL = "016d219801a11f7f"  # GatherLayer.backward: sums the gradients of all processes
+GATHERS_OWN = "a00b07c56deca144"  # takes those of this process's loss
 
 
 @dtypes.full_precision
@@ -139,6 +147,38 @@ def share_of_positives(
         autograd.contrastive(problem._replace(among=among)).lse for among in ("same", "different")
     )
     return beside(negatives, positives)
+
+
+def bank(queue: Tensor) -> Tensor:
+    """A queue [D, K] as rows."""
+    return validation.features("queue", queue, shape="[D, K]").T
+
+
+def beside_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor) -> Tensor:
+    """InfoNCE with the transpose of a queue [D, K]."""
+    return info_nce_loss(query, key, bank(queue), temperature=temperature)
+
+
+def gather_kind() -> str | None:
+    """The digest of how the repository's gather differentiates; None where it is not loaded."""
+    module = sys.modules.get("solo.utils.misc")
+    layer = getattr(module, "GatherLayer", None)
+    return None if layer is None else digest(layer.backward)
+
+
+def world() -> ProcessGroup | None:
+    """All processes, None where there is one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def with_others(x: Tensor) -> Tensor:
+    """The rows of all processes in the order of their ranks, those of the others without a gradient."""
+    group, rank, here = dist.group.WORLD, dist.get_rank(), x.shape[0]
+    before = sum(gather_rows(torch.tensor([here], device=x.device), group).tolist()[:rank])
+    rows = gather_rows(x.detach(), group)
+    return torch.cat([rows[:before], x, rows[before + here :]])
 
 
 def _matrices(q: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
