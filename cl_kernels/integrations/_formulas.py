@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
 from ..distributed import ProcessGroup, gather_rows
@@ -23,15 +23,31 @@ GATHERS_ALL = "016d219801a11f7f"  # GatherLayer.backward: sums the gradients of 
 GATHERS_OWN = "a00b07c56deca144"  # takes those of this process's loss
 
 
+class SupervisedModule(nn.Module):
+    """The constructor and the attributes that SupCon has in several repositories."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float | Tensor = 0.07,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+
+
 @dtypes.full_precision
 def supervised(
     features: Tensor,
     labels: Tensor | None,
     mask: Tensor | None,
     views: int,
-    augmentations: int,
+    *,
     temperature: Scalar,
     base_temperature: Scalar,
+    augmentations: int = 1,
     drop: bool = False,
 ) -> Tensor:
     """SupCon's mean over anchors, NaN where the weights of an anchor's positives sum to 0.
@@ -60,6 +76,23 @@ def supervised(
         else:
             loss = (loss / divisor).mean()
     return (loss * (wide(tau, loss) / wide(base, loss))).to(dtypes.accumulate_dtype(x.dtype))
+
+
+def anchor_views(features: Tensor, contrast_mode: str) -> int:
+    """How many of the views of features [B, V, ...] are anchors."""
+    validation.option("contrast_mode", contrast_mode, ("all", "one"))
+    return features.shape[1] if contrast_mode == "all" else 1
+
+
+def plain_cross_entropy(loss: nn.Module) -> bool:
+    """Whether it is what `nn.CrossEntropyLoss()` makes, over classes from 0 on."""
+    return (
+        type(loss) is nn.CrossEntropyLoss
+        and loss.weight is None
+        and loss.reduction == "mean"
+        and loss.label_smoothing == 0
+        and loss.ignore_index < 0
+    )
 
 
 def supervision(
