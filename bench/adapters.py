@@ -79,13 +79,13 @@ def memory(case: PeerCase, whose: str) -> int:
     small.backward(small.forward())
     torch.mm(torch.ones(1024, 1024), torch.ones(1024, 1024))
     step = step_of(case, whose, case.measured)
-    fresh._give_back()
-    before = fresh._reset_peak()
+    fresh.give_back()
+    before = fresh.reset_peak()
     step.backward(step.forward())
-    return max(fresh._peak() - before, 0)
+    return max(fresh.high_water() - before, 0)
 
 
-def apart(*arguments: str) -> Any:
+def in_own_process(*arguments: str) -> Any:
     """Run this script in a process of its own, for one case, and return what it prints."""
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -95,8 +95,8 @@ def apart(*arguments: str) -> Any:
 def measured(found: list[PeerCase]) -> list[dict[str, Any]]:
     lines = []
     for case in (case for case in found if case.measured):
-        line = {"options": case.options, "rows": case.measured, **apart("--times", case.id)}
-        line |= {f"{whose}_bytes": apart("--memory", whose, case.id) for whose in ("theirs", "ours")}
+        line = {"options": case.options, "rows": case.measured, **in_own_process("--times", case.id)}
+        line |= {f"{whose}_bytes": in_own_process("--memory", whose, case.id) for whose in ("theirs", "ours")}
         lines.append(line)
     return lines
 

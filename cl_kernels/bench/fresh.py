@@ -86,13 +86,13 @@ def _measured(task: Task) -> Measurement:
     warm = step if task.variant == variants.COMPILED else step_of(_small(work))
     warm()
     torch.mm(torch.ones(1024, 1024), torch.ones(1024, 1024))
-    _give_back()
+    give_back()
     if task.limit is not None and sys.platform == "linux":
         process = psutil.Process()
         process.rlimit(psutil.RLIMIT_DATA, (process.memory_info().data + task.limit,) * 2)
-    before = _reset_peak()
+    before = reset_peak()
     times = [timeit.timeit(step, number=1)]
-    peak = _peak() - before
+    peak = high_water() - before
     deadline = time.perf_counter() + task.seconds - times[0]
     while len(times) < task.repeats + 1 and time.perf_counter() < deadline:
         times.append(timeit.timeit(step, number=1))
@@ -105,7 +105,7 @@ def _small(work: Workload) -> Workload:
     return replace(work, rows=rows, columns=columns)
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Free memory to the operating system, so that its reuse counts."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -113,17 +113,17 @@ def _give_back() -> None:
         trim(0)
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Start a new high-water mark where the kernel can; the resident size to count from."""
     try:
         with open("/proc/self/clear_refs", "w") as control:
             control.write("5")
         return psutil.Process().memory_info().rss
     except OSError:
-        return _peak()
+        return high_water()
 
 
-def _peak() -> int:
+def high_water() -> int:
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open("/proc/self/status") as lines:

@@ -6,19 +6,32 @@ import contextlib
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from importlib import import_module
-from types import FunctionType
-from typing import Any, TypeVar
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from ._registry import LIBRARIES, REPOSITORIES, digest, library
-from ._swap import Swap, Unfused, holders, logger, swaps
+from ._registry import LIBRARIES, digest, library
+from ._swap import Swap, Unfused, logger, swaps
 
 T = TypeVar("T")
 
-_patched: dict[str, list[tuple[Any, str, Any]]] = {}
+_PACKAGES = {known.package for known in LIBRARIES.values()}
+
+
+class _Place(NamedTuple):
+    """An attribute that was replaced."""
+
+    holder: Any  # a class or a module
+    attribute: str
+    original: Any  # None: a class had inherited it
+    replaced: Any
+
+
+_patched: dict[str, list[_Place]] = {}
 
 
 class Patch:
@@ -68,27 +81,42 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
         cl_kernels: lightly.loss.ntx_ent_loss:NTXentLoss.forward
     """
     known = library(name)
-    if name in _patched:
-        return Patch(name, [])
-    wrong = known.unknown()
-    if wrong is not None:
-        raise RuntimeError(f"{wrong}; an adapter can be imported from cl_kernels.integrations.{name}")
+    fault = known.fault()
+    if fault is not None:
+        raise RuntimeError(f"{fault}; an adapter can be imported from cl_kernels.integrations.{name}")
+    import_module(f".{name}", __package__)
     found = [swap for swap in swaps(name) if _there(swap)]
     if not found:
-        raise ImportError(f"nothing of {name} is importable as {LIBRARIES[name]}")
+        raise ImportError(f"nothing of {name} is importable as {known.package}")
+    if name in _patched:
+        if all(hasattr(getattr(swap.owner(), swap.attribute), "replaces") for swap in found):
+            return Patch(name, [])
+        unpatch(name)  # a module was loaded again
     for swap in found:
-        _refuse_unknown_source(swap, swap.original())
-    undo = _patched[name] = []
-    for swap in found:
-        owner, attribute, original = swap.owner(), swap.qualname.rpartition(".")[2], swap.original()
-        places = [(owner, attribute)] if inspect.isclass(owner) else holders(swap, original)
-        replaced = swap.over(original, owner if inspect.isclass(owner) else None)
-        for place, held in places:
-            undo.append((place, held, vars(place).get(held)))
-            setattr(place, held, replaced)
-        if verbose:
-            print(f"cl_kernels: {swap.target}")
-    return Patch(name, [swap.target for swap in found])
+        original = swap.original()
+        if not swap.is_theirs(original) or (swap.known and digest(original) not in swap.known):
+            raise RuntimeError(f"{swap.target} has another source than the versions that were compared")
+    _patched[name] = []
+    try:
+        for swap in found:
+            _replace(swap, known.package, _patched[name])
+    except BaseException:
+        unpatch(name)
+        raise
+    targets = [swap.target for swap in found]
+    if verbose:
+        print(*(f"cl_kernels: {target}" for target in targets), sep="\n")
+    return Patch(name, targets)
+
+
+def _replace(swap: Swap, package: str, undo: list[_Place]) -> None:
+    owner, original = swap.owner(), swap.original()
+    in_class = inspect.isclass(owner)
+    replaced = swap.over(original, owner if in_class else None)
+    places = [(owner, swap.attribute)] if in_class else _holders(package, original)
+    for place, name in places:
+        undo.append(_Place(place, name, vars(place).get(name), replaced))
+        setattr(place, name, replaced)
 
 
 def unpatch(name: str | None = None) -> None:
@@ -102,13 +130,14 @@ def unpatch(name: str | None = None) -> None:
         >>> clk.unpatch()  # nothing is patched: nothing changes
     """
     for each in [name] if name is not None else list(_patched):
-        if each not in LIBRARIES:
-            raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {each!r}")
-        for place, attribute, original in reversed(_patched.pop(each, [])):
-            if original is None:  # the class had inherited it
-                delattr(place, attribute)
-            else:
-                setattr(place, attribute, original)
+        known = library(each)
+        for place in reversed(_patched.pop(each, [])):
+            if place.original is None:  # the class had inherited it
+                delattr(place.holder, place.attribute)
+                continue
+            setattr(place.holder, place.attribute, place.original)
+            for holder, attribute in _holders(known.package, place.replaced):  # imported since
+                setattr(holder, attribute, place.original)
 
 
 def accelerate(criterion: T) -> T:
@@ -116,11 +145,12 @@ def accelerate(criterion: T) -> T:
 
     Args:
         criterion: an instance of a loss class, or a loss function. A class is known by its name and library,
-            or, if it belongs to a paper's repository, wherever it was copied to, by its source; a subclass
-            with methods of its own is not. Losses inside of a library's wrappers are replaced too.
+            or, if it belongs to a paper's repository, wherever it was copied to, by its source; a subclass of
+            one's own is not. Losses inside of a library's wrappers are replaced too.
 
     Returns:
-        A shallow copy, an instance of a subclass: parameters and buffers are shared with the original.
+        A shallow copy, an instance of a subclass, to be used from now on: it shares parameters and buffers
+        with the original.
 
     Example:
         >>> import torch, cl_kernels as clk
@@ -138,22 +168,36 @@ def _twin(criterion: Any) -> Any:
     if hasattr(kind, "replaces") or kind.__module__.startswith(f"{__package__}."):
         return criterion
     found = _swaps_of(kind)
-    if found and all(hasattr(_method(swap, kind), "replaces") for swap in found):
-        return criterion  # patched
     if found:
         if not isinstance(kind, type):
             return found[0].over(criterion)
-        twin = copy.copy(criterion)
-        twin.__class__ = _fused_class(kind, tuple(found))
         rebind = getattr(import_module(f".{found[0].library}", __package__), "rebind", None)
+        for swap in found:
+            if swap.attribute in vars(criterion) and rebind is None:
+                raise Unfused(f"it has a {swap.attribute} of its own")
+        twin = _copy(criterion)
+        twin.__class__ = _fused_class(kind, tuple(found))
         if rebind is not None:
             rebind(twin)
         return twin if not isinstance(twin, nn.Module) else _with_children(twin) or twin
-    if isinstance(criterion, nn.Module) and _root(kind) in LIBRARIES.values():
-        twin = _with_children(copy.copy(criterion))
+    if isinstance(criterion, nn.Module) and _root(kind) in _PACKAGES:
+        twin = _with_children(_copy(criterion))
         if twin is not None:
             return twin
     raise Unfused(f"no adapter here knows {kind.__module__}.{kind.__qualname__}")
+
+
+def _copy(criterion: Any) -> Any:
+    """A shallow copy with methods and dictionaries of its own: hooks, or a module put into it, stay there."""
+    if getattr(criterion, "_compiled_call_impl", None) is not None:
+        raise Unfused("it is compiled: accelerate it before")
+    twin = copy.copy(criterion)
+    for name, value in vars(criterion).items():
+        if isinstance(value, MethodType) and value.__self__ is criterion:
+            vars(twin)[name] = MethodType(value.__func__, twin)
+        elif isinstance(value, dict):
+            vars(twin)[name] = value.copy()
+    return twin
 
 
 def _with_children(module: nn.Module) -> nn.Module | None:
@@ -161,8 +205,8 @@ def _with_children(module: nn.Module) -> nn.Module | None:
     fused: dict[str, nn.Module | None] = {}
     for name, child in module._modules.items():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            fused[name] = _with_children(copy.copy(child))
-        elif child is not None and _root(type(child)) in LIBRARIES.values():
+            fused[name] = _with_children(_copy(child))
+        elif child is not None and _root(type(child)) in _PACKAGES:
             with contextlib.suppress(Unfused):
                 fused[name] = _twin(child)
     fused = {name: twin for name, twin in fused.items() if twin is not None}
@@ -174,15 +218,19 @@ def _with_children(module: nn.Module) -> nn.Module | None:
 
 def _swaps_of(kind: Any) -> list[Swap]:
     """Those that replace a function, or methods of a class."""
-    for name, root in LIBRARIES.items():
-        if name not in REPOSITORIES and _root(kind) != root:
+    for name, known in LIBRARIES.items():
+        copied = known.distribution is None
+        if not copied and _root(kind) != known.package:
             continue
-        _refuse_unknown_version(name)
-        if name in REPOSITORIES:
-            mine = [swap for swap in swaps(name) if swap.qualname.split(".")[0] == kind.__qualname__]
-            mine = [swap for swap in mine if _source(swap, kind) in swap.known]
-        else:
-            mine = [swap for swap in swaps(name) if _has(kind, swap)]
+        try:
+            fault = known.fault()
+            import_module(f".{name}", __package__)
+        except (ImportError, AttributeError) as error:  # what the adapter replaces is not there
+            fault = str(error)
+        if fault is not None:
+            raise Unfused(fault)
+        has = _has_source if copied else _has
+        mine = [swap for swap in swaps(name) if has(kind, swap)]
         if mine:
             return mine
     return []
@@ -192,32 +240,25 @@ def _has(kind: Any, swap: Swap) -> bool:
     """Whether a function is what `swap` replaces, or a class has it, be it inherited."""
     if not isinstance(kind, type):
         return (kind.__module__, kind.__qualname__) == (swap.module, swap.qualname)
-    owner, name = swap.owner(), swap.qualname.rpartition(".")[2]
+    owner, name = swap.owner(), swap.attribute
     return inspect.isclass(owner) and issubclass(kind, owner) and getattr(kind, name) is getattr(owner, name)
-
-
-def _refuse_unknown_version(name: str) -> None:
-    try:
-        wrong = library(name).unknown()
-    except (ImportError, AttributeError) as error:  # what the adapter replaces is not there
-        wrong = str(error)
-    if wrong is not None:
-        raise Unfused(wrong)
 
 
 def _method(swap: Swap, kind: Any) -> Any:
     """The function of `kind` that a swap replaces, `kind` itself if it is one."""
     if isinstance(kind, FunctionType):
         return kind
-    return getattr(kind, swap.qualname.rpartition(".")[2], None)
+    return getattr(kind, swap.attribute, None)
 
 
-def _source(swap: Swap, kind: Any) -> str | None:
-    function = _method(swap, kind)
+def _has_source(kind: Any, swap: Swap) -> bool:
+    """Whether a function, or a class of the same name, has a known source, wherever it was copied to."""
+    if kind.__qualname__ != swap.qualname.partition(".")[0]:
+        return False
     try:
-        return digest(function) if function is not None else None
+        return digest(_method(swap, kind)) in swap.known
     except (OSError, TypeError):  # defined where no source can be read
-        return None
+        return False
 
 
 @functools.cache
@@ -226,9 +267,36 @@ def _fused_class(kind: type, found: tuple[Swap, ...]) -> type:
     adapter = getattr(import_module(f".{found[0].library}", __package__), kind.__name__, None)
     if inspect.isclass(adapter) and issubclass(adapter, kind):
         return adapter
-    methods = {swap.qualname.rpartition(".")[2]: swap for swap in found}
-    body: dict[str, Any] = {name: swap.over(getattr(kind, name), kind) for name, swap in methods.items()}
-    return type(kind.__name__, (kind,), {**body, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    methods = {swap.attribute: swap for swap in found}
+    originals = {name: getattr(kind, name) for name in methods}
+    body: dict[str, Any] = {
+        name: swap.over(getattr(originals[name], "unfused", originals[name]), kind)
+        for name, swap in methods.items()
+    }
+    body |= {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": _reduced}
+    return type(kind.__name__, (kind,), body)
+
+
+def _reduced(twin: Any, protocol: int) -> tuple[Any, ...]:
+    """Pickle a twin of a class without an adapter, whose class has no name to be found by."""
+    return _restored, (type(twin).__mro__[1], vars(twin))
+
+
+def _restored(kind: Any, state: dict[str, Any]) -> Any:
+    criterion = kind.__new__(kind)
+    vars(criterion).update(state)
+    return accelerate(criterion)
+
+
+def _holders(package: str, function: Callable[..., Any]) -> list[tuple[Any, str]]:
+    """The loaded modules of a library that have a function, and the name it has there."""
+    return [
+        (module, name)
+        for path, module in list(sys.modules.items())
+        if path.partition(".")[0] == package and module is not None
+        for name, value in list(vars(module).items())
+        if value is function
+    ]
 
 
 def _there(swap: Swap) -> bool:
@@ -237,11 +305,6 @@ def _there(swap: Swap) -> bool:
     except (ImportError, AttributeError):
         return False
     return True
-
-
-def _refuse_unknown_source(swap: Swap, function: Callable[..., Any]) -> None:
-    if swap.known and digest(function) not in swap.known:
-        raise RuntimeError(f"{swap.target} has another source than the versions that were compared")
 
 
 def _root(kind: Any) -> str:

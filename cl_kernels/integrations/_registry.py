@@ -1,4 +1,4 @@
-"""Which libraries there are, and what their adapters replace."""
+"""The libraries whose losses are replaced, and how their functions are known."""
 
 from __future__ import annotations
 
@@ -9,52 +9,54 @@ from collections.abc import Callable
 from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
-# The packages, as they are imported, whose losses a module here replaces.
-LIBRARIES = {
-    "pytorch_metric_learning": "pytorch_metric_learning",
-    "lightly": "lightly",
-    "sentence_transformers": "sentence_transformers",
-    "open_clip": "open_clip",
-    "solo_learn": "solo",
-    "supcontrast": "losses",
-    "selfcon": "losses",
-    "eztorch": "eztorch",
-    "dimcl": "solo",
-    "swift": "swift",
-}
-
-
-# Those that are cloned rather than installed, and copied: their losses are known by their source.
-REPOSITORIES = ("solo_learn", "supcontrast", "selfcon", "eztorch", "dimcl")
-
 
 class Library(NamedTuple):
-    """An adapter module's knowledge of its library, as its `LIBRARY`.
+    """A library, and the versions of its distribution that its adapter was compared with.
 
-    `versions` are those of `distribution` that it was compared with; one of REPOSITORIES has neither.
+    A paper's repository has no distribution: it is cloned, or copied, and its losses are known by their
+    source.
     """
 
-    name: str
+    package: str  # as it is imported
     distribution: str | None = None
     versions: tuple[str, ...] = ()
 
-    def unknown(self) -> str | None:
-        """The fault of the version that is installed; None for one that is known."""
+    def fault(self) -> str | None:
+        """A sentence on the version that is installed; None for one that was compared."""
         if self.distribution is None:
             return None
-        package = import_module(LIBRARIES[self.name])
-        version = getattr(package, "__version__", None) or metadata.version(self.distribution)
+        found = import_module(self.package)
+        version = getattr(found, "__version__", None) or metadata.version(self.distribution)
         if version in self.versions:
             return None
         return f"{self.distribution} {version} is not one that was compared: {', '.join(self.versions)}"
 
 
+LIBRARIES = {
+    "pytorch_metric_learning": Library(
+        "pytorch_metric_learning", "pytorch-metric-learning", ("2.8.1", "2.9.0")
+    ),
+    "lightly": Library("lightly", "lightly", ("1.5.26", "1.6.0")),
+    "sentence_transformers": Library("sentence_transformers", "sentence-transformers", ("6.2.0",)),
+    "open_clip": Library("open_clip", "open_clip_torch", ("3.3.0", "4.2.0.dev0")),
+    "solo_learn": Library("solo"),
+    "supcontrast": Library("losses"),
+    "selfcon": Library("losses"),
+    "eztorch": Library("eztorch"),
+    "dimcl": Library("solo"),
+    "swift": Library("swift", "ms-swift", ("4.6.0",)),
+}
+
+
 def library(name: str) -> Library:
-    """That of an adapter module, which is imported."""
+    """The one of a name.
+
+    Raises:
+        ValueError: if there is none.
+    """
     if name not in LIBRARIES:
         raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {name!r}")
-    found: Library = import_module(f".{name}", __package__).LIBRARY
-    return found
+    return LIBRARIES[name]
 
 
 def digest(function: Callable[..., Any]) -> str:

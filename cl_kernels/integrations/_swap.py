@@ -12,8 +12,9 @@ from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
-from ._registry import LIBRARIES
+from .. import validation
 
 R = TypeVar("R")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -59,6 +60,7 @@ class Swap:
         self.library = ours.__module__.rpartition(".")[2]
         self.target, self.ours, self.relies_on, self.known = target, ours, relies_on, known
         self.module, _, self.qualname = target.partition(":")
+        self.attribute = self.qualname.rpartition(".")[2]
 
     @property
     def name(self) -> str:
@@ -74,7 +76,7 @@ class Swap:
 
     def original(self) -> Callable[..., Any]:
         """The library's own function, also where it is patched."""
-        found = getattr(self.owner(), self.qualname.rpartition(".")[2])
+        found = getattr(self.owner(), self.attribute)
         return getattr(found, "unfused", found)
 
     def over(self, original: Callable[..., Any] | None = None, owner: type | None = None) -> Any:
@@ -85,18 +87,22 @@ class Swap:
 
         @functools.wraps(original or self.ours)
         def call(*args: Any, **options: Any) -> Any:
+            error: Exception | None = None
             try:
-                if self.relies_on:
-                    self._refuse_overridden(type(args[0]), owner)
+                self._refuse(args, owner)
                 result = self.ours(*args, **options)
-            except (Unfused, TypeError, ValueError) as error:  # wrong arguments get the library's own error
-                reason = error
+            except Unfused as refusal:
+                reason = str(refusal)
+            except (TypeError, ValueError) as refusal:
+                if not _of_arguments(refusal):
+                    raise
+                reason, error = str(refusal), refusal.with_traceback(None)  # which would hold the arguments
             else:
                 _count(_fused, self.name)
                 return result
-            own = original or self._instead_of(reason)
+            own = original or self._instead_of(reason, error)
             _count(_fallback, self.name)
-            self._say(str(reason))
+            self._say(reason)
             return own(*args, **options)
 
         call.replaces = self.target  # type: ignore[attr-defined]
@@ -104,28 +110,56 @@ class Swap:
             call.unfused = original  # type: ignore[attr-defined]
         return call
 
-    def _instead_of(self, reason: Exception) -> Callable[..., Any]:
-        """The original, to be called for `reason`, which is raised where the library is not importable."""
+    def _instead_of(self, reason: str, error: Exception | None) -> Callable[..., Any]:
+        """The original; where the library is not importable, what went wrong is raised."""
         try:
             return self.original()
         except (ImportError, AttributeError):
-            if isinstance(reason, Unfused):
-                missing = f"{self.name} runs only as {self.target} here, which is not importable: {reason}"
-                raise NotImplementedError(missing) from None
-            raise reason from None
+            missing = f"{self.name} runs only as {self.target} here, which is not importable: {reason}"
+            raise error or NotImplementedError(missing) from None
 
-    def _refuse_overridden(self, found: type, owner: type | None) -> None:
-        owner = owner or self.owner()
+    def _refuse(self, args: Sequence[Any], owner: type | None) -> None:
+        """Refuse what no adapter does, and methods that are not the library's."""
+        if forward_ad._current_level >= 0:
+            raise Unfused("derivatives in forward mode are not fused")
+        if not self.relies_on or not args:
+            return
+        owner, kind = owner or self.owner(), type(args[0])
         for name in self.relies_on:
-            method = getattr(found, name)
-            if method is not getattr(owner, name) and not hasattr(method, "replaces"):
-                raise Unfused(f"{found.__qualname__} has a {name} of its own")
+            method, theirs = getattr(kind, name), getattr(owner, name)
+            replaced = method is not theirs and not hasattr(method, "replaces")
+            if replaced or name in vars(args[0]) or not self.is_theirs(theirs):
+                raise Unfused(f"{kind.__qualname__} has a {name} of its own")
+
+    def is_theirs(self, function: Any) -> bool:
+        """Whether a function is the library's, and not somebody's in its place."""
+        if torch.compiler.is_compiling() or hasattr(function, "replaces"):
+            return True
+        package = sys.modules.get(self.module.partition(".")[0])
+        file = getattr(package, "__file__", None)
+        code = getattr(function, "__code__", None)
+        return file is None or code is None or code.co_filename.startswith(os.path.dirname(file))
 
     def _say(self, reason: str) -> None:
-        if torch.compiler.is_compiling() or (self.name, reason) in _said:
+        kind = (self.name, "".join(c for c in reason if not c.isdigit()))  # not once for each shape
+        if torch.compiler.is_compiling() or kind in _said:
             return
-        _said.add((self.name, reason))
+        _said.add(kind)
         logger.warning("%s runs as the library has it: %s", self.name, reason)
+
+
+def _of_arguments(error: Exception) -> bool:
+    """Whether an error is of the check of an argument, or of the call itself, when nothing has run yet.
+
+    Others are raised by the library's code, by the user's or by a fault of ours, and are not hidden.
+    """
+    trace = error.__traceback__
+    if trace is None or trace.tb_next is None:
+        return True
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    where = trace.tb_frame.f_globals.get("__name__", "")
+    return bool(where == validation.__name__ or where.startswith(f"{__package__}."))
 
 
 SWAPS: dict[str, Swap] = {}
@@ -163,21 +197,13 @@ def served(library: str, target: str) -> Callable[[Function], Function]:
     """
 
     def decorate(original: Function) -> Function:
-        @functools.cache
-        def chosen() -> Callable[..., Any]:
-            asked = os.environ.get("CL_KERNELS_SERVE", "").replace(" ", "").split(",")
-            if not {"1", "all", library} & set(asked):
-                return original
-            import_module(f".{library}", __package__)
-            if target not in SWAPS:
-                logger.warning("nothing here replaces %s", target)
-                return original
-            replaced: Callable[..., Any] = SWAPS[target].over(original)
-            return replaced
+        chosen: list[Callable[..., Any]] = []
 
         @functools.wraps(original)
         def call(*args: Any, **options: Any) -> Any:
-            return chosen()(*args, **options)
+            if not chosen:
+                chosen.append(_served(library, target, original))
+            return chosen[0](*args, **options)
 
         call.unfused = original  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
@@ -185,16 +211,17 @@ def served(library: str, target: str) -> Callable[[Function], Function]:
     return decorate
 
 
-def holders(swap: Swap, function: Callable[..., Any]) -> list[tuple[Any, str]]:
-    """The loaded modules of a library that have `function`, and the name it has there."""
-    root = LIBRARIES[swap.library]
-    return [
-        (module, name)
-        for path, module in list(sys.modules.items())
-        if path.partition(".")[0] == root and module is not None
-        for name, value in list(vars(module).items())
-        if value is function
-    ]
+def _served(library: str, target: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    asked = os.environ.get("CL_KERNELS_SERVE", "").replace(" ", "").split(",")
+    if not {"1", "all", library} & set(asked):
+        return original
+    try:
+        import_module(f".{library}", __package__)
+        replaced: Callable[..., Any] = SWAPS[target].over(original)
+    except (ImportError, AttributeError, KeyError) as error:  # another version than the adapter knows
+        logger.warning("%s runs as the library has it: nothing here replaces it: %r", target, error)
+        return original
+    return replaced
 
 
 def _count(counter: Counter[str], name: str) -> None:

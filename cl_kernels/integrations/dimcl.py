@@ -12,10 +12,7 @@ from .. import dtypes, validation
 from ..losses import dimcl_loss
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype, product_dtype
 from ._formulas import GATHERS_OWN, beside_queue, gather_kind, with_others, world
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("dimcl")
 
 
 @fused("solo.losses.oursloss:ours_loss_func", known=("d1224f5b77ca6202",))

@@ -20,10 +20,7 @@ from ..losses import info_nce_loss, sce_loss
 from ..losses._common import in_chunks
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted
 from ._formulas import bank, relational, share_of_positives
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("eztorch")
 
 CHUNK = 2**18  # entries of a mask, or logits, at a time
 NORM_EPS = 1e-12  # that of torch.nn.functional.normalize

@@ -22,10 +22,7 @@ from ..losses._common import beside, cross_entropy, inverse, own_similarity
 from ..problem import Contrast
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
 from ._formulas import plain_cross_entropy
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("lightly", distribution="lightly", versions=("1.5.26", "1.6.0"))
 
 __all__ = ["DCLLoss", "DCLWLoss", "DirectCLRLoss", "MACLLoss", "NTXentLoss"]
 

@@ -17,10 +17,7 @@ from ..losses import clip_loss
 from ..losses._common import own_similarity, settled, wide, with_unread
 from ..problem import Contrast, SoftTarget
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("open_clip", distribution="open_clip_torch", versions=("3.3.0", "4.2.0.dev0"))
 
 __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss"]
 

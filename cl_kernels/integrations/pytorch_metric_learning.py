@@ -30,14 +30,10 @@ from .. import autograd, dtypes, validation
 from ..losses._common import at_least_zero, in_chunks, inverse
 from ..problem import Contrast
 from ._dtypes import autocast_dtype, logsumexp_dtype, product_dtype
-from ._registry import Library
 from ._swap import Unfused, fused
 
 __all__ = ["CrossBatchMemory", "DistributedLossWrapper", "NTXentLoss", "SupConLoss"]
 
-LIBRARY = Library(
-    "pytorch_metric_learning", distribution="pytorch-metric-learning", versions=("2.8.1", "2.9.0")
-)
 HOOKS = ("_compute_loss", "mat_based_loss", "pair_based_loss")
 
 LossDict = dict[str, dict[str, Any]]

@@ -6,10 +6,7 @@ from torch import Tensor
 
 from .. import validation
 from ._formulas import SupervisedModule, anchor_views, supervised, supervision
-from ._registry import Library
 from ._swap import fused
-
-LIBRARY = Library("selfcon")
 
 
 class ConLoss(SupervisedModule):

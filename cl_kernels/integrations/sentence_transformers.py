@@ -30,10 +30,7 @@ from ..losses._common import beside, in_chunks, log_add, own_similarity
 from ..problem import Contrast
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype
 from ._formulas import plain_cross_entropy
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("sentence_transformers", distribution="sentence-transformers", versions=("6.2.0",))
 
 _LOSSES = "sentence_transformers.sentence_transformer.losses"
 _COSINES = (cos_sim, pytorch_cos_sim)

@@ -15,10 +15,7 @@ from ..distributed import ProcessGroup, gather_rows
 from ..losses import info_nce_loss
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype
 from ._formulas import GATHERS_ALL, beside_queue, gather_kind, relational, share_of_positives, world
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("solo_learn")
 
 
 @fused("solo.losses.simclr:simclr_loss_func", known=("b8169f9bb8211e3d",))

@@ -10,10 +10,8 @@ from torch import Tensor
 from .. import validation
 from ..losses import supcon_loss
 from ._formulas import SupervisedModule, anchor_views, supervised, supervision
-from ._registry import Library, digest
+from ._registry import digest
 from ._swap import fused
-
-LIBRARY = Library("supcontrast")
 
 _FORWARD = "8f1675124a36240d"
 _FORWARD_OF_2020 = "8ffceaac5a1c37b6"  # divides by the weight of the positives, also where it is 0

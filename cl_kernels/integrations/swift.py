@@ -17,10 +17,7 @@ from ..losses._common import in_chunks, log_add, own_similarity
 from ..problem import Contrast
 from ._dtypes import cross_entropy_dtype
 from ._formulas import with_others
-from ._registry import Library
 from ._swap import Unfused, fused
-
-LIBRARY = Library("swift", distribution="ms-swift", versions=("4.6.0",))
 
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
 

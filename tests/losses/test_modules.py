@@ -157,6 +157,10 @@ def test_arguments_by_name() -> None:
         clk.info_nce_loss(x, y, queue, temperature=0.2, k_global=everyone, rank=1),
     )
     assert torch.equal(clk.InfoNCELoss()(x, y, valid=valid), clk.info_nce_loss(x, y, valid=valid))
+    both = torch.stack([x, y], dim=1)
+    assert torch.equal(clk.SupConLoss()(both, **supervised), clk.supcon_loss(both, **supervised))
+    assert torch.equal(clk.SelfConLoss()(both, **supervised), clk.selfcon_loss(both, **supervised))
+    assert torch.equal(clk.NTXentLoss()(x, y, valid=valid), clk.nt_xent_loss(x, y, valid=valid))
     assert torch.equal(clk.DCLLoss()(x, y, valid), clk.dcl_loss(x, y, valid=valid))
     padded = x.masked_fill(~valid[:, None], torch.nan)
     symmetric = clk.DCLLoss(normalize=True, symmetric=True)

@@ -1,9 +1,10 @@
-"""Rows that are padding: the loss is that of the other rows alone, whatever stands in them."""
+"""Rows and pairs that are padding: the loss is that of the others alone, whatever stands in them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,10 @@ VALID = {
     "none": torch.zeros(N, dtype=torch.bool),
 }
 LABELS = torch.tensor([0, 0, 1, 2, 2, 0, 1, 3, 5])
+FLOATS = torch.where(LABELS == 1, torch.nan, LABELS / 2)
+LIMITS = torch.iinfo(torch.int64)
+LARGE = torch.tensor([LIMITS.min, LIMITS.max, 0, 1, 2, -1, 3, N, N + 1])[LABELS]
+TOWERS = ("features", "z0", "z1", "q", "k", "image_features", "text_features")  # which `valid` is of
 FILLS = (torch.nan, torch.inf, -torch.inf, 1e30)
 
 
@@ -32,10 +37,9 @@ def supcon(views: int, supervision: str = "labels", **options: Any) -> Problem:
     if supervision == "labels":
         given["labels"] = LABELS
     elif supervision == "floats":
-        given["labels"] = torch.where(LABELS == 1, torch.nan, LABELS / 2)
+        given["labels"] = FLOATS
     elif supervision == "large":
-        limits = torch.iinfo(torch.int64)
-        given["labels"] = torch.tensor([limits.min, limits.max, 0, 1, 2, -1, 3, N, N + 1])[LABELS]
+        given["labels"] = LARGE
     elif supervision == "mask":
         given["mask"] = torch.rand(N, N) * (torch.rand(N, N) > 0.4)
     elif supervision == "bool mask":
@@ -54,8 +58,37 @@ def selfcon(**options: Any) -> Problem:
     return Problem("selfcon_loss", {"features": unit(rows, 3, D), "labels": LABELS}, options)
 
 
+def info_nce(queue: bool = False, frozen: tuple[str, ...] = (), **options: Any) -> Problem:
+    more = {"queue": unit(7, D)} if queue else {}
+    return Problem("info_nce_loss", {"q": unit(N, D), "k": unit(N, D), **more}, options, frozen)
+
+
+def clip(labels: Tensor | None = None) -> Problem:
+    more = {} if labels is None else {"labels": labels}
+    given = {"image_features": unit(N, D), "text_features": unit(N, D), "logit_scale": torch.tensor(4.0)}
+    return Problem("clip_loss", given | more)
+
+
+def two_views(function: str, **options: Any) -> Problem:
+    return Problem(function, {"z0": unit(N, D), "z1": unit(N, D)}, options)
+
+
+PAIRS: dict[str, Callable[[], Problem]] = {
+    "info_nce": lambda: info_nce(),
+    "info_nce, frozen": lambda: info_nce(frozen=("k",)),
+    "info_nce, queue": lambda: info_nce(queue=True),
+    "info_nce, in batch": lambda: info_nce(queue=True, in_batch=True),
+    "info_nce, in batch, frozen": lambda: info_nce(queue=True, frozen=("k", "queue"), in_batch=True),
+    "clip": lambda: clip(),
+    "clip, labels": lambda: clip(LABELS),
+    "clip, large labels": lambda: clip(LARGE),
+    "clip, float labels": lambda: clip(FLOATS),
+    "dcl": lambda: two_views("dcl_loss"),
+    "dclw": lambda: two_views("dcl_loss", sigma=0.5),
+}
 CASES: dict[str, Callable[[], Problem]] = {
-    "nt_xent": lambda: Problem("nt_xent_loss", {"z0": unit(N, D), "z1": unit(N, D)}),
+    **PAIRS,
+    "nt_xent": lambda: two_views("nt_xent_loss"),
     "simclr": lambda: supcon(2, "none"),
     "simclr, one": lambda: supcon(2, "none", contrast_mode="one"),
     "simclr, three views": lambda: supcon(3, "none"),
@@ -83,33 +116,41 @@ CASES: dict[str, Callable[[], Problem]] = {
 }  # fmt: skip
 
 
+def towers(problem: Problem) -> list[str]:
+    return [name for name in TOWERS if name in problem.inputs]
+
+
 def rows_of(problem: Problem, valid: Tensor) -> Problem:
     """The problem of the valid rows alone."""
     given = dict(problem.inputs)
-    for name in ("features", "z0", "z1", "labels", "mask"):
+    for name in (*towers(problem), "labels", "mask"):
         if name in given:
             x = given[name]
             given[name] = x[valid.repeat(x.shape[0] // N)]
     if "mask" in given and "keys" not in given:
         given["mask"] = given["mask"][:, valid]
-    return Problem(problem.function, given, problem.options)
+    return replace(problem, inputs=given)
 
 
 def doubles(x: Any) -> Any:
+    """All but labels."""
     if isinstance(x, list):
         return [doubles(part) for part in x]
-    return x.double() if x.is_floating_point() and x.dim() > 1 else x
+    return x.double() if x.is_floating_point() and x.dim() != 1 else x
 
 
 def run(module: Any, problem: Problem, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients in float64, that of the temperature among them."""
+    """Loss and gradients in float64, that of the temperature or the scale among them."""
     given = {name: doubles(x) for name, x in problem.inputs.items()}
-    leaves = {k: x for k, x in given.items() if k in ("features", "z0", "z1", "keys")}
-    given |= {k: x.detach().clone().requires_grad_() for k, x in leaves.items()}
-    tau = torch.tensor(problem.options.get("temperature", 0.4), dtype=torch.float64, requires_grad=True)
-    options = {**problem.options, **more, "temperature": tau}
-    loss = getattr(module, problem.function)(**given, **options)
-    leaves = {k: given[k] for k in leaves} | {"temperature": tau}
+    if "logit_scale" not in given:
+        given["temperature"] = torch.tensor(problem.options.get("temperature", 0.4), dtype=torch.float64)
+    names = (*TOWERS, "keys", "queue", "logit_scale", "temperature")
+    leaves = {
+        name: given[name].detach().clone().requires_grad_()
+        for name in names
+        if name in given and name not in problem.frozen
+    }
+    loss = getattr(module, problem.function)(**{**problem.options, **more, **given, **leaves})
     grads = torch.autograd.grad(loss.sum(), list(leaves.values()))
     return loss.detach(), dict(zip(leaves, grads, strict=True))
 
@@ -117,19 +158,17 @@ def run(module: Any, problem: Problem, **more: Any) -> tuple[Tensor, dict[str, T
 def padded(problem: Problem, valid: Tensor, fill: float) -> Problem:
     """The problem with other features, labels and weights where it is not valid."""
     given = dict(problem.inputs)
-    for name in ("features", "z0", "z1"):
-        if name in given:
-            given[name] = given[name].clone()
-            given[name][~valid.repeat(given[name].shape[0] // N)] = fill
+    for name in towers(problem):
+        given[name] = given[name].clone()
+        given[name][~valid.repeat(given[name].shape[0] // N)] = fill
     if "labels" in given:
-        given["labels"] = given["labels"].clone()
-        given["labels"][~valid] = LABELS[0].to(given["labels"])
+        given["labels"] = torch.where(valid, given["labels"], given["labels"][0])
     if "mask" in given:
         given["mask"] = given["mask"].clone()
         given["mask"][~valid] = 1 if given["mask"].dtype == torch.bool else torch.nan
         if "keys" not in given:
             given["mask"][:, ~valid] = given["mask"][~valid][:1, :1] if (~valid).any() else 0
-    return Problem(problem.function, given, problem.options)
+    return replace(problem, inputs=given)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -148,7 +187,7 @@ def test_the_other_rows_alone(case: str, reduction: str) -> None:
             torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
             for leaf, right in wanted.items():
                 found = grads[leaf]
-                if leaf in ("features", "z0", "z1"):
+                if leaf in TOWERS:
                     rows_valid = valid.repeat(found.shape[0] // N)
                     assert (found[~rows_valid] == 0).all()
                     found = found[rows_valid]
@@ -184,6 +223,26 @@ def test_converged_inputs(dtype: torch.dtype, tau: float) -> None:
         assert_close(problem.with_options(temperature=tau, valid=valid))
 
 
+@pytest.mark.parametrize("tau", [0.07, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_converged_pairs(dtype: torch.dtype, tau: float) -> None:
+    first, valid = unit(24, 33), torch.arange(24) % 4 != 1
+    pair, views = {"q": first, "k": near(first)}, {"z0": first, "z1": near(first)}
+    images = {"image_features": first, "text_features": near(first), "logit_scale": torch.tensor(1 / tau)}
+    for problem in (
+        Problem("info_nce_loss", pair, {"temperature": tau}),
+        Problem("info_nce_loss", pair, {"temperature": tau}, frozen=("k",)),
+        Problem("info_nce_loss", {**pair, "queue": unit(9, 33)}, {"temperature": tau, "in_batch": True}),
+        Problem("dcl_loss", views, {"temperature": tau, "sigma": 0.5}),
+        Problem("clip_loss", images),
+        Problem("clip_loss", {**images, "labels": torch.arange(24) % 7}),
+        Problem("clip_loss", {**images, "labels": torch.arange(24) % 7}, {"reduction": "none"}),
+    ):
+        given = replace(problem, inputs={**problem.inputs, "valid": valid})
+        assert_parity(given.to(dtype))
+        assert_close(given)
+
+
 def test_labels_of_padding_are_nobody_s() -> None:
     """Whatever integers the labels are, also those that stand in for the label of padding."""
     for seed in range(5):
@@ -212,28 +271,21 @@ def test_derivatives(case: str) -> None:
     assert torch.autograd.gradgradcheck(loss, inputs)
 
 
-def test_valid_may_change_before_the_backward() -> None:
-    for case in ("nt_xent", "simclr", "labels, out, all, all, zero", "mask, in, all, all, zero"):
-        problem, valid = CASES[case](), VALID["some"].clone()
-        given = dict(problem.inputs)
-        name = "z0" if case == "nt_xent" else "features"
-        given[name] = given[name].clone().requires_grad_()
-        function = getattr(clk, problem.function)
-        expected = torch.autograd.grad(function(**given, **problem.options, valid=valid), given[name])
-        loss = function(**given, **problem.options, valid=valid)
-        valid.fill_(True)
-        torch.testing.assert_close(torch.autograd.grad(loss, given[name]), expected, rtol=0, atol=0)
+@pytest.mark.parametrize(
+    "case", [*PAIRS, "nt_xent", "simclr", "labels, out, all, all, zero", "mask, in, all, all, zero"]
+)
+def test_valid_may_change_before_the_backward(case: str) -> None:
+    problem, valid = CASES[case](), VALID["some"].clone()
+    first = towers(problem)[0]
+    given = {**problem.inputs, first: problem.inputs[first].clone().requires_grad_()}
+    function = getattr(clk, problem.function)
+    expected = torch.autograd.grad(function(**given, **problem.options, valid=valid), given[first])
+    loss = function(**given, **problem.options, valid=valid)
+    valid.fill_(True)
+    torch.testing.assert_close(torch.autograd.grad(loss, given[first]), expected, rtol=0, atol=0)
 
 
-def test_the_modules() -> None:
-    x, valid = unit(N, 2, D), VALID["some"]
-    assert clk.SupConLoss()(x, LABELS, valid=valid) == clk.supcon_loss(x, LABELS, valid=valid)
-    assert clk.SelfConLoss()(x, LABELS, valid=valid) == clk.selfcon_loss(x, LABELS, valid=valid)
-    expected = clk.nt_xent_loss(x[:, 0], x[:, 1], valid=valid)
-    assert clk.NTXentLoss()(x[:, 0], x[:, 1], valid=valid) == expected
-
-
-@pytest.mark.parametrize("case", ["nt_xent", "simclr", "selfcon"])
+@pytest.mark.parametrize("case", ["nt_xent", "simclr", "selfcon", "info_nce", "clip", "clip, labels", "dcl"])
 def test_what_is_refused(case: str) -> None:
     problem = CASES[case]()
     for module, (valid, error, message) in itertools.product(
@@ -248,3 +300,13 @@ def test_what_is_refused(case: str) -> None:
     ):
         with pytest.raises(error, match=message):
             getattr(module, problem.function)(**problem.inputs, **problem.options, valid=valid)
+
+
+def test_autocast_changes_nothing() -> None:
+    for make in PAIRS.values():
+        problem = make()
+        function = getattr(clk, problem.function)
+        expected = function(**problem.inputs, **problem.options, valid=VALID["some"])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = function(**problem.inputs, **problem.options, valid=VALID["some"])
+        assert torch.equal(found, expected)

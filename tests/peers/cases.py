@@ -1,7 +1,7 @@
 """Comparisons: a loss of a library with some of its options, theirs and ours.
 
-`tests/peers/<library>_cases.py` each have a list CASES; the tests compare all of them, and bench/adapters.py
-takes time and memory of those with `measured`.
+`tests/peers/<library>_cases.py` each have a function `cases`; the tests compare all of them, and
+bench/adapters.py takes time and memory of those with `measured`.
 """
 
 from __future__ import annotations
@@ -69,5 +69,5 @@ def cases() -> list[PeerCase]:
     for path in sorted(Path(__file__).parent.glob("*_cases.py")):
         module: ModuleType = import_module(f"peers.{path.stem}")
         if all(importlib.util.find_spec(root) for root in module.NEEDS):
-            found += module.CASES()
+            found += module.cases()
     return found

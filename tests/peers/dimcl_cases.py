@@ -32,7 +32,7 @@ def views(
     return found
 
 
-def CASES() -> list[PeerCase]:
+def cases() -> list[PeerCase]:
     if clone("DimCL") is None:
         return []
     theirs = load_solo("DimCL", FILES)

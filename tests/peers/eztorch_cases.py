@@ -80,21 +80,21 @@ class Cases:
             self.found.append(case)
 
 
-def CASES() -> list[PeerCase]:
+def cases() -> list[PeerCase]:
     if clone("eztorch") is None:
         return []
-    cases = Cases()
+    made = Cases()
     for use_keys, world, queue, frozen in product((True, False), (1, 2), (0, 100), (True, False)):
         if use_keys or (world == 1 and queue):
-            _with_keys(cases, use_keys, world, queue, frozen)
+            _with_keys(made, use_keys, world, queue, frozen)
     for count, world, alone in ((2, 1, True), (2, 1, False), (2, 2, False), (3, 1, True), (4, 2, False)):
-        _simclr(cases, count, world, alone)
+        _simclr(made, count, world, alone)
     for which, aligned, radius, queue, frozen in product(
         ("no keys", "keys", "all keys"), (True, False), (0, 2), (0, 100), (True, False)
     ):
         if (aligned or radius) and (queue or (which, radius) != ("no keys", 0)):
-            _tokens(cases, which, aligned, radius, queue, frozen)
-    return cases.found
+            _tokens(made, which, aligned, radius, queue, frozen)
+    return made.found
 
 
 def _with_keys(cases: Cases, use_keys: bool, world: int, queue: int, frozen: bool) -> None:

@@ -18,7 +18,7 @@ BANK = (40, WIDTH)
 TEMPERATURES = {"0.5": 0.5, "0.07": 0.07, "-1": -1.0, "7": 7.0}
 
 
-def CASES() -> list[PeerCase]:
+def cases() -> list[PeerCase]:
     return _nt_xent() + _bank() + _dcl() + _macl()
 
 

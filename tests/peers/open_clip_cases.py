@@ -16,7 +16,7 @@ WIDTH, TEACHER = 16, 24
 LENGTH, TOKENS = 5, 11
 
 
-def CASES() -> list[PeerCase]:
+def cases() -> list[PeerCase]:
     return _clip() + _coca() + _distill()
 
 

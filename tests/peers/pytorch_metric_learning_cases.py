@@ -22,7 +22,7 @@ LABELS = {
 }
 
 
-def CASES() -> list[PeerCase]:
+def cases() -> list[PeerCase]:
     from pytorch_metric_learning import distances, losses, reducers, regularizers, utils
     from pytorch_metric_learning.miners import MultiSimilarityMiner, TripletMarginMiner
 

@@ -38,7 +38,7 @@ def inputs(
     return [x, labels]
 
 
-def CASES() -> list[PeerCase]:
+def cases() -> list[PeerCase]:
     if clone("self-contrastive-learning") is None:
         return []
     theirs = load("self-contrastive-learning", "losses/losses.py").ConLoss

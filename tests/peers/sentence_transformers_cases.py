@@ -113,7 +113,7 @@ def columns_and_scale(count: int, rows: int, dtype: torch.dtype, generator: torc
     return [*columns(count, rows, dtype, generator), torch.tensor(15.0, dtype=dtype, requires_grad=True)]
 
 
-def CASES() -> list[PeerCase]:
+def cases() -> list[PeerCase]:
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.util import cos_sim, dot_score, euclidean_sim
 

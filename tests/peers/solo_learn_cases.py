@@ -47,7 +47,7 @@ def with_queue(
     return [q, k.requires_grad_(not frozen), queue.requires_grad_(not frozen)]
 
 
-def CASES() -> list[PeerCase]:
+def cases() -> list[PeerCase]:
     if clone("solo-learn") is None:
         return []
     theirs = load_solo("solo-learn", FILES)

@@ -53,7 +53,7 @@ def as_mask(loss: torch.nn.Module) -> object:
     return lambda features, mask: loss(features, mask=mask)
 
 
-def CASES() -> list[PeerCase]:
+def cases() -> list[PeerCase]:
     if clone("SupContrast") is None:
         return []
     theirs = load("SupContrast", "losses.py").SupConLoss

@@ -94,7 +94,7 @@ def with_environment(loss: Callable[..., Tensor], **environment: object) -> Call
     return call
 
 
-def CASES() -> list[PeerCase]:
+def cases() -> list[PeerCase]:
     from cl_kernels.integrations import swift as ours
 
     def case(documents: Sequence[int], **environment: object) -> PeerCase:

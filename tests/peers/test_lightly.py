@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from groups import in_group
+from peers.side_by_side import assert_same_class, gradients, pair, ran, runs
 from torch import Tensor, nn
 
 import cl_kernels as clk
@@ -34,31 +37,16 @@ def _views(rows: int = 6, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     ]
 
 
-def _both(loss: str, **options: Any) -> tuple[nn.Module, nn.Module]:
-    made = []
-    for place in (library, ours):
-        torch.manual_seed(0)
-        made.append(getattr(place, loss)(**options))
-    return made[0], made[1]
+_both = partial(pair, library, ours)
 
 
-def _ran(name: str) -> integrations.Calls:
-    return integrations.calls().get(f"lightly.{name}", integrations.Calls(0, 0))
-
-
-def _gradients(loss: Tensor, inputs: list[Tensor]) -> Tensor:
-    return torch.cat([x.flatten() for x in torch.autograd.grad(loss, inputs)])
+def _runs(loss: str, fused: int = 0, fallback: int = 0) -> AbstractContextManager[None]:
+    return runs(f"lightly.{loss}", fused, fallback)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_classes_are_lightlys_but_for_forward(loss: str) -> None:
-    theirs, mine = getattr(library, loss), getattr(ours, loss)
-    assert issubclass(mine, theirs) and mine.__name__ == theirs.__name__
-    for function in ("__init__", "forward"):
-        names = [list(inspect.signature(getattr(kind, function)).parameters) for kind in (theirs, mine)]
-        assert names[0] == names[1]
-    assert mine().state_dict().keys() == theirs().state_dict().keys()
-    assert dict(mine().named_buffers()).keys() == dict(theirs().named_buffers()).keys()
+    assert_same_class(library, ours, loss)
 
 
 def test_bank_moves_as_theirs() -> None:
@@ -72,7 +60,7 @@ def test_bank_moves_as_theirs() -> None:
         assert torch.equal(mine.memory_bank.bank_ptr, theirs.memory_bank.bank_ptr)
 
 
-def test_bank_stays_without_gradients() -> None:
+def test_bank_stays_withoutgradients() -> None:
     _, mine = _both("NTXentLoss", **BANK)
     before = mine.memory_bank.bank.clone()
     with torch.no_grad():
@@ -86,7 +74,7 @@ def test_gradient_is_of_the_bank_before_the_step() -> None:
     losses = [criterion(*inputs) for criterion in (theirs, mine)]
     for criterion in (theirs, mine):
         criterion(*_views(seed=1))
-    found = [_gradients(loss, inputs) for loss in losses]
+    found = [gradients(loss, inputs) for loss in losses]
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
@@ -157,10 +145,9 @@ def test_what_falls_back_has_lightlys_value(
     theirs, mine = _both("NTXentLoss")
     for criterion in (theirs, mine):
         change(criterion)
-    before = _ran("NTXentLoss")
     inputs = _views()
-    assert torch.equal(mine(*inputs), theirs(*inputs))
-    assert _ran("NTXentLoss").fallback == before.fallback + 1
+    with _runs("NTXentLoss", fallback=1):
+        assert torch.equal(mine(*inputs), theirs(*inputs))
     assert reason in caplog.text
 
 
@@ -169,15 +156,14 @@ def test_infinite_loss_of_dcl_without_negatives() -> None:
     inputs = _views(rows=1)
     losses = [criterion(*inputs) for criterion in (theirs, mine)]
     assert losses[0].item() == losses[1].item() == -torch.inf
-    torch.testing.assert_close(_gradients(losses[1], inputs), _gradients(losses[0], inputs))
+    torch.testing.assert_close(gradients(losses[1], inputs), gradients(losses[0], inputs))
 
 
 def test_temperature_of_0_is_lightlys() -> None:
     theirs, mine = _both("DCLLoss", temperature=0.0)
-    before = _ran("DCLLoss")
     inputs = _views()
-    torch.testing.assert_close(mine(*inputs), theirs(*inputs), equal_nan=True)
-    assert _ran("DCLLoss").fallback == before.fallback + 1
+    with _runs("DCLLoss", fallback=1):
+        torch.testing.assert_close(mine(*inputs), theirs(*inputs), equal_nan=True)
 
 
 def test_subclass_with_its_own_part_is_not_fused() -> None:
@@ -185,10 +171,9 @@ def test_subclass_with_its_own_part_is_not_fused() -> None:
         def _loss(self, *args: Tensor) -> Tensor:
             return 2 * super()._loss(*args)
 
-    before = _ran("DCLLoss")
     x, y = _views()
-    torch.testing.assert_close(Doubled()(x, y), 2 * library.DCLLoss()(x, y))
-    assert _ran("DCLLoss").fallback == before.fallback + 1
+    with _runs("DCLLoss", fallback=1):
+        torch.testing.assert_close(Doubled()(x, y), 2 * library.DCLLoss()(x, y))
 
 
 def test_one_pair_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
@@ -214,11 +199,9 @@ def test_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
     if options and dtype == torch.float64:
         pytest.skip("lightly's bank is of float32, and autocast leaves float64 alone")
     theirs, mine = _both("NTXentLoss", **options)
-    before = _ran("NTXentLoss")
     inputs = _views(rows=12, dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), _runs("NTXentLoss", fused=1):
         found, wanted = mine(*inputs), theirs(*inputs)
-    assert _ran("NTXentLoss").fused == before.fused + 1
     assert found.dtype == wanted.dtype
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
     assert torch.equal(mine.memory_bank.bank, theirs.memory_bank.bank)
@@ -264,9 +247,9 @@ def test_accelerate(loss: str) -> None:
     theirs, _ = _both(loss)
     twin = clk.accelerate(theirs)
     assert type(twin) is getattr(ours, loss)
-    before, inputs = _ran(loss), _views()
-    torch.testing.assert_close(twin(*inputs), theirs(*inputs), rtol=1e-5, atol=1e-6)
-    assert _ran(loss).fused == before.fused + 1
+    inputs = _views()
+    with _runs(loss, fused=1):
+        torch.testing.assert_close(twin(*inputs), theirs(*inputs), rtol=1e-5, atol=1e-6)
 
 
 def test_accelerate_shares_the_bank() -> None:
@@ -281,11 +264,9 @@ def test_patch(loss: str, capsys: pytest.CaptureFixture[str]) -> None:
     before, signature = vars(kind).get("forward"), inspect.signature(kind.forward)
     theirs, inputs = kind(), _views()
     wanted = theirs(*inputs)
-    count = _ran(loss)
-    with clk.patch("lightly"):
+    with clk.patch("lightly"), _runs(loss, fused=1):
         assert inspect.signature(kind.forward) == signature
         torch.testing.assert_close(theirs(*inputs), wanted, rtol=1e-5, atol=1e-6)
-    assert _ran(loss).fused == count.fused + 1
     assert vars(kind).get("forward") is before
     assert f"{loss}.forward" in capsys.readouterr().out
 
@@ -296,8 +277,8 @@ def test_compiled(loss: str) -> None:
     inputs = _views()
     found = torch.compile(mine, backend="eager", fullgraph=True)(*inputs)
     torch.testing.assert_close(found, theirs(*inputs), rtol=1e-5, atol=1e-6)
-    wanted = _gradients(theirs(*inputs), inputs)
-    torch.testing.assert_close(_gradients(found, inputs), wanted, rtol=1e-4, atol=1e-6)
+    wanted = gradients(theirs(*inputs), inputs)
+    torch.testing.assert_close(gradients(found, inputs), wanted, rtol=1e-4, atol=1e-6)
 
 
 GATHERED = {
@@ -319,15 +300,15 @@ def _gathered(rank: int) -> dict[str, Any]:
         inputs = _views(rows=4, dtype=torch.float64, seed=rank)
         temperature = torch.tensor(theirs.temperature, dtype=torch.float64, requires_grad=True)
         results = []
-        before = _ran(loss)
+        before = ran(f"lightly.{loss}")
         for criterion in (theirs, mine):
             criterion.double().temperature = temperature
             criterion(*_views(rows=4, dtype=torch.float64, seed=7 + rank))
             value = criterion(*inputs)
             bank = criterion.memory_bank.bank if loss == "NTXentLoss" else torch.zeros(0)
-            results.append((value.detach(), _gradients(value, [*inputs, temperature]), bank))
+            results.append((value.detach(), gradients(value, [*inputs, temperature]), bank))
         apart = [float((x - y).norm() / y.norm().clamp(min=1e-12)) for y, x in zip(*results, strict=True)]
-        found[case] = (max(apart), _ran(loss).fused - before.fused)
+        found[case] = (max(apart), ran(f"lightly.{loss}").fused - before.fused)
     return found
 
 

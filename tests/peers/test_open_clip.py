@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from groups import in_group
+from peers.side_by_side import assert_same_class, gradients, pair, ran, runs
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -56,32 +58,20 @@ def _arguments(loss: str, rows: int = 6, dtype: torch.dtype = torch.float32, see
 
 
 def _both(loss: str, **options: Any) -> tuple[nn.Module, nn.Module]:
-    theirs, mine = (getattr(place, loss)(**{**LOSSES[loss], **options}) for place in (library, ours))
-    return theirs, mine
+    return pair(library, ours, loss, **{**LOSSES[loss], **options})
 
 
-def _ran(name: str) -> integrations.Calls:
-    return integrations.calls().get(f"open_clip.{name}", integrations.Calls(0, 0))
+def _runs(loss: str, fused: int = 0, fallback: int = 0) -> AbstractContextManager[None]:
+    return runs(f"open_clip.{loss}", fused, fallback)
 
 
 def _total(found: Any) -> Tensor:
     return found if isinstance(found, Tensor) else sum(found)
 
 
-def _gradients(found: Any, arguments: list[Tensor]) -> Tensor:
-    wanted = [x for x in arguments if x.requires_grad]
-    return torch.cat([x.flatten() for x in torch.autograd.grad(_total(found), wanted)])
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_classes_are_open_clips_but_for_forward(loss: str) -> None:
-    theirs, mine = getattr(library, loss), getattr(ours, loss)
-    assert issubclass(mine, theirs) and mine.__name__ == theirs.__name__
-    for function in ("__init__", "forward"):
-        names = [list(inspect.signature(getattr(kind, function)).parameters) for kind in (theirs, mine)]
-        assert names[0] == names[1]
-    made = _both(loss)
-    assert made[0].state_dict().keys() == made[1].state_dict().keys()
+    assert_same_class(library, ours, loss, **LOSSES[loss])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -173,10 +163,8 @@ def test_what_falls_back_has_open_clips_value(caplog: pytest.LogCaptureFixture) 
         with pytest.raises(AssertionError, match="horovod"):
             ours.ClipLoss(use_horovod=True, world_size=2)(*clip)
         assert "Horovod" in caplog.text
-    with clk.patch("open_clip", verbose=False):
-        before = _ran("ClipLoss")
+    with clk.patch("open_clip", verbose=False), _runs("ClipLoss", fallback=1):
         found = _Shifted()(*clip)
-        assert _ran("ClipLoss").fallback == before.fallback + 1
     assert torch.equal(found, _Shifted()(*clip))
     assert "get_logits of its own" in caplog.text
 
@@ -198,11 +186,9 @@ def test_half_precision(loss: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_autocast(loss: str, dtype: torch.dtype) -> None:
     theirs, mine = _both(loss)
-    before = _ran(loss)
     arguments = _arguments(loss, rows=12, dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), _runs(loss, fused=1):
         found, wanted = mine(*arguments), theirs(*arguments)
-    assert _ran(loss).fused == before.fused + 1
     for x, y in zip(*([a] if isinstance(a, Tensor) else a for a in (found, wanted)), strict=True):
         assert x.dtype == y.dtype
         torch.testing.assert_close(x, y, rtol=3e-2, atol=3e-2)
@@ -229,9 +215,9 @@ def test_accelerate(loss: str) -> None:
     theirs, _ = _both(loss)
     twin = clk.accelerate(theirs)
     assert type(twin) is getattr(ours, loss)
-    before, arguments = _ran(loss), _arguments(loss)
-    torch.testing.assert_close(twin(*arguments), theirs(*arguments), rtol=1e-5, atol=1e-6)
-    assert _ran(loss).fused == before.fused + 1
+    arguments = _arguments(loss)
+    with _runs(loss, fused=1):
+        torch.testing.assert_close(twin(*arguments), theirs(*arguments), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -239,11 +225,10 @@ def test_patch(loss: str, capsys: pytest.CaptureFixture[str]) -> None:
     kind = getattr(library, loss)
     before, signature = vars(kind)["forward"], inspect.signature(kind.forward)
     theirs, arguments = _both(loss)[0], _arguments(loss)
-    wanted, count = theirs(*arguments), _ran(loss)
-    with clk.patch("open_clip"):
+    wanted = theirs(*arguments)
+    with clk.patch("open_clip"), _runs(loss, fused=1):
         assert inspect.signature(kind.forward) == signature
         torch.testing.assert_close(theirs(*arguments), wanted, rtol=1e-5, atol=1e-6)
-    assert _ran(loss).fused == count.fused + 1
     assert vars(kind)["forward"] is before
     assert f"{loss}.forward" in capsys.readouterr().out
 
@@ -255,7 +240,7 @@ def test_compiled() -> None:
     wanted = theirs(*arguments)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
-        _gradients(found, arguments), _gradients(wanted, arguments), rtol=1e-4, atol=1e-6
+        gradients(found, arguments), gradients(wanted, arguments), rtol=1e-4, atol=1e-6
     )
 
 
@@ -266,13 +251,14 @@ def _gathered(rank: int) -> dict[str, Any]:
         options = {"local_loss": local, "gather_with_grad": with_grad, "cache_labels": True}
         theirs, mine = _both(loss, rank=rank, world_size=2, **options)
         arguments = _arguments(loss, rows=4, dtype=torch.float64, seed=rank)
-        before, results = _ran(loss), []
+        before, results = ran(f"open_clip.{loss}").fused, []
         for criterion in (theirs, mine):
             values = criterion(*arguments)
-            results.append((_total(values).detach()[None], _gradients(values, arguments)))
+            results.append((_total(values).detach()[None], gradients(_total(values), arguments)))
         apart = max(float((x - y).norm() / y.norm().clamp(min=1e-12)) for y, x in zip(*results, strict=True))
         same_labels = torch.equal(*(next(iter(each.labels.values())) for each in (theirs, mine)))
-        found[f"{loss} {local} {with_grad}"] = (apart, _ran(loss).fused - before.fused, same_labels)
+        fused = ran(f"open_clip.{loss}").fused - before
+        found[f"{loss} {local} {with_grad}"] = (apart, fused, same_labels)
     return found
 
 

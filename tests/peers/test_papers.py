@@ -13,11 +13,10 @@ from groups import in_group
 from peers import dimcl_cases, eztorch_cases, selfcon_cases, solo_learn_cases, supcontrast_cases
 from peers.cases import PeerCase
 from peers.repositories import COMMITS, clone, load, load_file, load_solo, of_commit, only_here, solo_utils
-from peers.side_by_side import both
+from peers.side_by_side import both, gradients, runs
 from torch import Tensor
 
 import cl_kernels
-from cl_kernels.integrations import calls
 
 pytestmark = pytest.mark.skipif(
     any(clone(name) is None for name in COMMITS), reason="no clones: set CL_KERNELS_REPOSITORIES"
@@ -29,7 +28,7 @@ def one_of_each() -> list[PeerCase]:
     """The first case of each loss."""
     found: dict[str, PeerCase] = {}
     for module in MODULES:
-        for case in module.CASES():
+        for case in module.cases():
             found.setdefault(case.loss, case)
     return list(found.values())
 
@@ -58,10 +57,10 @@ def test_copies_of_a_class_are_known_by_their_source(file: str, tmp_path: Path) 
     (tmp_path / file).write_text(source + "\n\nMORE = 1\n")
     copied = load_file(tmp_path / file, "project.vendored")
     loss = cl_kernels.accelerate(copied.SupConLoss(temperature=0.1))
-    before = calls().get("supcontrast.SupConLoss", (0, 0))[0]
     x = torch.nn.functional.normalize(torch.randn(6, 2, 8), dim=2)
-    torch.testing.assert_close(loss(x), copied.SupConLoss(temperature=0.1)(x))
-    assert isinstance(loss, copied.SupConLoss) and calls()["supcontrast.SupConLoss"].fused == before + 1
+    with runs("supcontrast.SupConLoss", fused=1):
+        torch.testing.assert_close(loss(x), copied.SupConLoss(temperature=0.1)(x))
+    assert isinstance(loss, copied.SupConLoss)
 
     (tmp_path / file).write_text(source.replace("< 1e-6", "< 1e-5"))
     changed = load_file(tmp_path / file, "project.changed").SupConLoss()
@@ -91,9 +90,8 @@ def test_patch_of_classes(in_place: dict[str, ModuleType]) -> None:
     wanted = existing(x)
     with cl_kernels.patch("supcontrast", verbose=False) as patched:
         assert patched.swapped == ["losses:SupConLoss.forward"]
-        before = calls().get("supcontrast.SupConLoss", (0, 0))[0]
-        torch.testing.assert_close(existing(x), wanted)
-        assert calls()["supcontrast.SupConLoss"][0] == before + 1
+        with runs("supcontrast.SupConLoss", fused=1):
+            torch.testing.assert_close(existing(x), wanted)
     assert kind.forward is original
 
 
@@ -110,9 +108,8 @@ def test_patch_of_functions(in_place: dict[str, ModuleType]) -> None:
         with cl_kernels.patch("solo_learn", verbose=False) as patched:
             assert len(patched.swapped) == 5
             assert user.imported is not original
-            before = calls().get("solo_learn.simclr_loss_func", (0, 0))[0]
-            torch.testing.assert_close(user.imported(z, indexes), wanted)
-            assert calls()["solo_learn.simclr_loss_func"][0] == before + 1
+            with runs("solo_learn.simclr_loss_func", fused=1):
+                torch.testing.assert_close(user.imported(z, indexes), wanted)
         assert user.imported is original
 
 
@@ -130,11 +127,9 @@ def test_what_falls_back_has_their_value_or_error() -> None:
     file = load("eztorch", "eztorch/losses/sce_loss.py")
     fused = cl_kernels.accelerate(file.compute_sce_loss)
     q, k = (torch.nn.functional.normalize(torch.randn(4, 8)) for _ in range(2))
-    mask = torch.rand(4, 4)
-    torch.testing.assert_close(
-        fused(q, k, k, True, None, mask, 0.5), file.compute_sce_loss(q, k, k, True, None, mask, 0.5)
-    )
-    assert calls()["eztorch.compute_sce_loss"].fallback > 0
+    given = (q, k, k, True, None, torch.rand(4, 4), 0.5)
+    with runs("eztorch.compute_sce_loss", fallback=1):
+        torch.testing.assert_close(fused(*given), file.compute_sce_loss(*given))
     loss = cl_kernels.accelerate(load("SupContrast", "losses.py").SupConLoss())
     with pytest.raises(ValueError, match="at least 3 dimensions"):
         loss(q)
@@ -150,47 +145,51 @@ def test_what_falls_back_has_their_value_or_error() -> None:
     )
 
 
-def _over_processes(rank: int, repository: str, file: str, name: str, parts: list[list[Tensor]]) -> Any:
-    """Values and gradients of theirs and of ours, and how often ours ran fused and not."""
+OVER_PROCESSES = (
+    ("solo-learn", "simclr", "simclr_loss_func", True),
+    ("solo-learn", "nnclr", "nnclr_loss_func", True),
+    ("solo-learn", "mocov3", "mocov3_loss_func", True),
+    ("DimCL", "simclr", "simclr_loss_func", False),
+    ("DimCL", "oursloss", "ours_loss_func_multigpu", True),
+)
+COUNTED = {"oursloss": "dimcl"}  # the others by solo_learn, of which they are
+
+
+def _two_views(file: str, rank: int) -> list[Tensor]:
+    x, y = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    if file == "simclr":
+        return [x.requires_grad_(), torch.arange(6).repeat(2) + 6 * rank]
+    return [x.requires_grad_(), y.requires_grad_(), *([torch.arange(12)] if file == "oursloss" else [])]
+
+
+def _over_processes(rank: int) -> list[list[tuple[Tensor, Tensor]]]:
+    """Value and gradient of each, theirs and ours."""
     torch.set_default_dtype(torch.float64)
-    with solo_utils(repository):
-        original = getattr(load(repository, f"solo/losses/{file}.py"), name)
-        found = []
-        for function in (original, cl_kernels.accelerate(original)):
-            inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in parts[rank]]
-            loss = function(*inputs)
-            leaves = [x for x in inputs if x.requires_grad]
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-            found.append([loss.detach(), *gradients])
-        (counts,) = calls().values()
-        return found, tuple(counts)
+    reports = []
+    for repository, file, name, fused in OVER_PROCESSES:
+        with solo_utils(repository):
+            original = getattr(load(repository, f"solo/losses/{file}.py"), name)
+            inputs, found = _two_views(file, rank), []
+            with runs(f"{COUNTED.get(file, 'solo_learn')}.{name}", fused, not fused):
+                for function in (original, cl_kernels.accelerate(original)):
+                    loss = function(*inputs)
+                    found.append((loss.detach(), gradients(loss, inputs)))
+        reports.append(found)
+    return reports
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """The reports of two processes."""
+    return in_group(2, _over_processes, tmp_path_factory.mktemp("group"))
 
 
 @pytest.mark.parametrize(
-    ("repository", "file", "name", "fused"),
-    [
-        ("solo-learn", "simclr", "simclr_loss_func", True),
-        ("solo-learn", "nnclr", "nnclr_loss_func", True),
-        ("solo-learn", "mocov3", "mocov3_loss_func", True),
-        ("DimCL", "simclr", "simclr_loss_func", False),
-        ("DimCL", "oursloss", "ours_loss_func_multigpu", True),
-    ],
+    "which", range(len(OVER_PROCESSES)), ids=["-".join(map(str, x)) for x in OVER_PROCESSES]
 )
-def test_over_processes(repository: str, file: str, name: str, fused: bool, tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parts = []
-    for rank in range(2):
-        x, y = torch.randn(2, 12, 6, generator=generator, dtype=torch.float64)
-        if file == "simclr":
-            parts.append([x, torch.arange(6).repeat(2) + 6 * rank])
-        else:
-            parts.append([x, y, *([torch.arange(12)] if file == "oursloss" else [])])
-    for found in in_group(2, _over_processes, tmp_path, repository, file, name, parts):
-        assert not isinstance(found, str), found
-        (theirs, ours), (ran, fell_back) = found
-        assert (ran, fell_back) == ((1, 0) if fused else (0, 1))
+def test_over_processes(which: int, on_two: list[Any]) -> None:
+    for report in on_two:
+        assert isinstance(report, list), report
+        theirs, ours = report[which]
         for x, y in zip(ours, theirs, strict=True):
-            if y is None:
-                assert x is None or not x.any()
-            else:
-                torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)

@@ -31,6 +31,7 @@ from peers.sentence_transformers_cases import (
     Given,
     mini_batches,
 )
+from peers.side_by_side import gradients, ran, runs
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -101,10 +102,6 @@ def step(loss: nn.Module, model: SentenceTransformer) -> tuple[Tensor, Tensor]:
     value.backward()
     parameters = [p for p in model.parameters() if p.grad is not None]
     return value.detach(), torch.cat([p.grad.flatten() for p in parameters])
-
-
-def ran(name: str) -> integrations.Calls:
-    return integrations.calls().get(name, integrations.Calls(0, 0))
 
 
 def assert_alike(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
@@ -279,11 +276,9 @@ def test_what_was_changed_falls_back(kind: str, spoil: Callable[[Any], None]) ->
     loss = KINDS[kind](ours, Given("model"), Given("guide"))
     spoil(loss)
     name = RANKING if kind == "ranking" else GIST
-    before = ran(name)
     columns = [{"model": x, "guide": x.detach()} for x in pairs()]
-    with contextlib.suppress(IndexError, RuntimeError):  # the library's own
+    with runs(name, fallback=1), contextlib.suppress(IndexError, RuntimeError):  # the library's own
         loss(columns, None)
-    assert ran(name) == (before.fused, before.fallback + 1)
 
 
 def test_errors_are_the_library_s() -> None:
@@ -306,12 +301,10 @@ def test_sparse_encoder_losses_are_served_through_the_class_they_inherit() -> No
     loss = sparse.SparseMultipleNegativesRankingLoss(Given())
     x = [y.detach().relu().requires_grad_() for y in pairs(torch.float64)]
     wanted = loss.compute_loss_from_embeddings(x, None)
-    before = ran(RANKING)
-    torch.testing.assert_close(clk.accelerate(loss).compute_loss_from_embeddings(x, None), wanted)
-    assert ran(RANKING).fused == before.fused + 1
-    with pytest.raises(NotImplementedError):  # the library's own
+    with runs(RANKING, fused=1):
+        torch.testing.assert_close(clk.accelerate(loss).compute_loss_from_embeddings(x, None), wanted)
+    with runs(RANKING, fallback=1), pytest.raises(NotImplementedError):  # the library's own
         clk.accelerate(loss).compute_loss_from_embeddings([y.detach().to_sparse() for y in x], None)
-    assert ran(RANKING).fallback == before.fallback + 1
 
 
 def _gathered(rank: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -344,9 +337,7 @@ def _gathered(rank: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
         )
         for name, call in calls.items():
             value = call()
-            gradients = torch.autograd.grad(value, x, allow_unused=True)
-            flat = [torch.zeros_like(y) if g is None else g for y, g in zip(x, gradients, strict=True)]
-            found.setdefault(name, []).append((value.detach(), torch.cat(flat)))
+            found.setdefault(name, []).append((value.detach(), gradients(value, x)))
     assert all(
         ran(name).fused and not ran(name).fallback for name in (RANKING, CACHED_RANKING, GIST, CACHED_GIST)
     )
