@@ -689,7 +689,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        _refuse_forward_mode("supcon_loss in chunks")
+        _refuse_forward_mode("rows that are computed again in the backward")
 
 
 def _one_by_one(

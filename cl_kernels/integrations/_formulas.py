@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from .. import autograd, dtypes, validation
+from ..distributed import ProcessGroup, gather_rows
+from ..losses import info_nce_loss
 from ..losses._common import beside, cross_entropy, inverse, over_segments, wide
 from ..losses._views import EMPTY_COUNT, Anchors, outside_rows, view_major
 from ..problem import Contrast, SoftTarget
+from ._registry import digest
 
 Scalar = float | Tensor
+
+GATHERS_ALL = "016d219801a11f7f"  # GatherLayer.backward: sums the gradients of all processes
+GATHERS_OWN = "a00b07c56deca144"  # takes those of this process's loss
+
+
+class SupervisedModule(nn.Module):
+    """The constructor and the attributes that SupCon has in several repositories."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float | Tensor = 0.07,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
 
 
 @dtypes.full_precision
@@ -21,9 +44,10 @@ def supervised(
     labels: Tensor | None,
     mask: Tensor | None,
     views: int,
-    augmentations: int,
+    *,
     temperature: Scalar,
     base_temperature: Scalar,
+    augmentations: int = 1,
     drop: bool = False,
 ) -> Tensor:
     """SupCon's mean over anchors, NaN where the weights of an anchor's positives sum to 0.
@@ -52,6 +76,23 @@ def supervised(
         else:
             loss = (loss / divisor).mean()
     return (loss * (wide(tau, loss) / wide(base, loss))).to(dtypes.accumulate_dtype(x.dtype))
+
+
+def anchor_views(features: Tensor, contrast_mode: str) -> int:
+    """How many of the views of features [B, V, ...] are anchors."""
+    validation.option("contrast_mode", contrast_mode, ("all", "one"))
+    return features.shape[1] if contrast_mode == "all" else 1
+
+
+def plain_cross_entropy(loss: nn.Module) -> bool:
+    """Whether it is what `nn.CrossEntropyLoss()` makes, over classes from 0 on."""
+    return (
+        type(loss) is nn.CrossEntropyLoss
+        and loss.weight is None
+        and loss.reduction == "mean"
+        and loss.label_smoothing == 0
+        and loss.ignore_index < 0
+    )
 
 
 def supervision(
@@ -139,6 +180,38 @@ def share_of_positives(
         autograd.contrastive(problem._replace(among=among)).lse for among in ("same", "different")
     )
     return beside(negatives, positives)
+
+
+def bank(queue: Tensor) -> Tensor:
+    """A queue [D, K] as rows."""
+    return validation.features("queue", queue, shape="[D, K]").T
+
+
+def beside_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor) -> Tensor:
+    """InfoNCE with the transpose of a queue [D, K]."""
+    return info_nce_loss(query, key, bank(queue), temperature=temperature)
+
+
+def gather_kind() -> str | None:
+    """The digest of how the repository's gather differentiates; None where it is not loaded."""
+    module = sys.modules.get("solo.utils.misc")
+    layer = getattr(module, "GatherLayer", None)
+    return None if layer is None else digest(layer.backward)
+
+
+def world() -> ProcessGroup | None:
+    """All processes, None where there is one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def with_others(x: Tensor) -> Tensor:
+    """The rows of all processes in the order of their ranks, those of the others without a gradient."""
+    group, rank, here = dist.group.WORLD, dist.get_rank(), x.shape[0]
+    before = sum(gather_rows(torch.tensor([here], device=x.device), group).tolist()[:rank])
+    rows = gather_rows(x.detach(), group)
+    return torch.cat([rows[:before], x, rows[before + here :]])
 
 
 def _matrices(q: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:

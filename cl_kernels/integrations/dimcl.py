@@ -5,16 +5,14 @@ The repository is a fork of solo-learn, from before its gather summed the gradie
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dtypes, validation
 from ..losses import dimcl_loss
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype, product_dtype
+from ._formulas import GATHERS_OWN, beside_queue, gather_kind, with_others, world
 from ._swap import Unfused, fused
-from .solo_learn import GATHERS_OWN, beside_queue, gather_kind
 
 
 @fused("solo.losses.oursloss:ours_loss_func", known=("d1224f5b77ca6202",))
@@ -45,11 +43,11 @@ def ours_loss_func_multigpu(
     """
     validation.pair("z1", z1, "z2", z2)
     validation.minimum_rows("z1", z1, 2)
-    if not (dist.is_available() and dist.is_initialized()):
+    if world() is None:
         return dimcl_loss(z1, z2, temperature=tau_decor).to(logsumexp_dtype(z1))
     if gather_kind() not in (None, GATHERS_OWN):
         raise Unfused("this repository's gather sums the gradients of all processes")
-    parts = [_with_others(F.batch_norm(z, None, None, training=True)) for z in (z1, z2)]
+    parts = [with_others(F.batch_norm(z, None, None, training=True)) for z in (z1, z2)]
     return dimcl_loss(*parts, temperature=tau_decor).to(logsumexp_dtype(z1))
 
 
@@ -81,14 +79,6 @@ def _simple(z1: Tensor, z2: Tensor, weight: float | Tensor) -> Tensor:
     diagonal = (x * y).sum()
     rest = (x.sum(1) * y.sum(1)).sum() - diagonal
     return -(diagonal / width + weight * rest / width**2)
-
-
-def _with_others(x: Tensor) -> Tensor:
-    """The rows of all processes in the order of their ranks, those of the others without a gradient."""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[dist.get_rank()] = x
-    return torch.cat(parts)
 
 
 @fused("solo.losses.moco:moco_loss_func", known=("e08562a35f463ea5",))

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from lightly.loss import dcl_loss, directclr_loss, macl_loss, ntx_ent_loss
 from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.utils import dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import autograd, dtypes, validation
 from ..distributed import gather
 from ..losses._common import beside, cross_entropy, inverse, own_similarity
 from ..problem import Contrast
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
+from ._formulas import plain_cross_entropy
 from ._swap import Unfused, fused
 
 __all__ = ["DCLLoss", "DCLWLoss", "DirectCLRLoss", "MACLLoss", "NTXentLoss"]
@@ -88,7 +89,8 @@ def _nt_xent(self: ntx_ent_loss.NTXentLoss, out0: Tensor, out1: Tensor) -> Tenso
     """NT-Xent over the batch, or InfoNCE against a memory bank."""
     _views("out0", out0, "out1", out1)
     scale = _scale(self.temperature, out0)
-    _refuse_changed(self.cross_entropy)
+    if not plain_cross_entropy(self.cross_entropy):
+        raise Unfused("its cross_entropy is not the one that its constructor makes")
     _refuse_other_bank(self.memory_bank, out0)
     dtype = promoted(cross_entropy_dtype(out0), self.temperature)
     out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
@@ -106,18 +108,6 @@ def _against_bank(out0: Tensor, out1: Tensor, bank: Tensor, scale: float | Tenso
     out0, out1, bank = dtypes.promote(out0, out1, bank)
     positive = own_similarity(out0, out1, scale)
     return beside(autograd.contrastive(Contrast(out0, bank, scale)).lse, positive)
-
-
-def _refuse_changed(cross_entropy: nn.Module) -> None:
-    plain = (
-        type(cross_entropy) is nn.CrossEntropyLoss
-        and cross_entropy.weight is None
-        and cross_entropy.reduction == "mean"
-        and cross_entropy.label_smoothing == 0
-        and cross_entropy.ignore_index < 0
-    )
-    if not plain:
-        raise Unfused("its cross_entropy is not the one that its constructor makes")
 
 
 def _refuse_other_bank(bank: MemoryBankModule, like: Tensor) -> None:

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import validation
-from ._formulas import supervised, supervision
+from ._formulas import SupervisedModule, anchor_views, supervised, supervision
 from ._swap import fused
 
 
-class ConLoss(nn.Module):
+class ConLoss(SupervisedModule):
     """`cl_kernels.selfcon_loss` with the constructor, the attributes and the call of the repository's class.
 
     Unlike it, the loss is NaN where an anchor has no positives and `supcon_s` does not leave it out.
     """
-
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.07,
-        contrast_mode: str = "all",
-        base_temperature: float | Tensor = 0.07,
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.contrast_mode = contrast_mode
-        self.base_temperature = base_temperature
 
     @fused("losses.losses:ConLoss.forward", known=("3b9125d1dddb5da2",))
     def forward(
@@ -44,13 +33,19 @@ class ConLoss(nn.Module):
         if selfcon_s_FG or selfcon_m_FG:
             views = x.shape[1] - 1
         else:
-            validation.option("contrast_mode", self.contrast_mode, ("all", "one"))
-            views = x.shape[1] if self.contrast_mode == "all" else 1
+            views = anchor_views(x, self.contrast_mode)
         if views == 0:
             raise ValueError("features must have a view besides the backbone's, got one")
         if supcon_s and views * augmentations > 1:
             raise ValueError(f"supcon_s takes anchors of one view, got {views * augmentations}")
         labels, mask = supervision(x, labels, mask)
         return supervised(
-            x, labels, mask, views, augmentations, self.temperature, self.base_temperature, drop=supcon_s
+            x,
+            labels,
+            mask,
+            views,
+            temperature=self.temperature,
+            base_temperature=self.base_temperature,
+            augmentations=augmentations,
+            drop=supcon_s,
         )

@@ -29,6 +29,7 @@ from .. import autograd, dtypes, validation
 from ..losses._common import beside, in_chunks, log_add, own_similarity
 from ..problem import Contrast
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype
+from ._formulas import plain_cross_entropy
 from ._swap import Unfused, fused
 
 _LOSSES = "sentence_transformers.sentence_transformer.losses"
@@ -276,13 +277,10 @@ def _harder_negatives(loss: Any, rows: _Rows, scale: float | Tensor) -> Tensor:
 
 def _refuse_other_parts(loss: Any) -> None:
     """Raise `Unfused` where a GIST loss has had its cosine or its cross-entropy changed."""
-    cosine, entropy = loss.similarity_fct, loss.cross_entropy_loss
+    cosine = loss.similarity_fct
     if type(cosine) is not nn.CosineSimilarity or cosine.dim != -1:
         raise Unfused("similarity_fct is not the cosine over the last dimension")
-    plain = nn.CrossEntropyLoss()
-    if type(entropy) is not nn.CrossEntropyLoss or entropy.weight is not None:
-        raise Unfused("cross_entropy_loss is another one")
-    if (entropy.reduction, entropy.label_smoothing) != (plain.reduction, plain.label_smoothing):
+    if not plain_cross_entropy(loss.cross_entropy_loss):
         raise Unfused("cross_entropy_loss is another one")
     if loss.margin_strategy not in ("absolute", "relative"):
         raise Unfused("margin_strategy is unknown")

@@ -5,8 +5,6 @@ Over processes SimCLR and NNCLR gather with the gradients of all processes, as s
 
 from __future__ import annotations
 
-import sys
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,12 +14,8 @@ from .. import validation
 from ..distributed import ProcessGroup, gather_rows
 from ..losses import info_nce_loss
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype
-from ._formulas import relational, share_of_positives
-from ._registry import digest
+from ._formulas import GATHERS_ALL, beside_queue, gather_kind, relational, share_of_positives, world
 from ._swap import Unfused, fused
-
-GATHERS_ALL = "016d219801a11f7f"  # GatherLayer.backward: sums the gradients of all processes
-GATHERS_OWN = "a00b07c56deca144"  # takes those of this process's loss
 
 
 @fused("solo.losses.simclr:simclr_loss_func", known=("b8169f9bb8211e3d",))
@@ -67,7 +61,7 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0
     Over processes no key gets a gradient, not even this one's; alone, they do.
     """
     validation.pair("query", query, "key", key)
-    group = _world()
+    group = world()
     rank = 0 if group is None else dist.get_rank()
     keys = F.normalize(key, dim=1)
     if group is not None:
@@ -102,29 +96,9 @@ def ressl_loss_func(
     return relational(q, k, [queue], None, temperature_q, temperature_k).mean().to(logsumexp_dtype(q))
 
 
-def beside_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor) -> Tensor:
-    """InfoNCE with the transpose of a queue [D, K]."""
-    validation.features("queue", queue, shape="[D, K]")
-    return info_nce_loss(query, key, queue.T, temperature=temperature)
-
-
-def gather_kind() -> str | None:
-    """The digest of how the repository's gather differentiates; None where it is not loaded."""
-    module = sys.modules.get("solo.utils.misc")
-    layer = getattr(module, "GatherLayer", None)
-    return None if layer is None else digest(layer.backward)
-
-
-def _world() -> ProcessGroup | None:
-    """All processes, None where there is one."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist.group.WORLD
-    return None
-
-
 def _processes() -> tuple[ProcessGroup | None, int]:
     """All processes, and which of them this one is."""
-    group = _world()
+    group = world()
     if group is None:
         return None, 0
     if gather_kind() not in (None, GATHERS_ALL):

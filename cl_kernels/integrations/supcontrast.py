@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import validation
 from ..losses import supcon_loss
-from ._formulas import supervised, supervision
+from ._formulas import SupervisedModule, anchor_views, supervised, supervision
 from ._registry import digest
 from ._swap import fused
 
@@ -17,22 +17,11 @@ _FORWARD = "8f1675124a36240d"
 _FORWARD_OF_2020 = "8ffceaac5a1c37b6"  # divides by the weight of the positives, also where it is 0
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(SupervisedModule):
     """`cl_kernels.supcon_loss` with the constructor, the attributes and the call of the repository's class.
 
     Its copies from before December 2023 are known too: there the loss is NaN where a row has no positives.
     """
-
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.07,
-        contrast_mode: str = "all",
-        base_temperature: float | Tensor = 0.07,
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.contrast_mode = contrast_mode
-        self.base_temperature = base_temperature
 
     @fused("losses:SupConLoss.forward", known=(_FORWARD, _FORWARD_OF_2020))
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -49,9 +38,15 @@ class SupConLoss(nn.Module):
                 base_temperature=self.base_temperature,
             )
         x = validation.views("features", features)
-        validation.option("contrast_mode", self.contrast_mode, ("all", "one"))
-        views = x.shape[1] if self.contrast_mode == "all" else 1
-        return supervised(x, labels, mask, views, 1, self.temperature, self.base_temperature)
+        views = anchor_views(x, self.contrast_mode)
+        return supervised(
+            x,
+            labels,
+            mask,
+            views,
+            temperature=self.temperature,
+            base_temperature=self.base_temperature,
+        )
 
 
 @functools.cache

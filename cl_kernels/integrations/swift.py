@@ -16,6 +16,7 @@ from ..distributed import gather_rows
 from ..losses._common import in_chunks, log_add, own_similarity
 from ..problem import Contrast
 from ._dtypes import cross_entropy_dtype
+from ._formulas import with_others
 from ._swap import Unfused, fused
 
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
@@ -52,7 +53,7 @@ class InfonceLoss:
             raise Unfused("the trainer is Megatron's")
         if sentences.dim() != 2:
             raise Unfused("last_hidden_state is not a matrix")
-        world = _world() if options.use_batch else 1
+        world = _world_size() if options.use_batch else 1
         if world > 1:
             sentences, labels = _of_all(sentences, labels)
         loss = _mean_loss(sentences, labels, options)
@@ -107,7 +108,7 @@ def _flag(text: str) -> bool:
     return text.lower() in _TRUE
 
 
-def _world() -> int:
+def _world_size() -> int:
     """The number of processes whose rows are contrasted, as ms-swift takes it from the environment."""
     world = int(os.environ.get("WORLD_SIZE") or os.environ.get("_PATCH_WORLD_SIZE") or 1)
     if world == 1:
@@ -122,12 +123,7 @@ def _world() -> int:
 
 def _of_all(sentences: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of every process; those of the others get no gradient."""
-    group, rank = dist.group.WORLD, dist.get_rank()
-    sizes = gather_rows(torch.tensor([sentences.shape[0]], device=sentences.device), group).tolist()
-    before = sum(sizes[:rank])
-    rows = gather_rows(sentences.detach(), group)
-    parts = [rows[:before], sentences, rows[before + sentences.shape[0] :]]
-    return torch.cat(parts), gather_rows(labels.detach(), group)
+    return with_others(sentences), gather_rows(labels.detach(), dist.group.WORLD)
 
 
 def _mean_loss(sentences: Tensor, labels: Tensor, options: _Options) -> Tensor:

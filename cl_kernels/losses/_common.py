@@ -92,21 +92,6 @@ def unit_rows(x: Tensor) -> Tensor:
     return (rows / squared.masked_fill(squared == 0, torch.inf).sqrt()).to(x.dtype)
 
 
-def zero_unless(valid: Tensor | None, x: Tensor) -> Tensor:
-    """`x` [N, ...] with 0, and gradient 0, where `valid` [N] is False, whatever stands there; None: as it
-    is."""
-    return x if valid is None else x.masked_fill(~valid.view(-1, *[1] * (x.dim() - 1)), 0)
-
-
-def among_valid(valid: Tensor | None, problem: Contrast) -> Contrast:
-    """`problem`, whose rows are its N keys or the first of them, with denominators over what is valid [N]: a
-    row meets the keys that are as valid as itself."""
-    if valid is None:
-        return problem
-    ids, n = valid.to(torch.int64), problem.q.shape[0]
-    return problem._replace(row_labels=ids if n == ids.shape[0] else ids[:n], col_labels=ids, among="same")
-
-
 def own_similarity(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
     """[N]: scale * q_i . k_i, summed in float32 (float64 for float64 inputs).
 
@@ -144,6 +129,13 @@ def log_add(x: Tensor, y: Tensor) -> Tensor:
     """log(e^x + e^y) of finite x and y; the second derivative of torch.logaddexp is NaN where they lie more
     than 709 apart."""
     return x + F.softplus(y - x, threshold=40.0)
+
+
+def log_add_any(x: Tensor, y: Tensor) -> Tensor:
+    """`log_add`, also where one or both are -inf."""
+    no_x, no_y = x == -torch.inf, y == -torch.inf
+    both = log_add(x.masked_fill(no_x, 0.0), y.masked_fill(no_y, 0.0))
+    return torch.where(no_x, y, torch.where(no_y, x, both))
 
 
 def over_segments(lse: Tensor, q: Tensor, keys: Sequence[Tensor], scale: float | Tensor) -> Tensor:

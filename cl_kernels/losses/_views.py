@@ -9,18 +9,10 @@ from torch import Tensor
 
 from .. import autograd, dtypes, validation
 from ..autograd import ContrastiveStats
-from ..distributed import Ranks, engine, gather, total
+from ..distributed import Ranks, engine, total
 from ..problem import Contrast
-from ._common import (
-    among_valid,
-    cross_entropy,
-    log_add,
-    reduced,
-    settled,
-    warn_of_nothing,
-    wide,
-    zero_unless,
-)
+from ._common import cross_entropy, log_add_any, reduced, settled, warn_of_nothing, wide
+from ._valid import among_valid, of_no_label, of_other_labels, zero_unless
 
 Memory = tuple[Tensor, Tensor]  # keys [K, D] and their labels [K]
 EMPTY_COUNT = 1e-6
@@ -109,36 +101,6 @@ def with_positives(given: Anchors, among: str = "all") -> Contrast:
     return problem._replace(row_labels=own, col_labels=columns, among=among, label_positives=True)
 
 
-def of_no_label(ids: Tensor, valid: Tensor | None, ranks: Ranks | None) -> Tensor:
-    """The ids [n] of labels, where a row is not valid one that no valid row of any rank has."""
-    if valid is None:
-        return ids
-    taken = rows_of_all(ids, ranks)
-    n = taken.shape[0]  # of n + 1 numbers, n ids leave one
-    small = torch.where((taken >= 0) & (taken < n), taken, n + 1)
-    seen = taken.new_zeros(n + 2).scatter(0, small, 1)
-    return torch.where(valid, ids, seen[: n + 1].argmin())
-
-
-def rows_of_all(x: Tensor, ranks: Ranks | None) -> Tensor:
-    """`x` [n, ...] of every rank."""
-    if ranks is None:
-        return x
-    if x.dtype == torch.bool:  # which not every backend of torch.distributed sends
-        return rows_of_all(x.to(torch.uint8), ranks) != 0
-    return gather(x, ranks.rows(x.shape[0]), ranks.group)
-
-
-def weights_of_valid(
-    mask: Tensor | None, valid: Tensor | None, ranks: Ranks | None, square: bool
-) -> Tensor | None:
-    """The mask with 0 in the rows, and if it is `square` the columns, of samples that are not valid [B]."""
-    if mask is None or valid is None:
-        return mask
-    mask = mask.masked_fill(~valid[:, None], 0)
-    return mask.masked_fill(~rows_of_all(valid, ranks), 0) if square else mask
-
-
 def with_mask(given: Anchors, mask: Tensor) -> Contrast:
     """The problem with its positives by their weights."""
     weights = mask.to(dtypes.accumulate_dtype(given.rows.dtype))
@@ -179,21 +141,6 @@ def _of_valid_keys(given: Anchors, problem: Contrast) -> ContrastiveStats:
         return others
     lse = others.lse if problem.among == "different" else log_add_any(same.lse, others.lse)
     return same._replace(lse=lse)
-
-
-def of_other_labels(problem: Contrast, valid: Tensor, ranks: Ranks | None) -> ContrastiveStats:
-    """The statistics over the valid keys whose label is not the row's, without positives."""
-    zeros = torch.zeros_like(valid, dtype=dtypes.accumulate_dtype(problem.q.dtype))
-    bias = zeros.masked_fill(~valid, -torch.inf)
-    others = problem._replace(among="different", label_positives=False, key_bias=bias)
-    return engine.contrastive(others, ranks)
-
-
-def log_add_any(x: Tensor, y: Tensor) -> Tensor:
-    """`log_add`, also where one or both are -inf."""
-    no_x, no_y = x == -torch.inf, y == -torch.inf
-    both = log_add(x.masked_fill(no_x, 0.0), y.masked_fill(no_y, 0.0))
-    return torch.where(no_x, y, torch.where(no_y, x, both))
 
 
 def outside_rows(given: Anchors, among: str = "all") -> tuple[Tensor, Tensor | None]:

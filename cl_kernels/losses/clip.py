@@ -11,16 +11,15 @@ from ..distributed import ProcessGroup, Ranks, engine, join, total
 from ..problem import Contrast
 from ._common import (
     Grouped,
-    among_valid,
     at_least_zero,
     cross_entropy,
+    log_add_any,
     loss_function,
     reduced,
     wide,
     with_unread,
-    zero_unless,
 )
-from ._views import log_add_any, of_no_label, of_other_labels
+from ._valid import among_valid, of_no_label, of_other_labels, zero_unless
 
 
 @loss_function

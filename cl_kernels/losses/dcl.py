@@ -10,9 +10,9 @@ from ..distributed import ProcessGroup, Ranks, engine, gather, join, total
 from ..problem import Contrast
 from ._common import (
     Grouped,
-    among_valid,
     inverse,
     log_add,
+    log_add_any,
     loss_function,
     nothing,
     reduced,
@@ -20,9 +20,8 @@ from ._common import (
     unit_rows,
     warn_if_alone,
     wide,
-    zero_unless,
 )
-from ._views import log_add_any, rows_of_all
+from ._valid import among_valid, rows_of_all, zero_unless
 
 
 @loss_function

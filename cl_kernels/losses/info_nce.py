@@ -12,7 +12,6 @@ from ..distributed import ProcessGroup, Ranks, engine, join, rows_of, total
 from ..problem import Contrast
 from ._common import (
     Grouped,
-    among_valid,
     beside,
     cross_entropy,
     inverse,
@@ -23,8 +22,8 @@ from ._common import (
     reduced,
     shown,
     warn_of_empty_queue,
-    zero_unless,
 )
+from ._valid import among_valid, zero_unless
 
 if TYPE_CHECKING:
     from ..queue import KeyQueue

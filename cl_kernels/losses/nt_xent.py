@@ -8,17 +8,8 @@ from torch import Tensor
 from .. import validation
 from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
-from ._common import (
-    Grouped,
-    among_valid,
-    cross_entropy,
-    inverse,
-    loss_function,
-    reduced,
-    shown,
-    unit_rows,
-    zero_unless,
-)
+from ._common import Grouped, cross_entropy, inverse, loss_function, reduced, shown, unit_rows
+from ._valid import among_valid, zero_unless
 
 
 @loss_function

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .. import validation
 from ..distributed import ProcessGroup, join, total
-from ._common import Grouped, inverse, loss_function, shown, zero_unless
-from ._views import Anchors, outside_rows, reduce_anchors, view_major, weights_of_valid
+from ._common import Grouped, inverse, loss_function, shown
+from ._valid import weights_of_valid, zero_unless
+from ._views import Anchors, outside_rows, reduce_anchors, view_major
 from .supcon import CONTRAST_MODES, NO_POSITIVE
 
 ANCHORS = ("all", "exits", "first")

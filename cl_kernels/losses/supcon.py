@@ -10,26 +10,16 @@ from torch import Tensor
 
 from .. import autograd, dispatch, dtypes, ops, reference, validation
 from ..distributed import ProcessGroup, join, rows_of, total
-from ._common import (
-    Grouped,
-    at_least_zero,
-    in_chunks,
-    inverse,
-    loss_function,
-    shown,
-    warn_if_alone,
-    zero_unless,
-)
+from ._common import Grouped, at_least_zero, in_chunks, inverse, loss_function, shown, warn_if_alone
+from ._valid import rows_of_all, weights_of_valid, zero_unless
 from ._views import (
     Anchors,
     Keys,
     outside_rows,
     reduce_anchors,
-    rows_of_all,
     statistics,
     view_major,
     warn_without_negatives,
-    weights_of_valid,
     with_positives,
     without,
 )

@@ -269,6 +269,7 @@ def test_a_backward_of_gist_inside_of_autocast_is_exact(chunk: int, monkeypatch:
         ("gist", lambda loss: setattr(loss, "similarity_fct", nn.CosineSimilarity(dim=1))),
         ("gist", lambda loss: setattr(loss.cross_entropy_loss, "label_smoothing", 0.1)),
         ("gist", lambda loss: setattr(loss, "cross_entropy_loss", nn.MSELoss())),
+        ("gist", lambda loss: setattr(loss.cross_entropy_loss, "ignore_index", 0)),
     ],
 )
 def test_what_was_changed_falls_back(kind: str, spoil: Callable[[Any], None]) -> None:

@@ -145,4 +145,4 @@ def test_sequence_parallelism_falls_back(monkeypatch: pytest.MonkeyPatch) -> Non
     parallel = SimpleNamespace(dp_group=object())
     monkeypatch.setattr(sys.modules["swift.sequence_parallel"], "sequence_parallel", parallel)
     with pytest.raises(ours.Unfused, match="parallel"):
-        ours._world()
+        ours._world_size()
