@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
-from peers.cases import PeerCase, features
+from peers.cases import ACCELERATED, Inputs, Loss, PeerCase, features, ways, with_queue
 from peers.repositories import clone, load_solo
-from peers.solo_learn_cases import with_queue
 from torch import Tensor
 
-import cl_kernels
 from cl_kernels.integrations import dimcl
 
 NEEDS = ()
@@ -38,12 +37,17 @@ def cases() -> list[PeerCase]:
     theirs = load_solo("DimCL", FILES)
 
     def case(
-        name: str, options: str, inputs: object, measured: int | None = None, **keywords: object
+        name: str,
+        options: str,
+        inputs: Inputs,
+        way: str = "",
+        measured: int | None = None,
+        **keywords: Any,
     ) -> PeerCase:
         original = getattr(theirs["moco" if name == "moco_loss_func" else "oursloss"], name)
-        ours = cl_kernels.accelerate(original) if "accelerated" in options else getattr(dimcl, name)
+        ours = ways(original, getattr(dimcl, name))[way]
 
-        def call(function: object) -> object:
+        def call(function: Loss) -> Loss:
             def loss(*given: Tensor) -> Tensor:
                 extra = {"extra_pos_mask": given[3]} if len(given) == 4 else {}
                 before = torch.get_default_dtype()
@@ -57,7 +61,7 @@ def cases() -> list[PeerCase]:
 
         return PeerCase(
             f"dimcl.{name}",
-            ", ".join([options, *(f"{k}={v}" for k, v in keywords.items())]),
+            ", ".join([options + way, *(f"{k}={v}" for k, v in keywords.items())]),
             partial(call, original),
             partial(call, ours),
             inputs,
@@ -72,15 +76,16 @@ def cases() -> list[PeerCase]:
         given = partial(views, correlated, False)
         found += [
             case("ours_loss_func", shown, given, measured=None if correlated else 4096),
-            case("ours_loss_func", f"{shown}, accelerated", given, tau_decor=0.5),
+            case("ours_loss_func", shown, given, ACCELERATED, tau_decor=0.5),
             case("ours_loss_func", f"{shown}, extra positives", partial(views, correlated, True)),
             case("ours_loss_func_multigpu", shown, given),
-            case("ours_loss_func_multigpu", f"{shown}, accelerated", given, tau_decor=0.5),
+            case("ours_loss_func_multigpu", shown, given, ACCELERATED, tau_decor=0.5),
             case("ours_simple_loss_func", shown, given, measured=None if correlated else 4096),
-            case("ours_simple_loss_func", f"{shown}, accelerated", given, lam_simple=0.3),
+            case("ours_simple_loss_func", shown, given, ACCELERATED, lam_simple=0.3),
         ]
     for frozen in (True, False):
         shown = "frozen keys" if frozen else "keys with gradient"
-        found.append(case("moco_loss_func", shown, partial(with_queue, 100, True, frozen)))
-    found.append(case("moco_loss_func", "accelerated", partial(with_queue, 100, True, True), temperature=0.2))
+        given = partial(with_queue, 100, True, frozen)
+        found.append(case("moco_loss_func", shown, given))
+        found.append(case("moco_loss_func", shown, given, ACCELERATED, temperature=0.2))
     return found

@@ -9,18 +9,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from peers.cases import PeerCase
+from peers.cases import Inputs, Loss, PeerCase, unit_views, ways
 from peers.repositories import clone, load
-from peers.supcontrast_cases import unit_views
 from torch import Tensor
 
-import cl_kernels
 from cl_kernels.integrations import eztorch
 
 NEEDS = ()
 TOKENS = 8
 
 Make = Callable[[int], tuple[Tensor, ...]]  # the masks for a number of rows
+Call = Callable[[Loss], Loss]  # a loss of the inputs, of the function compared
 
 
 def keyed(
@@ -67,17 +66,14 @@ class Cases:
         self.files = {name: load("eztorch", f"eztorch/losses/{name}_loss.py") for name in names}
         self.found: list[PeerCase] = []
 
-    def add(self, file: str, options: str, call: Any, inputs: Any, measured: bool = False) -> None:
+    def add(self, file: str, options: str, call: Call, inputs: Inputs, measured: bool = False) -> None:
         """Twice, with the adapter's function and with an accelerated one; `call` makes a loss of one."""
         name = f"compute_{file}_loss"
         original = getattr(self.files[file], name)
-        twins = {options: getattr(eztorch, name), f"{options}, accelerated": cl_kernels.accelerate(original)}
-        for shown, ours in twins.items():
-            rows = 4096 if measured and shown == options else None
-            case = PeerCase(
-                f"eztorch.{name}", shown, partial(call, original), partial(call, ours), inputs, measured=rows
-            )
-            self.found.append(case)
+        for way, ours in ways(original, getattr(eztorch, name)).items():
+            rows = 4096 if measured and not way else None
+            made = partial(call, original), partial(call, ours)
+            self.found.append(PeerCase(f"eztorch.{name}", options + way, *made, inputs, measured=rows))
 
 
 def cases() -> list[PeerCase]:
@@ -108,8 +104,8 @@ def _with_keys(cases: Cases, use_keys: bool, world: int, queue: int, frozen: boo
         mask = getattr(cases.files[file], f"compute_{file}_mask")(rows, queue, use_keys, world - 1, world)
         return () if mask is None else (mask,)
 
-    def soft(*weight: Any, temp: float = 0.1, temp_m: float = 0.07) -> Any:
-        def call(function: Any) -> Any:
+    def soft(*weight: Any, temp: float = 0.1, temp_m: float = 0.07) -> Call:
+        def call(function: Loss) -> Loss:
             def loss(q: Tensor, k: Tensor, everyone: Tensor, *rest: Tensor) -> Tensor:
                 bank, mask = rest[0] if queue else None, rest[-1] if len(rest) > bool(queue) else None
                 return function(q, k, everyone, use_keys, bank, mask, *weight, temp, temp_m)
@@ -118,10 +114,10 @@ def _with_keys(cases: Cases, use_keys: bool, world: int, queue: int, frozen: boo
 
         return call
 
-    def moco(function: Any) -> Any:
+    def moco(function: Loss) -> Loss:
         return lambda q, k, everyone, bank=None: function(q, k, everyone, use_keys, bank, rank=world - 1)
 
-    def mocov3(function: Any) -> Any:
+    def mocov3(function: Loss) -> Loss:
         return lambda q, k, everyone: function(q, everyone, 0.2, world - 1)
 
     sce, ressl, bare = (
@@ -142,7 +138,7 @@ def _simclr(cases: Cases, count: int, world: int, alone: bool) -> None:
         file = cases.files["simclr"]
         return tuple(file.compute_simclr_masks(rows // count, count, world - 1, world))
 
-    def call(function: Any) -> Any:
+    def call(function: Loss) -> Loss:
         def loss(z: Tensor, *rest: Tensor) -> Tensor:
             return function(z, *([z, *rest] if alone else rest), 0.2)
 
@@ -164,7 +160,7 @@ def _tokens(cases: Cases, which: str, aligned: bool, radius: int, queue: int, fr
         )
         return tuple(mask for mask in made[:4] if mask is not None)
 
-    def call(function: Any) -> Any:
+    def call(function: Loss) -> Loss:
         def loss(q: Tensor, k: Tensor, everyone: Tensor, *rest: Tensor) -> Tensor:
             bank, given = (rest[0], rest[1:]) if queue else (None, rest)
             given = (None, *given, None) if every_query else given

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
-from peers.cases import PeerCase
+from peers.cases import ACCELERATED, Loss, PeerCase, classes, unit_views, ways, weights
 from peers.repositories import clone, load
-from peers.supcontrast_cases import classes, unit_views, weights
 from torch import Tensor
 
-import cl_kernels
 from cl_kernels.integrations import selfcon
 
 NEEDS = ()
@@ -42,18 +41,18 @@ def cases() -> list[PeerCase]:
     if clone("self-contrastive-learning") is None:
         return []
     theirs = load("self-contrastive-learning", "losses/losses.py").ConLoss
+    ours = ways(theirs, selfcon.ConLoss)
 
     def case(
         views: int,
         supervision: str,
         *flags: str,
-        twin: bool = False,
+        way: str = "",
         measured: int | None = None,
-        **options: object,
+        **options: Any,
     ) -> PeerCase:
-        def make(kind: type, twin: bool = False) -> object:
+        def make(kind: Any) -> Loss:
             loss = kind(**options)
-            loss = cl_kernels.accelerate(loss) if twin else loss
             name = "mask" if supervision in ("bool", "weights") else "labels"
 
             def call(features: Tensor, given: Tensor | None = None) -> Tensor:
@@ -64,16 +63,16 @@ def cases() -> list[PeerCase]:
         shown = [f"{k}={v}" for k, v in options.items()] + [f"{views} views", supervision, *flags]
         return PeerCase(
             "selfcon.ConLoss",
-            ", ".join([*shown, "accelerated"] if twin else shown),
+            ", ".join(shown) + way,
             partial(make, theirs),
-            partial(make, theirs, True) if twin else partial(make, selfcon.ConLoss),
+            partial(make, ours[way]),
             partial(inputs, views, supervision, 2 if "selfcon_m_FG" in flags else 1),
             # Weights are float32 there, and summed in it.
             close=(1e-7, 5e-6) if supervision == "weights" else (1e-12, 5e-6),
             measured=measured,
         )
 
-    found = [case(2, "labels", twin=True), case(2, "labels", measured=4096)]
+    found = [case(2, "labels", way=ACCELERATED), case(2, "labels", measured=4096)]
     for supervision in ("none", "labels", "bool", "weights"):
         for views in (2, 3):
             found += [

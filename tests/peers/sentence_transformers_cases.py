@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cases import PeerCase, features
+from .cases import Loss, PeerCase, features
 
 NEEDS = ("sentence_transformers",)
 
@@ -74,15 +74,15 @@ def mini_batches(columns: Sequence[Tensor], rows: int = MINI_BATCH) -> list[list
     return [list(x.split(rows)) for x in columns]
 
 
-def from_embeddings(loss: Any) -> Callable[..., Tensor]:
+def from_embeddings(loss: Any) -> Loss:
     return lambda *embeddings: loss.compute_loss_from_embeddings(list(embeddings), None)
 
 
-def from_mini_batches(loss: Any) -> Callable[..., Tensor]:
+def from_mini_batches(loss: Any) -> Loss:
     return lambda *embeddings: loss.calculate_loss(mini_batches(embeddings, loss.mini_batch_size))
 
 
-def from_features(loss: Any) -> Callable[..., Tensor]:
+def from_features(loss: Any) -> Loss:
     def call(*tensors: Tensor) -> Tensor:
         half = len(tensors) // 2
         pairs = zip(tensors[:half], tensors[half:], strict=True)
@@ -91,7 +91,7 @@ def from_features(loss: Any) -> Callable[..., Tensor]:
     return call
 
 
-def from_guided_mini_batches(loss: Any) -> Callable[..., Tensor]:
+def from_guided_mini_batches(loss: Any) -> Loss:
     def call(*tensors: Tensor) -> Tensor:
         parts = mini_batches(tensors, loss.mini_batch_size)
         return loss.calculate_loss(parts[: len(parts) // 2], parts[len(parts) // 2 :])
@@ -99,7 +99,7 @@ def from_guided_mini_batches(loss: Any) -> Callable[..., Tensor]:
     return call
 
 
-def with_scale(loss: Any) -> Callable[..., Tensor]:
+def with_scale(loss: Any) -> Loss:
     """Embeddings and a scale, which gets its gradient."""
 
     def call(*tensors: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def cases() -> list[PeerCase]:
 
     def case(
         loss: str,
-        call: Callable[[Any], Callable[..., Tensor]],
+        call: Callable[[Any], Loss],
         inputs: partial[list[Tensor]],
         kind: str | None = None,
         **options: Any,
@@ -132,7 +132,7 @@ def cases() -> list[PeerCase]:
         shown = [kind, call.__name__, f"{inputs.args[0]} columns"]
         shown += [f"{name}={getattr(x, '__name__', x)}" for name, x in options.items()]
 
-        def make(module: Any) -> Callable[..., Tensor]:
+        def make(module: Any) -> Loss:
             return call(getattr(module, kind)(*map(Given, models), **options))
 
         return PeerCase(

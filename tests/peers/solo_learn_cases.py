@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
-from peers.cases import PeerCase, features
+from peers.cases import ACCELERATED, Inputs, PeerCase, classes, features, ways, with_queue
 from peers.repositories import clone, load_solo
-from peers.supcontrast_cases import classes, unit_views
 from torch import Tensor
 
-import cl_kernels
 from cl_kernels.integrations import solo_learn
 
 NEEDS = ()
@@ -32,31 +31,18 @@ def pair(rows: int, dtype: torch.dtype, generator: torch.Generator, frozen: bool
     return [features(rows, 128, dtype, generator), features(rows, 128, dtype, generator, not frozen)]
 
 
-def with_queue(
-    length: int,
-    transposed: bool,
-    frozen: bool,
-    rows: int,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> list[Tensor]:
-    """q, k of unit rows and a queue of `length` (0: as many as rows), [D, K] or [K, D]."""
-    make = partial(unit_views, dtype=dtype, generator=generator)
-    q, k, queue = make(rows, 128), make(rows, 128), make(length or rows, 128)
-    queue = queue.detach().T.contiguous() if transposed else queue.detach()
-    return [q, k.requires_grad_(not frozen), queue.requires_grad_(not frozen)]
-
-
 def cases() -> list[PeerCase]:
     if clone("solo-learn") is None:
         return []
     theirs = load_solo("solo-learn", FILES)
 
-    def case(file: str, options: str, inputs: object, measured: bool = False, **keywords: object) -> PeerCase:
+    def case(
+        file: str, options: str, inputs: Inputs, way: str = "", measured: bool = False, **keywords: Any
+    ) -> PeerCase:
         name = f"{file}_loss_func"
         original = getattr(theirs[file], name)
-        ours = cl_kernels.accelerate(original) if "accelerated" in options else getattr(solo_learn, name)
-        shown = ", ".join([options, *(f"{k}={v}" for k, v in keywords.items())])
+        ours = ways(original, getattr(solo_learn, name))[way]
+        shown = ", ".join([options + way, *(f"{k}={v}" for k, v in keywords.items())])
         return PeerCase(
             f"solo_learn.{name}",
             shown,
@@ -66,7 +52,7 @@ def cases() -> list[PeerCase]:
             measured=4096 if measured else None,
         )
 
-    found = [case("simclr", "two views, accelerated", partial(indexed, "two views"))]
+    found = [case("simclr", "two views", partial(indexed, "two views"), ACCELERATED)]
     for kind in ("two views", "three views", "classes", "shuffled pairs"):
         found.append(case("simclr", kind, partial(indexed, kind), measured=kind == "two views"))
         found.append(case("simclr", kind, partial(indexed, kind), temperature=0.5))
@@ -75,14 +61,14 @@ def cases() -> list[PeerCase]:
         for file in ("mocov3", "nnclr"):
             given = partial(pair, frozen=frozen)
             found.append(case(file, shown, given, measured=frozen))
-            found.append(case(file, f"{shown}, accelerated", given, temperature=0.07))
+            found.append(case(file, shown, given, ACCELERATED, temperature=0.07))
         moco, ressl = (partial(with_queue, 100, transposed, frozen) for transposed in (True, False))
-        for suffix in ("", ", accelerated"):
+        for way in ("", ACCELERATED):
             found += [
-                case("mocov2plus", shown + suffix, moco),
-                case("mocov2plus", shown + suffix, moco, temperature=0.2),
-                case("ressl", shown + suffix, ressl),
-                case("ressl", shown + suffix, ressl, temperature_q=0.2, temperature_k=0.1),
+                case("mocov2plus", shown, moco, way),
+                case("mocov2plus", shown, moco, way, temperature=0.2),
+                case("ressl", shown, ressl, way),
+                case("ressl", shown, ressl, way, temperature_q=0.2, temperature_k=0.1),
             ]
     found.append(case("mocov2plus", "as many keys", partial(with_queue, 0, True, True), measured=True))
     found.append(case("ressl", "as many keys", partial(with_queue, 0, False, True), measured=True))

@@ -4,39 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
-from peers.cases import PeerCase
+from peers.cases import ACCELERATED, Loss, PeerCase, classes, unit_views, ways, weights
 from peers.repositories import clone, load
 from torch import Tensor
 
-import cl_kernels
 from cl_kernels.integrations import supcontrast
 
 NEEDS = ()
-
-
-def unit_views(*sizes: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Rows of unit length, the same numbers in every dtype."""
-    x = torch.randn(*sizes, generator=generator, dtype=torch.float64)
-    return torch.nn.functional.normalize(x, dim=-1).to(dtype).requires_grad_()
-
-
-def classes(rows: int, generator: torch.Generator, count: int = 5) -> Tensor:
-    """Labels, those of the first `count` rows twice at least."""
-    labels = torch.randint(0, count, (rows,), generator=generator)
-    labels[: 2 * count] = torch.arange(2 * count)[: len(labels)] % count
-    return labels
-
-
-def weights(kind: str, rows: int, generator: torch.Generator) -> Tensor:
-    """A mask: "bool" of some others, with rows that have none; "weights" between 0 and 1, not symmetric."""
-    chance = torch.rand(rows, rows, generator=generator, dtype=torch.float64)
-    if kind == "weights":
-        return chance
-    mask = chance < 0.3
-    mask[1] = False
-    return mask
 
 
 def inputs(
@@ -49,7 +26,7 @@ def inputs(
     return [x, labels if supervision == "labels" else weights(supervision, rows, generator)]
 
 
-def as_mask(loss: torch.nn.Module) -> object:
+def as_mask(loss: Loss) -> Loss:
     return lambda features, mask: loss(features, mask=mask)
 
 
@@ -57,26 +34,26 @@ def cases() -> list[PeerCase]:
     if clone("SupContrast") is None:
         return []
     theirs = load("SupContrast", "losses.py").SupConLoss
+    ours = ways(theirs, supcontrast.SupConLoss)
 
-    def case(options: dict, views: int, supervision: str, accelerated: bool = False) -> PeerCase:
-        def make(kind: type, twin: bool = False) -> object:
+    def case(options: dict[str, Any], views: int, supervision: str, way: str = "") -> PeerCase:
+        def make(kind: Any) -> Loss:
             loss = kind(**options)
-            loss = cl_kernels.accelerate(loss) if twin else loss
             return loss if supervision in ("none", "labels") else as_mask(loss)
 
         shown = ", ".join(f"{k}={v}" for k, v in options.items())
         return PeerCase(
             "supcontrast.SupConLoss",
-            f"{shown or 'defaults'}, {views} views, {supervision}{', accelerated' if accelerated else ''}",
+            f"{shown or 'defaults'}, {views} views, {supervision}{way}",
             partial(make, theirs),
-            partial(make, theirs, True) if accelerated else partial(make, supcontrast.SupConLoss),
+            partial(make, ours[way]),
             partial(inputs, views, supervision),
             # Weights are float32 there, and summed in it.
             close=(1e-7, 5e-6) if supervision == "weights" else (1e-12, 5e-6),
             measured=4096 if not options and views == 2 and supervision == "labels" else None,
         )
 
-    found = [case({}, 2, "labels"), case({}, 2, "labels", accelerated=True)]
+    found = [case({}, 2, "labels"), case({}, 2, "labels", ACCELERATED)]
     for mode, views, supervision in product(("all", "one"), (1, 2, 3), ("none", "labels", "bool", "weights")):
         if (views, supervision) != (1, "none"):  # no positives at all: 0 there and here
             options = {"contrast_mode": mode, "temperature": 0.1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from itertools import product
@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .cases import PeerCase, features
+from .cases import Loss, PeerCase, features
 
 NEEDS = ("swift", "transformers")
 LOSS = "swift.InfonceLoss"
@@ -76,7 +76,7 @@ def grouped(
     return [x.requires_grad_(), labels]
 
 
-def with_environment(loss: Callable[..., Tensor], **environment: object) -> Callable[..., Tensor]:
+def with_environment(loss: Loss, **environment: object) -> Loss:
     """`loss` under INFONCE_ variables, and with the same random negatives each time."""
     names = {f"INFONCE_{name.upper()}": str(value) for name, value in environment.items()}
 
@@ -102,7 +102,7 @@ def cases() -> list[PeerCase]:
         options = [f"{name}={value}" for name, value in environment.items()]
         inputs = partial(grouped, documents, width=128 if "measured" in given else 32)
 
-        def make(module: Any) -> Callable[..., Tensor]:
+        def make(module: Any) -> Loss:
             return with_environment(module.InfonceLoss(None, None), **environment)
 
         title = ", ".join([f"documents={documents}", *options])

@@ -60,7 +60,7 @@ def test_bank_moves_as_theirs() -> None:
         assert torch.equal(mine.memory_bank.bank_ptr, theirs.memory_bank.bank_ptr)
 
 
-def test_bank_stays_withoutgradients() -> None:
+def test_bank_stays_without_gradients() -> None:
     _, mine = _both("NTXentLoss", **BANK)
     before = mine.memory_bank.bank.clone()
     with torch.no_grad():
