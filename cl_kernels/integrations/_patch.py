@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from ._registry import LIBRARIES, digest, library
+from ._registry import LIBRARIES, digest, known_name
 from ._swap import Swap, Unfused, logger, swaps
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
     not in modules that have imported them by name before.
 
     Args:
-        name: one of `cl_kernels.integrations.LIBRARIES`.
+        name: one of `cl_kernels.integrations.LIBRARIES`, or the name of its distribution.
         verbose: whether to print what is swapped.
 
     Returns:
@@ -78,16 +78,20 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
     Example:
         >>> import cl_kernels as clk
         >>> clk.patch("lightly")  # doctest: +SKIP
-        cl_kernels: lightly.loss.ntx_ent_loss:NTXentLoss.forward
+        cl_kernels serves lightly.loss.ntx_ent_loss:NTXentLoss.forward
     """
-    known = library(name)
+    name = known_name(name)
+    known = LIBRARIES[name]
     fault = known.fault()
     if fault is not None:
         raise RuntimeError(f"{fault}; an adapter can be imported from cl_kernels.integrations.{name}")
     import_module(f".{name}", __package__)
     found = [swap for swap in swaps(name) if _there(swap)]
     if not found:
-        raise ImportError(f"nothing of {name} is importable as {known.package}")
+        raise ImportError(
+            f"nothing of {name} is importable as {known.package}: its repository must be on sys.path; "
+            "accelerate needs no import"
+        )
     if name in _patched:
         if all(hasattr(getattr(swap.owner(), swap.attribute), "replaces") for swap in found):
             return Patch(name, [])
@@ -105,7 +109,7 @@ def patch(name: str, *, verbose: bool = True) -> Patch:
         raise
     targets = [swap.target for swap in found]
     if verbose:
-        print(*(f"cl_kernels: {target}" for target in targets), sep="\n")
+        print(*(f"cl_kernels serves {target}" for target in targets), sep="\n")
     return Patch(name, targets)
 
 
@@ -129,14 +133,13 @@ def unpatch(name: str | None = None) -> None:
         >>> import cl_kernels as clk
         >>> clk.unpatch()  # nothing is patched: nothing changes
     """
-    for each in [name] if name is not None else list(_patched):
-        known = library(each)
+    for each in [known_name(name)] if name is not None else list(_patched):
         for place in reversed(_patched.pop(each, [])):
             if place.original is None:  # the class had inherited it
                 delattr(place.holder, place.attribute)
                 continue
             setattr(place.holder, place.attribute, place.original)
-            for holder, attribute in _holders(known.package, place.replaced):  # imported since
+            for holder, attribute in _holders(LIBRARIES[each].package, place.replaced):  # imported since
                 setattr(holder, attribute, place.original)
 
 
@@ -184,7 +187,12 @@ def _twin(criterion: Any) -> Any:
         twin = _with_children(_copy(criterion))
         if twin is not None:
             return twin
-    raise Unfused(f"no adapter here knows {kind.__module__}.{kind.__qualname__}")
+    if isinstance(criterion, type):
+        raise Unfused("it is a class: an instance is wanted")
+    raise Unfused(
+        f"no adapter here knows {kind.__module__}.{kind.__qualname__}; of a model, give the criterion alone, "
+        "of a compiled one what was compiled"
+    )
 
 
 def _copy(criterion: Any) -> Any:
@@ -218,6 +226,7 @@ def _with_children(module: nn.Module) -> nn.Module | None:
 
 def _swaps_of(kind: Any) -> list[Swap]:
     """Those that replace a function, or methods of a class."""
+    changed = False
     for name, known in LIBRARIES.items():
         copied = known.distribution is None
         if not copied and _root(kind) != known.package:
@@ -233,6 +242,10 @@ def _swaps_of(kind: Any) -> list[Swap]:
         mine = [swap for swap in swaps(name) if has(kind, swap)]
         if mine:
             return mine
+        if copied and any(swap.qualname.partition(".")[0] == kind.__qualname__ for swap in swaps(name)):
+            changed = True
+    if changed:
+        raise Unfused(f"its source is none of those of {kind.__qualname__} that were compared")
     return []
 
 
@@ -265,7 +278,7 @@ def _has_source(kind: Any, swap: Swap) -> bool:
 def _fused_class(kind: type, found: tuple[Swap, ...]) -> type:
     """A subclass of `kind`: the adapter's own, if it is one."""
     adapter = getattr(import_module(f".{found[0].library}", __package__), kind.__name__, None)
-    if inspect.isclass(adapter) and issubclass(adapter, kind):
+    if inspect.isclass(adapter) and issubclass(adapter, kind) and adapter is not kind:
         return adapter
     methods = {swap.attribute: swap for swap in found}
     originals = {name: getattr(kind, name) for name in methods}

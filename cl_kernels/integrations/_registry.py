@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from importlib import import_module, metadata
+from types import ModuleType
 from typing import Any, NamedTuple
 
 
@@ -48,15 +49,27 @@ LIBRARIES = {
 }
 
 
-def library(name: str) -> Library:
-    """A library by its name.
+def known_name(name: str) -> str:
+    """The name of a library here, from that or from the name of its distribution.
 
     Raises:
         ValueError: if there is none.
     """
-    if name not in LIBRARIES:
-        raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {name!r}")
-    return LIBRARIES[name]
+    for key, known in LIBRARIES.items():
+        if name in (key, known.distribution):
+            return key
+    raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {name!r}")
+
+
+def passed_on(library: ModuleType) -> Callable[[str], Any]:
+    """A module's `__getattr__` that gives the library's own names, so that a line may import both kinds."""
+
+    def look_up(name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(library, name)
+
+    return look_up
 
 
 def digest(function: Callable[..., Any]) -> str:

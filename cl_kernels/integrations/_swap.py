@@ -15,6 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import validation
+from ._registry import LIBRARIES
 
 R = TypeVar("R")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -106,10 +107,10 @@ class Swap:
             else:
                 _count(_fused, self.name)
                 return result
-            own = original or self._instead_of(reason, error)
-            _count(_fallback, self.name)
+            result = (original or self._instead_of(reason, error))(*args, **options)
+            _count(_fallback, self.name)  # not for arguments that the library does not take either
             self._say(reason)
-            return own(*args, **options)
+            return result
 
         call.replaces = self.target  # type: ignore[attr-defined]
         if original is not None:
@@ -219,6 +220,11 @@ def served(library: str, target: str) -> Callable[[Function], Function]:
 
 def _served(library: str, target: str, original: Callable[..., Any]) -> Callable[..., Any]:
     asked = os.environ.get("CL_KERNELS_SERVE", "").replace(" ", "").split(",")
+    unknown = set(asked) - {"", "0", "1", "all", *LIBRARIES}
+    if unknown:
+        logger.warning(
+            "CL_KERNELS_SERVE takes 1, all or %s, got %s", ", ".join(LIBRARIES), ", ".join(unknown)
+        )
     if not {"1", "all", library} & set(asked):
         return original
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import lightly.loss
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -22,9 +23,11 @@ from ..losses._common import beside, cross_entropy, inverse, own_similarity
 from ..problem import Contrast
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
 from ._formulas import plain_cross_entropy
+from ._registry import passed_on
 from ._swap import Unfused, fused
 
 __all__ = ["DCLLoss", "DCLWLoss", "DirectCLRLoss", "MACLLoss", "NTXentLoss"]
+__getattr__ = passed_on(lightly.loss)
 
 
 class _Others(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import open_clip
 import torch
 from open_clip import loss as library
 from torch import Tensor
@@ -17,9 +18,11 @@ from ..losses import clip_loss
 from ..losses._common import own_similarity, settled, wide
 from ..problem import Contrast, SoftTarget
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype, promoted, same_dtypes
+from ._registry import passed_on
 from ._swap import Unfused, fused
 
 __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss"]
+__getattr__ = passed_on(open_clip)
 
 PARTS = ("get_logits", "get_ground_truth")
 

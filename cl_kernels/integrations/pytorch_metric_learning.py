@@ -30,9 +30,11 @@ from .. import autograd, dtypes, validation
 from ..losses._common import at_least_zero, in_chunks, inverse
 from ..problem import Contrast
 from ._dtypes import autocast_dtype, logsumexp_dtype, product_dtype
+from ._registry import passed_on
 from ._swap import Unfused, fused
 
 __all__ = ["CrossBatchMemory", "DistributedLossWrapper", "NTXentLoss", "SupConLoss"]
+__getattr__ = passed_on(losses)
 
 HOOKS = ("_compute_loss", "mat_based_loss", "pair_based_loss")
 

@@ -30,7 +30,10 @@ from ..losses._common import beside, in_chunks, log_add, own_similarity
 from ..problem import Contrast
 from ._dtypes import cross_entropy_dtype, logsumexp_dtype
 from ._formulas import plain_cross_entropy
+from ._registry import passed_on
 from ._swap import Unfused, fused
+
+__getattr__ = passed_on(losses)
 
 _LOSSES = "sentence_transformers.sentence_transformer.losses"
 _COSINES = (cos_sim, pytorch_cos_sim)
