@@ -162,7 +162,6 @@ def test_what_falls_back_has_open_clips_value(caplog: pytest.LogCaptureFixture) 
     if "use_horovod" in inspect.signature(library.ClipLoss).parameters:  # until 3.3.0
         with pytest.raises(AssertionError, match="horovod"):
             ours.ClipLoss(use_horovod=True, world_size=2)(*clip)
-        assert "Horovod" in caplog.text
     with clk.patch("open_clip", verbose=False), _runs("ClipLoss", fallback=1):
         found = _Shifted()(*clip)
     assert torch.equal(found, _Shifted()(*clip))
