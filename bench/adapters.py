@@ -32,7 +32,7 @@ from peers.side_by_side import both  # noqa: E402
 from cl_kernels.bench import fresh, machine, results, timing  # noqa: E402
 
 COMMAND = machine.command().replace("adapters.py", "bench/adapters.py")
-SECONDS = 40.0
+SECONDS = 15.0
 ROUNDS = 7
 
 

@@ -106,7 +106,7 @@ def test_what_is_not_fused_is_the_library_s() -> None:
     library()
     sentences, labels = example()
     loss = ours.InfonceLoss(None, None)
-    with runs(LOSS, fallback=4):
+    with runs(LOSS, fallback=2):  # the library raises in the first two
         with pytest.raises(AssertionError):  # a group of no negatives
             with_environment(loss, hard_negatives=2)(sentences, labels)
         with pytest.raises(ValueError, match="truth value"):
