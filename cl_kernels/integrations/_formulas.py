@@ -15,6 +15,7 @@ from ..losses import info_nce_loss
 from ..losses._common import beside, cross_entropy, inverse, over_segments, wide
 from ..losses._views import EMPTY_COUNT, Anchors, outside_rows, view_major
 from ..problem import Contrast, SoftTarget
+from ._dtypes import cross_entropy_dtype
 from ._registry import digest
 
 Scalar = float | Tensor
@@ -188,8 +189,9 @@ def bank(queue: Tensor) -> Tensor:
 
 
 def beside_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor) -> Tensor:
-    """InfoNCE with the transpose of a queue [D, K]."""
-    return info_nce_loss(query, key, bank(queue), temperature=temperature)
+    """InfoNCE with the transpose of a queue [D, K], in the repositories' dtype."""
+    loss = info_nce_loss(query, key, bank(queue), temperature=temperature)
+    return loss.to(cross_entropy_dtype(query))
 
 
 def gather_kind() -> str | None:

@@ -238,12 +238,14 @@ def _swaps_of(kind: Any) -> list[Swap]:
             fault = str(error)
         if fault is not None:
             raise Unfused(fault)
-        has = _has_source if copied else _has
-        mine = [swap for swap in swaps(name) if has(kind, swap)]
+        if copied:
+            named = [swap for swap in swaps(name) if swap.subject == kind.__qualname__]
+            mine = [swap for swap in named if _has_source(kind, swap)]
+            changed = changed or bool(named)
+        else:
+            mine = [swap for swap in swaps(name) if _has(kind, swap)]
         if mine:
             return mine
-        if copied and any(swap.qualname.partition(".")[0] == kind.__qualname__ for swap in swaps(name)):
-            changed = True
     if changed:
         raise Unfused(f"its source is none of those of {kind.__qualname__} that were compared")
     return []
@@ -257,19 +259,11 @@ def _has(kind: Any, swap: Swap) -> bool:
     return inspect.isclass(owner) and issubclass(kind, owner) and getattr(kind, name) is getattr(owner, name)
 
 
-def _method(swap: Swap, kind: Any) -> Any:
-    """The function of `kind` that a swap replaces, `kind` itself if it is one."""
-    if isinstance(kind, FunctionType):
-        return kind
-    return getattr(kind, swap.attribute, None)
-
-
 def _has_source(kind: Any, swap: Swap) -> bool:
-    """Whether a function, or a class of the same name, has a known source, wherever it was copied to."""
-    if kind.__qualname__ != swap.qualname.partition(".")[0]:
-        return False
+    """Whether a function, or a class's method, has a known source, wherever it was copied to."""
+    function: Any = kind if isinstance(kind, FunctionType) else getattr(kind, swap.attribute, None)
     try:
-        return digest(_method(swap, kind)) in swap.known
+        return digest(function) in swap.known
     except (OSError, TypeError):  # defined where no source can be read
         return False
 

@@ -61,12 +61,13 @@ class Swap:
         self.library = ours.__module__.rpartition(".")[2]
         self.target, self.ours, self.relies_on, self.known = target, ours, relies_on, known
         self.module, _, self.qualname = target.partition(":")
+        self.subject = self.qualname.partition(".")[0]  # the class or the function
         self.attribute = self.qualname.rpartition(".")[2]
 
     @property
     def name(self) -> str:
         """The library and the class or function, as `calls` and messages call it."""
-        return f"{self.library}.{self.qualname.partition('.')[0]}"
+        return f"{self.library}.{self.subject}"
 
     def owner(self) -> Any:
         """The class or the module that holds the target; the library is imported."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import dtypes, validation
 from ..losses import dimcl_loss
-from ._dtypes import cross_entropy_dtype, logsumexp_dtype, product_dtype
+from ._dtypes import logsumexp_dtype, product_dtype
 from ._formulas import GATHERS_OWN, beside_queue, gather_kind, with_others, world
 from ._swap import Unfused, fused
 
@@ -84,4 +84,4 @@ def _simple(z1: Tensor, z2: Tensor, weight: float | Tensor) -> Tensor:
 @fused("solo.losses.moco:moco_loss_func", known=("e08562a35f463ea5",))
 def moco_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     """`cl_kernels.info_nce_loss` of queries and keys [N, D] and a queue [D, K]."""
-    return beside_queue(query, key, queue, temperature).to(cross_entropy_dtype(query))
+    return beside_queue(query, key, queue, temperature)

@@ -51,7 +51,7 @@ def mocov2plus_loss_func(
     query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor = 0.1
 ) -> Tensor:
     """`cl_kernels.info_nce_loss` of queries and keys [N, D] and a queue [D, K], not normalised."""
-    return beside_queue(query, key, queue, temperature).to(cross_entropy_dtype(query))
+    return beside_queue(query, key, queue, temperature)
 
 
 @fused("solo.losses.mocov3:mocov3_loss_func", known=("0812223991df434a",))

@@ -177,13 +177,6 @@ def settled(loss: Tensor, columns: int, weights: Tensor | None = None) -> Tensor
     return nothing(loss) if columns == 1 else at_least_zero(loss, weights)
 
 
-def with_unread(loss: Tensor, scalar: Any) -> Tensor:
-    """`loss` with a gradient of 0 for a tensor that does not change it, such as a bias of all logits."""
-    if isinstance(scalar, Tensor) and scalar.requires_grad:
-        return loss + scalar.flatten()[:0].sum().to(loss)
-    return loss
-
-
 def reduced(
     rows: Tensor, how: str, like: Tensor, weight: Tensor | None = None, ranks: Ranks | None = None
 ) -> Tensor:

@@ -17,7 +17,6 @@ from ._common import (
     loss_function,
     reduced,
     wide,
-    with_unread,
 )
 from ._valid import among_valid, of_no_label, of_other_labels, zero_unless
 
@@ -208,7 +207,8 @@ class ClipLoss(Grouped):
             group=self.group,
             exchange=self.exchange,
         )
-        loss = with_unread(loss, logit_bias)
+        if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
+            loss = loss + logit_bias.flatten()[:0].sum().to(loss)  # in the graph, its value left alone
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
