@@ -73,6 +73,16 @@ def contrastive(problem: Contrast, first_positive: int | None = None) -> Contras
     return ContrastiveStats(*_run("contrastive", options, problem.tensors()))
 
 
+def contrastive_loss(problem: Contrast, how: LossOptions) -> Tensor:
+    """The loss [] of all rows, in the accumulation dtype, where `dispatch.makes_whole_losses`."""
+    q, k, acc = problem.q, problem.k, dtypes.accumulate_dtype(problem.q.dtype)
+    mask, scale = problem.positive_mask, _scale(problem.scale, q)
+    problem = problem._replace(scale=scale, positive_mask=None if mask is None else mask.to(acc))
+    enabled = torch.is_grad_enabled()
+    needs = [enabled and _needs_gradient(x) for x in (q, k, scale)]
+    return _run("contrastive_loss", (problem.options(), how, needs, q.dtype), problem.tensors())[0]
+
+
 def soft_target(problem: SoftTarget, first_positive: int | None = None) -> SoftTargetStats:
     """LSEs of the student's and the target's logits, the target's mean of the student's, the positives'.
 
@@ -234,6 +244,52 @@ class _Contrastive(_Op):
         return reference.contrastive_stats(options[0].with_tensors(tensors))
 
 
+class LossOptions(NamedTuple):
+    """How a whole loss is made of its rows, in the order of the op's arguments."""
+
+    factor: float
+    mean: bool  # over the rows, in place of their sum
+    drop: bool  # rows without positives are not counted by the mean
+    at_least_zero: bool  # a row below 0 is rounding
+
+
+class _ContrastiveLoss(_Op):
+    """A whole loss, whose gradients come with the forward: the backward multiplies them."""
+
+    users = "the contrastive losses"
+    outputs = 1
+    differentiable = 1
+
+    @staticmethod
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        bare, how, needs, _ = options
+        return torch.ops.cl_kernels.contrastive_loss(*bare.with_tensors(tensors), *how, needs)
+
+    @staticmethod
+    def frozen(options: Options, needs: Sequence[bool]) -> bool:
+        return True
+
+    @staticmethod
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        return *[None] * len(tensors), *outputs[1:]
+
+    @staticmethod
+    def gradient(
+        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        dtype, (grad,) = options[-1], grads
+        found = (_if(needed, x) for needed, x in zip(needs, saved[len(needs) :], strict=False))
+        grad_q, grad_k, grad_scale = (None if x is None else x * grad for x in found)
+        parts = (None if x is None else x.to(dtype) for x in (grad_q, grad_k))
+        return *parts, grad_scale, *[None] * (len(needs) - 3)
+
+    @staticmethod
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        bare, how, *_ = options
+        problem = bare.with_tensors(tensors)
+        return [reference.whole_loss(problem, *how)]
+
+
 class _SoftTarget(_Op):
     users = "sce_loss and soft_target_cross_entropy"
     outputs = 4
@@ -392,6 +448,7 @@ class _MaskedLogSoftmax(_Op):
 
 OPS: dict[str, type[_Op]] = {
     "contrastive": _Contrastive,
+    "contrastive_loss": _ContrastiveLoss,
     "soft_target": _SoftTarget,
     "dimcl": _DimCL,
     "similarity": _Similarity,

@@ -160,6 +160,11 @@ def _cuda_obstacle(device: torch.device, op_name: str | None) -> str | None:
     return extension.cuda.unsuited(_index(device))
 
 
+def makes_whole_losses(x: Tensor) -> bool:
+    """Whether the CPU extension's ops of whole losses serve tensors like this one."""
+    return x.device.type == "cpu" and _backend in ("auto", "cpu") and extension.cpu.module is not None
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run under its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "") == "1"

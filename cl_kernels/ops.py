@@ -48,6 +48,13 @@ similarity: scale q k^T in the dtype of q, of rows at unit length with `normaliz
     for a zero row; needs = (q, k)
 
 masked_log_softmax: logits - LSE over the included of each row; excluded: -inf, gradient 0
+
+On the CPU alone, by the compiled extension, whole losses with their gradients:
+
+contrastive_loss: factor sum_i l_i, with `mean` over the rows, of which `drop` counts those with positives;
+    l_i = lse_i - positive_sum_i / positive_count_i of a problem as above, (lse_i + lse_cols_i) / 2 in place of
+    lse_i with both_axes; 0 in a row without positives or without a denominator, and with at_least_zero where
+    rounding put it below. The gradients, of those needed of (q, k, scale), are acc tensors
 """
 
 from __future__ import annotations
@@ -120,6 +127,14 @@ SCHEMAS = {
     "masked_log_softmax_backward": "(Tensor grad, Tensor output, Tensor? mask) -> Tensor",
 }
 
+LOSS_SCHEMAS = {
+    "contrastive_loss": (
+        f"(Tensor q, Tensor? k, Tensor scale, {_PAIRS}, float factor, bool mean, bool drop, "
+        "bool at_least_zero, bool[3] needs)"
+        " -> (Tensor loss, Tensor grad_q, Tensor grad_k, Tensor grad_scale)"
+    ),
+}
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -135,6 +150,8 @@ for _name, _schema in SCHEMAS.items():
         _each.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(chunked, _name), "CompositeExplicitAutograd")
 
+for _name, _schema in LOSS_SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 _library.define("snapshot(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _clone = functools.partial(torch.clone, memory_format=torch.contiguous_format)
@@ -210,6 +227,19 @@ def _contrastive_backward(
         _gradient(keys, needs_k),
         _empty(q),
         _empty(q, keys.shape[0], needed=needs_bias),
+    )
+
+
+@functools.partial(torch.library.register_fake, f"{NAMESPACE}::contrastive_loss", lib=_library)
+@flat(Contrast)
+def _contrastive_loss(problem: Contrast, *options: Any) -> tuple[Tensor, ...]:
+    q, keys = problem.q, problem.keys
+    needs_q, needs_k, needs_scale = options[-1]
+    return (
+        _empty(q),
+        _empty(q, *q.shape, needed=needs_q),
+        _empty(q, *keys.shape, needed=needs_k),
+        _empty(q) if needs_q or needs_k or needs_scale else _empty(q, 0),
     )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .queue import KeyQueue
 
 INF = float("inf")
+EMPTY_COUNT = 1e-6  # positives of less weight are none
 Scalar = float | Tensor
 
 _sums: Callable[[torch.dtype], torch.dtype] = accumulate_dtype
@@ -129,6 +130,23 @@ def contrastive_stats(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor
     else:
         return lse, lse_cols, q.new_zeros(0), q.new_zeros(0)
     return lse, lse_cols, _weighted_sum(weights, products), weights.sum(dim=1)
+
+
+def whole_loss(problem: Contrast, factor: float, mean: bool, drop: bool, at_least_zero: bool) -> Tensor:
+    """factor Σ_i l_i [] with l_i = lse_i - positive_sum_i / positive_count_i, as `ops.contrastive_loss`."""
+    lse, lse_cols, total, count = contrastive_stats(problem)
+    if problem.both_axes:
+        lse = torch.lerp(lse, lse_cols, 0.5)
+    if problem.positives == "none":
+        total, count = torch.zeros_like(lse), torch.ones_like(lse)
+    divisor = count.masked_fill(count < EMPTY_COUNT, 1.0)
+    empty = (lse == -INF) & ~total.isnan()
+    rows = lse.masked_fill(empty, 0.0) * (count / divisor) - total / divisor
+    rows = rows.masked_fill(empty, 0.0)
+    if at_least_zero:
+        rows = torch.where(rows < 0, rows - rows.detach(), rows)
+    counted = (count > 0).sum().clamp(min=1) if drop else rows.shape[0]
+    return factor * rows.sum() / (counted if mean else 1)
 
 
 def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
@@ -342,7 +360,7 @@ def supcon_rows_of(
     else:
         log_ratio = logits - lse
     if summation == "out":
-        loss = -_weighted_sum(weights, log_ratio) / torch.where(total >= 1e-6, total, 1.0)
+        loss = -_weighted_sum(weights, log_ratio) / torch.where(total >= EMPTY_COUNT, total, 1.0)
     else:
         log_weights = torch.where(positives, weights, 1.0).log()
         loss = torch.where(valid, total, 1.0).log() - _logsumexp(log_ratio + log_weights, positives)

@@ -3,11 +3,31 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include "cpu/budget.h"
+#include "cpu/loss.h"
 #include "cpu/tiles.h"
 #include "registration.h"
 
+namespace cl_kernels {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss_op(
+    const Tensor& q, const optional<Tensor>& k, const Tensor& scale, optional<int64_t> exclude,
+    const optional<Tensor>& row_labels, const optional<Tensor>& col_labels, std::string_view among,
+    bool label_positives, const optional<Tensor>& positive_index, const optional<Tensor>& positive_mask,
+    const optional<Tensor>& key_bias, bool both_axes, double factor, bool mean, bool drop, bool at_least_zero,
+    std::array<bool, 3> needs) {
+  return cpu::contrastive_loss({q, k, scale, exclude, row_labels, col_labels, among, label_positives,
+                                positive_index, positive_mask, key_bias, both_axes},
+                               {factor, mean, drop, at_least_zero, needs});
+}
+
+}  // namespace
+}  // namespace cl_kernels
+
 TORCH_LIBRARY_IMPL(cl_kernels, CPU, m) {
   cl_kernels::register_ops(m);
+  m.impl("contrastive_loss", cl_kernels::contrastive_loss_op);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -17,6 +37,9 @@ PYBIND11_MODULE(_C, m) {
         "The instruction sets that this machine can run, narrowest first.");
   m.def("set_cpu_capability", cl_kernels::cpu::set_capability, pybind11::arg("name"),
         "Choose among them; ValueError otherwise.");
+  m.def("keep_budget", cl_kernels::cpu::keep_budget,
+        "Bytes of logits that a loss may keep between its two passes over them.");
+  m.def("set_keep_budget", cl_kernels::cpu::set_keep_budget, pybind11::arg("bytes"), "Set them.");
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"torch", TORCH_VERSION}, {"compiler", __VERSION__}, {"cxx_standard", std::to_string(__cplusplus)}};

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import autograd, dtypes, validation
+from .. import autograd, dtypes, reference, validation
 from ..distributed import ProcessGroup, gather_rows
 from ..losses import info_nce_loss
 from ..losses._common import beside, cross_entropy, inverse, over_segments, wide
-from ..losses._views import EMPTY_COUNT, Anchors, outside_rows, view_major
+from ..losses._views import Anchors, outside_rows, view_major
 from ..problem import Contrast, SoftTarget
 from ._dtypes import cross_entropy_dtype
 from ._registry import digest
@@ -69,7 +69,7 @@ def supervised(
     if count is None:
         loss = loss.mean()
     else:  # not divided by it where it is so small
-        divisor, counted = count.masked_fill(count >= EMPTY_COUNT, 1.0), count != 0
+        divisor, counted = count.masked_fill(count >= reference.EMPTY_COUNT, 1.0), count != 0
         if drop:
             loss = (loss / divisor.masked_fill(~counted, 1.0)).masked_fill(
                 ~counted, 0.0

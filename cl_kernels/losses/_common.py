@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import autograd, dtypes, ops, validation
+from .. import autograd, dispatch, dtypes, ops, validation
 from ..distributed import EXCHANGES, ProcessGroup, Ranks, engine
 from ..problem import Contrast
 
@@ -175,6 +175,25 @@ def settled(loss: Tensor, columns: int, weights: Tensor | None = None) -> Tensor
     """A cross-entropy [N], just computed, over so many columns: `at_least_zero`, and 0 for one column."""
     warn_if_alone(columns)
     return nothing(loss) if columns == 1 else at_least_zero(loss, weights)
+
+
+def whole(
+    problem: Contrast,
+    reduction: str,
+    columns: int,
+    factor: float | Tensor = 1.0,
+    drop: bool = False,
+) -> Tensor | None:
+    """`factor` times the reduced loss of rows of lse - positive_sum / positive_count, over so many columns,
+    by one op; None where there is none. `drop`: the mean counts rows with positives only."""
+    if reduction == "none" or columns == 1 or not dispatch.makes_whole_losses(problem.q):
+        return None
+    if problem.key_bias is not None or autograd.in_transform():
+        return None
+    inside = 1.0 if isinstance(factor, Tensor) else factor
+    how = autograd.LossOptions(inside, reduction == "mean", drop, at_least_zero=problem.among == "all")
+    loss = autograd.contrastive_loss(problem, how)
+    return loss if isinstance(factor, float) else (loss * factor).to(loss.dtype)
 
 
 def reduced(

@@ -7,15 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import autograd, dtypes, validation
+from .. import autograd, dtypes, reference, validation
 from ..autograd import ContrastiveStats
 from ..distributed import Ranks, engine, total
 from ..problem import Contrast
-from ._common import cross_entropy, log_add_any, reduced, settled, warn_of_nothing, wide
+from ._common import cross_entropy, log_add_any, reduced, settled, warn_of_nothing, whole, wide
 from ._valid import among_valid, of_no_label, of_other_labels, zero_unless
 
 Memory = tuple[Tensor, Tensor]  # keys [K, D] and their labels [K]
-EMPTY_COUNT = 1e-6
 
 
 class Keys(NamedTuple):
@@ -163,6 +162,34 @@ def outside_rows(given: Anchors, among: str = "all") -> tuple[Tensor, Tensor | N
     return loss, stats.positive_count
 
 
+def outside_loss(
+    given: Anchors,
+    among: str,
+    temperature: float | Tensor,
+    base_temperature: float | Tensor,
+    no_positive: str,
+    reduction: str,
+) -> Tensor:
+    """The reduced "out" loss."""
+    mask = given.mask
+    simple = given.valid is None and given.ranks is None and given.key_ranks is None and given.memory is None
+    if simple and among == "all" and (mask is None or not mask.is_floating_point()):
+        problem = with_positives(given) if mask is None else with_mask(given, mask)
+        drop = no_positive == "drop" and problem.positive_index is None
+        factor = _ratio(temperature, base_temperature, given.rows)
+        loss = whole(problem, reduction, given.columns, factor, drop)
+        if loss is not None:
+            return loss
+    rows, count = outside_rows(given, among)
+    return reduce_anchors(given, rows, count, temperature, base_temperature, no_positive, reduction)
+
+
+def _ratio(
+    temperature: float | Tensor, base_temperature: float | Tensor, like: Tensor
+) -> float | Tensor:
+    return wide(temperature, like) / wide(base_temperature, like)
+
+
 def without(given: Anchors, lse: Tensor) -> Tensor:
     """Which valid anchors have nothing to sum, by their log-sum-exps."""
     valid = given.valid_rows(given.anchors)
@@ -178,7 +205,7 @@ def warn_without_negatives(left_out: Tensor) -> None:
 def _guarded_rows(stats: ContrastiveStats) -> Tensor:
     """As above where anchors may lack positives or a denominator: 0 for those, in value and gradient."""
     count = stats.positive_count
-    divisor = count.masked_fill(count < EMPTY_COUNT, 1.0)
+    divisor = count.masked_fill(count < reference.EMPTY_COUNT, 1.0)
     loss = torch.addcdiv(stats.lse * (count / divisor), stats.positive_sum, divisor, value=-1)
     return loss.masked_fill((stats.lse == -torch.inf) & ~stats.positive_sum.isnan(), 0.0)
 
@@ -199,7 +226,7 @@ def reduce_anchors(
     loss = zero_unless(valid, loss)
     if count is not None and no_positive == "drop":
         weight = count > 0 if valid is None else (count > 0) & valid
-    ratio = wide(temperature, loss) / wide(base_temperature, loss)
+    ratio = _ratio(temperature, base_temperature, loss)
     compiling = torch.compiler.is_compiling()  # a comparison would make another graph
     if not (compiling or isinstance(ratio, Tensor)) and ratio == 1.0:
         return reduced(loss, reduction, like, weight, ranks)

@@ -16,6 +16,7 @@ from ._common import (
     log_add_any,
     loss_function,
     reduced,
+    whole,
     wide,
 )
 from ._valid import among_valid, of_no_label, of_other_labels, zero_unless
@@ -106,6 +107,10 @@ def clip_loss(
         return _of_labels(Contrast(x, y, scale), labels, valid, ranks, reduction)
     own = torch.arange(n, device=x.device)
     pairs = Contrast(x, y, scale, positive_index=own, both_axes=True)
+    if valid is None and ranks is None:
+        loss = whole(pairs, reduction, n)
+        if loss is not None:
+            return loss
     stats = engine.contrastive(among_valid(valid, pairs), ranks)
     loss = cross_entropy(torch.lerp(stats.lse, stats.lse_cols, 0.5), stats.positive_sum, total(n, ranks))
     return reduced(zero_unless(valid, loss), reduction, x, valid, ranks)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import validation
 from ..distributed import ProcessGroup, engine, join, total
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, inverse, loss_function, reduced, shown, unit_rows
+from ._common import Grouped, cross_entropy, inverse, loss_function, reduced, shown, unit_rows, whole
 from ._valid import among_valid, zero_unless
 
 
@@ -77,6 +77,10 @@ def nt_xent_loss(
     )  # fmt: skip
     partner = torch.arange(2 * n, device=z.device).roll(n)
     problem = Contrast(z, None, inverse(tau, z), exclude=0, positive_index=partner)
+    if valid is None and ranks is None:
+        loss = whole(problem, reduction, 2 * n - 1)
+        if loss is not None:
+            return loss
     stats = engine.contrastive(among_valid(rows_valid, problem), ranks)
     loss = cross_entropy(stats.lse, stats.positive_sum, total(2 * n, ranks) - 1)
     return reduced(zero_unless(rows_valid, loss), reduction, z, rows_valid, ranks)

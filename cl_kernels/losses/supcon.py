@@ -15,7 +15,7 @@ from ._valid import rows_of_all, weights_of_valid, zero_unless
 from ._views import (
     Anchors,
     Keys,
-    outside_rows,
+    outside_loss,
     reduce_anchors,
     statistics,
     view_major,
@@ -195,7 +195,8 @@ def supcon_loss(
     if kept is not None or not (by_labels or (summation, denominator) == ("out", "all")):
         loss, count = _chunked_rows(given, kept, summation=summation, denominator=denominator)
     elif summation == "out":
-        loss, count = outside_rows(given, "different" if denominator == "only_negatives" else "all")
+        among = "different" if denominator == "only_negatives" else "all"
+        return outside_loss(given, among, tau, base, no_positive, reduction)
     else:
         loss, count = _inside_rows(given, denominator)
     return reduce_anchors(given, loss, count, tau, base, no_positive, reduction)

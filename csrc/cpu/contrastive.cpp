@@ -9,6 +9,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "budget.h"
+#include "loss.h"
 #include "operand.h"
 #include "rows.h"
 #include "schedule.h"
@@ -94,6 +96,7 @@ class Engine {
       : problem_(problem),
         scale_(problem.scale.item<double>()),
         among_(parse_among(problem.among)),
+        gradient_type_(problem.q.scalar_type()),
         q_(problem.q) {
     if (problem.k) k_.emplace(*problem.k);
     if (problem.key_bias) bias_ = problem.key_bias->to(sum_type<Mode>()).mul(kLog2e).contiguous();
@@ -133,6 +136,26 @@ class Engine {
     for (int64_t i = 0; i < sum.numel(); ++i) out[i] = positive_sum_[i] * kLn2;
     if (has_positives()) count_positives(count.mutable_data_ptr<double>());
     return {sum, count};
+  }
+
+  // The loss, and where they are needed its gradients, in the type of sums.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss(const LossOptions& options) {
+    const bool any = options.needs[0] || options.needs[1] || options.needs[2];
+    if (any) keep_logits();
+    const auto [lse, lse_cols] = log_sum_exp();
+    const auto [sum, count] = positives();
+    positive_sum_.clear();
+    const RowLosses rows(lse, lse_cols, sum, count, options);
+    const at::TensorOptions type = q_.tensor().options().dtype(sum_type<Mode>());
+    const at::Tensor none = at::empty({0}, type), loss = at::scalar_tensor(rows.loss, type);
+    if (!any) return {loss, none, none, none};
+    gradient_type_ = sum_type<Mode>();
+    ContrastIncoming incoming{rows.grad_lse, std::nullopt, std::nullopt};
+    if (problem_.both_axes) incoming.lse_cols = rows.grad_lse_cols;
+    if (has_positives()) incoming.positive_sum = rows.grad_positive_sum;
+    auto [grad_q, grad_k, grad_scale, grad_bias] =
+        gradient(incoming, {lse, lse_cols, none}, {options.needs[0], options.needs[1], false});
+    return {loss, grad_q, grad_k, grad_scale};
   }
 
   // (P - W) k, the gradient of frozen keys' queries but for the gradients of the rows, and the scale.
@@ -260,6 +283,22 @@ class Engine {
   ptrdiff_t ld() const { return round_up(col_block_, kTileAlign); }
   int64_t tile_elements() const { return round_up(row_block_, 2) * ld(); }
 
+  // Keeps the logits of the first pass over the tiles for the second, where they fit the budget.
+  void keep_logits() {
+    const int64_t tiles =
+        symmetric_ ? row_blocks() * (row_blocks() + 1) / 2 : row_blocks() * col_blocks();
+    const int64_t elements = tiles * tile_elements();
+    if (elements * static_cast<int64_t>(sizeof(T)) <= keep_budget())
+      kept_ = at::empty({elements}, at::CppTypeToScalarType<T>::value);
+  }
+
+  // Where a tile's logits stand: among those kept, or in a thread's scratch memory.
+  T* place(int64_t a, int64_t b, T* scratch) const {
+    if (!kept_.defined()) return scratch;
+    const int64_t at = symmetric_ ? b * (b + 1) / 2 + a : a * col_blocks() + b;
+    return kept_.mutable_data_ptr<T>() + at * tile_elements();
+  }
+
   // A shift c common to every logit, so that one exponential serves its row and its column and sums are plain
   // sums. Logits lie in [-r, r], r = |scale| max|q_i| max|k_j|. No row can underflow where 2r fits into the
   // exponent range; up to a few times that the sums themselves tell. False: not possible, and nothing that
@@ -276,15 +315,17 @@ class Engine {
     const T shift = static_cast<T>(std::ceil(std::max(0.0, r - headroom) * kLog2e));
     std::vector<T> row_sum(round_up(n(), kTileAlign), T(0));
     std::vector<T> col_sum(symmetric_ ? 0 : round_up(m(), kTileAlign), T(0));
-    Scratch<T> scratch(tile_elements() + ld());
+    Scratch<T> scratch(ld() + tile_elements());
+    auto sum = [&](int64_t a, int64_t b, T* cols) {
+      T* part = scratch.get();
+      sum_tile(tile(a, b), place(a, b, part + ld()), shift, part, row_sum.data(), cols);
+    };
     if (symmetric_) {
-      visit_triangle(row_blocks(), flops(1), [&](int64_t a, int64_t b) {
-        sum_tile(tile(a, b), shift, scratch.get(), row_sum.data(), a == b ? nullptr : row_sum.data());
-      });
+      visit_triangle(row_blocks(), flops(1),
+                     [&](int64_t a, int64_t b) { sum(a, b, a == b ? nullptr : row_sum.data()); });
     } else {
-      visit_rectangle(row_blocks(), col_blocks(), flops(1), [&](int64_t a, int64_t b) {
-        sum_tile(tile(a, b), shift, scratch.get(), row_sum.data(), col_sum.data());
-      });
+      visit_rectangle(row_blocks(), col_blocks(), flops(1),
+                      [&](int64_t a, int64_t b) { sum(a, b, col_sum.data()); });
     }
     auto finish_sums = [&](const std::vector<T>& sums, at::Tensor& out) {
       double* value = out.mutable_data_ptr<double>();
@@ -297,8 +338,8 @@ class Engine {
     return finish_sums(row_sum, lse) && (symmetric_ || finish_sums(col_sum, lse_cols));
   }
 
-  void sum_tile(const Tile& t, T shift, T* s, T* row_sum, T* col_sum) {
-    T* part = s + tile_elements();
+  // `part`: scratch memory for the sums of a tile's columns.
+  void sum_tile(const Tile& t, T* s, T shift, T* part, T* row_sum, T* col_sum) {
     logits(t, s, symmetric_);
     std::fill(part, part + ld(), T(0));
     tile_kernels<Mode>().row.sum_exp(s, ld(), t.rows, t.padded_cols(), shift, row_sum + t.row,
@@ -310,14 +351,14 @@ class Engine {
   // Any range of logits: a running maximum for each row.
   void online(at::Tensor& lse) {
     double* out = lse.mutable_data_ptr<double>();
-    Scratch<T> scratch(tile_elements() + 2 * row_block_);
+    Scratch<T> scratch(2 * row_block_ + tile_elements());
     run_tasks(row_blocks(), flops(1) * col_blocks(), [&](int64_t a) {
-      T* s = scratch.get();
-      T *max = s + tile_elements(), *sum = max + row_block_;
+      T *max = scratch.get(), *sum = max + row_block_;
       std::fill(max, max + row_block_, -std::numeric_limits<T>::infinity());
       std::fill(sum, sum + row_block_, T(0));
       for (int64_t b = 0; b < col_blocks(); ++b) {
         const Tile t = tile(a, b);
+        T* s = place(a, b, sum + row_block_);
         logits(t, s, false);
         tile_kernels<Mode>().row.online(s, ld(), t.rows, t.padded_cols(), false, max, sum, nullptr);
       }
@@ -465,10 +506,12 @@ class Engine {
   }
 
   // The tile of G: of G + Gᵀ in the symmetric case.
-  void gradient_tile(const Tile& t, T* s) {
-    logits(t, s, symmetric_);
+  void gradient_tile(int64_t a, int64_t b, T* s) {
+    const Tile t = tile(a, b);
+    if (!kept_.defined()) logits(t, s, symmetric_);
     GradientTile<T, Id> g{};
-    g.s = s;
+    g.logits = place(a, b, s);
+    g.out = s;
     g.ld = ld();
     g.rows = t.rows;
     g.cols = t.padded_cols();
@@ -513,7 +556,7 @@ class Engine {
     visit_triangle(row_blocks(), flops(3), [&](int64_t a, int64_t b) {
       const Tile t = tile(a, b);
       T* s = scratch.get();
-      gradient_tile(t, s);
+      gradient_tile(a, b, s);
       const GradientProduct<Mode> g(s, ld(), tile_elements(), t.rows, t.cols);
       g.add_rows(q_, t.col, out + t.row * q_.padded_d());
       if (a != b) g.add_cols(q_, t.row, out + t.col * q_.padded_d());
@@ -530,7 +573,7 @@ class Engine {
     auto visit = [&](int64_t a, int64_t b) {
       const Tile t = tile(a, b);
       T* s = scratch.get();
-      gradient_tile(t, s);
+      gradient_tile(a, b, s);
       if (need_bias) {
         T* out = grad_bias.mutable_data_ptr<T>() + t.col;
         for (int i = 0; i < t.rows; ++i)
@@ -551,18 +594,20 @@ class Engine {
 
   // scale * (the first d columns), in the type of the input that it is the gradient of.
   at::Tensor finish(const at::Tensor& grad) const {
-    return finish_gradient(grad, q_.d(), scale_, problem_.q.scalar_type());
+    return finish_gradient(grad, q_.d(), scale_, gradient_type_);
   }
 
   Contrast problem_;
   double scale_;
   Among among_;
+  at::ScalarType gradient_type_;
   Operand<Mode> q_;
   std::optional<Operand<Mode>> k_;
   std::optional<LabelIds<Id>> ids_;
   at::Tensor bias_, index_, mask_;
   bool symmetric_;
   int64_t row_block_, col_block_;
+  at::Tensor kept_;                   // tiles of logits, between the two passes of a loss
   std::vector<double> positive_sum_;  // of the forward: base-2 logits over each row's positives
   // Of the gradient.
   SoftmaxTerms rows_, cols_;
@@ -604,6 +649,18 @@ void check(const Contrast& problem) {
 }
 
 }  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(const Contrast& problem,
+                                                                            const LossOptions& options) {
+  check(problem);
+  TORCH_CHECK_VALUE(!problem.key_bias, "key_bias is not for a whole loss");
+  TORCH_CHECK_VALUE(!problem.both_axes || !problem.k || problem.k->size(0) == problem.q.size(0),
+                    "a loss over both axes has as many columns as rows");
+  return with_mode(problem.q.scalar_type(), [&](auto mode) {
+    return Engine<decltype(mode)>(problem).loss(options);
+  });
+}
+
 }  // namespace cpu
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_forward(

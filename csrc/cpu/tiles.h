@@ -61,7 +61,8 @@ enum class Softmax {
 
 template <typename T, typename Id>
 struct GradientTile {
-  T* s;  // [rows, ld]: base-2 logits in, gradients out
+  const T* logits;  // [rows, ld], in base 2
+  T* out;           // [rows, ld], the gradients; it may be the logits
   ptrdiff_t ld;
   int rows, cols;  // cols: a multiple of kTileAlign
   Softmax softmax;

@@ -231,7 +231,8 @@ template <typename T, typename Id, Softmax kSoftmax, bool kIds>
 void gradient_rows(const GradientTile<T, Id>& tile) {
   using S = Simd<T>;
   for (int i = 0; i < tile.rows; ++i) {
-    T* row = tile.s + i * tile.ld;
+    const T* row = tile.logits + i * tile.ld;
+    T* out = tile.out + i * tile.ld;
     const T coef = tile.row_coef[i];
     const T shift = kSoftmax == Softmax::kBothCommon ? tile.shift : tile.row_shift[i];
     for (int j = 0; j < tile.cols; j += S::kLanes) {
@@ -249,7 +250,7 @@ void gradient_rows(const GradientTile<T, Id>& tile) {
         if (tile.col_weight) weight += S::load(tile.col_weight + j);
         g += S::select(S::load_ids(tile.col_ids + j) == tile.row_ids[i], weight, typename S::Vec{});
       }
-      S::store(row + j, g);
+      S::store(out + j, g);
     }
   }
 }

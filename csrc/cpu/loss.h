@@ -1,0 +1,36 @@
+// Losses that are a sum or a mean of cross-entropies, with their gradients: one op in place of an op, the
+// arithmetic of rows and the op of the backward. Only the CPU has them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <tuple>
+
+#include "../contrastive.h"
+
+namespace cl_kernels::cpu {
+
+struct LossOptions {
+  double factor;              // of the loss
+  bool mean;                  // over the rows, in place of their sum
+  bool drop;                  // rows without positives are not counted by the mean
+  bool at_least_zero;         // a row's loss below 0 is rounding, and is 0
+  std::array<bool, 3> needs;  // q, k, scale
+};
+
+// The losses of rows, reduced, and the gradients of what they are made of.
+struct RowLosses {
+  double loss = 0;
+  at::Tensor grad_lse, grad_lse_cols, grad_positive_sum;  // double, [N] | undefined
+
+  // lse - positive_sum / positive_count of each row; with lse_cols the mean of both in place of lse.
+  RowLosses(const at::Tensor& lse, const at::Tensor& lse_cols, const at::Tensor& positive_sum,
+            const at::Tensor& positive_count, const LossOptions& options);
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(const Contrast&,
+                                                                            const LossOptions&);
+// -> loss [], grad_q [N, D] | [0], grad_k [M, D] | [0], grad_scale [] | [0], in the type of sums
+
+}  // namespace cl_kernels::cpu
