@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from . import dispatch, dtypes, ops, reference
 from .dtypes import full_precision
-from .problem import Contrast, SoftTarget
+from .problem import Contrast, KeyLoss, SoftTarget
 
 Tensors = Sequence[Any]  # of tensors and None
 Options = tuple[Any, ...]
@@ -81,6 +81,22 @@ def contrastive_loss(problem: Contrast, how: LossOptions) -> Tensor:
     enabled = torch.is_grad_enabled()
     needs = [enabled and _needs_gradient(x) for x in (q, k, scale)]
     return _run("contrastive_loss", (problem.options(), how, needs, q.dtype), problem.tensors())[0]
+
+
+def key_loss(problem: KeyLoss, mean: bool) -> Tensor | None:
+    """The loss [] of all rows, as above; None where more than queries and scale needs a gradient."""
+    q, target_q, keys = problem.q, problem.target_q, problem.k
+    if _needs_gradient(*keys, target_q, problem.own) or any(
+        isinstance(x, Tensor) and x.requires_grad for x in (problem.target_scale, problem.coeff)
+    ):
+        return None
+    problem = problem._replace(scale=_scale(problem.scale, q))
+    if target_q is not None:
+        target_scale, coeff = _scale(problem.target_scale, q), _scale(problem.coeff, q)
+        problem = problem._replace(target_scale=target_scale, coeff=coeff)
+    enabled = torch.is_grad_enabled()
+    needs = [enabled and _needs_gradient(x) for x in (q, problem.scale)]
+    return _run("key_loss", (problem.options(), 1.0, mean, needs, q.dtype), problem.tensors())[0]
 
 
 def soft_target(problem: SoftTarget, first_positive: int | None = None) -> SoftTargetStats:
@@ -251,6 +267,42 @@ class LossOptions(NamedTuple):
     mean: bool  # over the rows, in place of their sum
     drop: bool  # rows without positives are not counted by the mean
     at_least_zero: bool  # a row below 0 is rounding
+
+
+class _KeyLoss(_Op):
+    """As `_ContrastiveLoss`."""
+
+    users = "info_nce_loss and sce_loss"
+    outputs = 1
+    differentiable = 1
+
+    @staticmethod
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        bare, factor, mean, needs, _ = options
+        return torch.ops.cl_kernels.key_loss(*bare.with_tensors(tensors), factor, mean, needs)
+
+    @staticmethod
+    def frozen(options: Options, needs: Sequence[bool]) -> bool:
+        return True
+
+    @staticmethod
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        return *[None] * len(tensors), *outputs[1:]
+
+    @staticmethod
+    def gradient(
+        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        (grad,), (grad_q, grad_scale) = grads, saved[-2:]
+        return (
+            (grad_q * grad).to(options[-1]) if needs[0] else None, None,
+            grad_scale * grad if needs[2] else None, *[None] * (len(needs) - 3)
+        )  # fmt: skip
+
+    @staticmethod
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        bare, factor, mean, *_ = options
+        return [reference.key_loss(bare.with_tensors(tensors), factor, mean)]
 
 
 class _ContrastiveLoss(_Op):
@@ -449,6 +501,7 @@ class _MaskedLogSoftmax(_Op):
 OPS: dict[str, type[_Op]] = {
     "contrastive": _Contrastive,
     "contrastive_loss": _ContrastiveLoss,
+    "key_loss": _KeyLoss,
     "soft_target": _SoftTarget,
     "dimcl": _DimCL,
     "similarity": _Similarity,

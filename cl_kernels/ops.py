@@ -52,9 +52,14 @@ masked_log_softmax: logits - LSE over the included of each row; excluded: -inf, 
 On the CPU alone, by the compiled extension, whole losses with their gradients:
 
 contrastive_loss: factor sum_i l_i, with `mean` over the rows, of which `drop` counts those with positives;
-    l_i = lse_i - positive_sum_i / positive_count_i of a problem as above, (lse_i + lse_cols_i) / 2 in place of
-    lse_i with both_axes; 0 in a row without positives or without a denominator, and with at_least_zero where
+    l_i = lse_i - positive_sum_i / positive_count_i of a problem as above, with both_axes the mean of lse_i
+    and lse_cols_i in place of lse_i; 0 in a row without positives or without a denominator, and with at_least_zero where
     rounding put it below. The gradients, of those needed of (q, k, scale), are acc tensors
+key_loss: factor sum_i l_i, with `mean` over the rows, over keys that get no gradient; S = scale q k^T,
+    T = target_scale target_q k^T over the concatenated segments of k, s_i the logit of the positive: column
+    positive_i of S, left out of T or with positive_is_zero 0 there, or scale q_i.own_i beside the keys;
+    l_i = LSE(S_i, s_i of own) - (1 - coeff) softmax(T)_i . S_i - coeff s_i; without target_q coeff is 1.
+    needs = (q, scale)
 """
 
 from __future__ import annotations
@@ -132,6 +137,11 @@ LOSS_SCHEMAS = {
         f"(Tensor q, Tensor? k, Tensor scale, {_PAIRS}, float factor, bool mean, bool drop, "
         "bool at_least_zero, bool[3] needs)"
         " -> (Tensor loss, Tensor grad_q, Tensor grad_k, Tensor grad_scale)"
+    ),
+    "key_loss": (
+        "(Tensor q, Tensor[] k, Tensor? target_q, Tensor scale, Tensor? target_scale, Tensor? coeff, "
+        "Tensor? own, Tensor? positive, bool positive_is_zero, float factor, bool mean, bool[2] needs)"
+        " -> (Tensor loss, Tensor grad_q, Tensor grad_scale)"
     ),
 }
 
@@ -240,6 +250,16 @@ def _contrastive_loss(problem: Contrast, *options: Any) -> tuple[Tensor, ...]:
         _empty(q, *q.shape, needed=needs_q),
         _empty(q, *keys.shape, needed=needs_k),
         _empty(q) if needs_q or needs_k or needs_scale else _empty(q, 0),
+    )
+
+
+@functools.partial(torch.library.register_fake, f"{NAMESPACE}::key_loss", lib=_library)
+def _key_loss(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    needs_q, needs_scale = rest[-1]
+    return (
+        _empty(q),
+        _empty(q, *q.shape, needed=needs_q),
+        _empty(q) if needs_q or needs_scale else _empty(q, 0),
     )
 
 

@@ -124,6 +124,32 @@ class SoftTarget(NamedTuple):
         return self.q.shape[1], self.target_q.shape[1]
 
 
+class KeyLoss(NamedTuple):
+    """A cross-entropy over keys that get no gradient, to a target that the keys' similarities make."""
+
+    q: Tensor  # [N, D]
+    k: list[Tensor]  # segments [M_s, D]
+    target_q: Tensor | None  # [N, D], None: no target
+    scale: Any  # [], a float until the op takes it
+    target_scale: Any = None
+    coeff: Any = None
+    own: Tensor | None = None  # [N, D], positives beside the keys
+    positive: Tensor | None = None  # int64 [N], or the columns that they are
+    positive_is_zero: bool = False  # in the target, in place of left out
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """As above."""
+        q, k, *rest, _ = self
+        return (q, *rest, *k)
+
+    def with_tensors(self, tensors: Sequence[Any]) -> KeyLoss:
+        q, target_q, scale, target_scale, coeff, own, positive, *k = tensors
+        return KeyLoss(q, k, target_q, scale, target_scale, coeff, own, positive, self.positive_is_zero)
+
+    def options(self) -> KeyLoss:
+        return self.with_tensors((None,) * 7)
+
+
 def same_memory(x: Tensor | None, y: Tensor | None) -> bool:
     if x is None or y is None:
         return x is y

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import dtypes
 from . import validation as check
 from .dtypes import accumulate_dtype, full_precision
-from .problem import Contrast, SoftTarget
+from .problem import Contrast, KeyLoss, SoftTarget
 
 if TYPE_CHECKING:
     from .queue import KeyQueue
@@ -147,6 +147,30 @@ def whole_loss(problem: Contrast, factor: float, mean: bool, drop: bool, at_leas
         rows = torch.where(rows < 0, rows - rows.detach(), rows)
     counted = (count > 0).sum().clamp(min=1) if drop else rows.shape[0]
     return factor * rows.sum() / (counted if mean else 1)
+
+
+def key_loss(problem: KeyLoss, factor: float, mean: bool) -> Tensor:
+    """The loss [] of `ops.key_loss`."""
+    q, keys = _accumulate(problem.q), _accumulate(torch.cat(problem.k))
+    scale, positive, beside = _scalar(problem.scale, q), problem.positive, problem.own is not None
+    logits = scale * (q @ keys.T)
+    if problem.own is not None:
+        own = scale * (q * _accumulate(problem.own)).sum(1)
+        logits = torch.cat([logits, own[:, None]], 1)
+    if positive is None:
+        positive = torch.full((q.shape[0],), keys.shape[0], device=q.device)
+    chosen = _one_hot(positive, logits.shape[1])
+    log_p = torch.log_softmax(logits, 1)
+    rows = _weighted_sum(chosen.to(q), log_p)
+    if problem.target_q is not None:
+        target = _scalar(problem.target_scale, q) * (_accumulate(problem.target_q) @ keys.T)
+        target = F.pad(target, (0, int(beside))).masked_fill(
+            chosen, 0.0 if problem.positive_is_zero else -INF
+        )
+        empty = (target == -INF).all(1, keepdim=True)
+        weights = torch.softmax(target.masked_fill(empty, 0.0), 1).masked_fill(empty, 0.0)
+        rows = torch.lerp(_weighted_sum(weights, log_p), rows, _scalar(problem.coeff, q))
+    return -factor * (rows.mean() if mean else rows.sum())
 
 
 def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:

@@ -22,12 +22,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss_op(
                                {factor, mean, drop, at_least_zero, needs});
 }
 
+std::tuple<Tensor, Tensor, Tensor> key_loss_op(const Tensor& q, at::TensorList k,
+                                               const optional<Tensor>& target_q, const Tensor& scale,
+                                               const optional<Tensor>& target_scale,
+                                               const optional<Tensor>& coeff, const optional<Tensor>& own,
+                                               const optional<Tensor>& positive, bool positive_is_zero,
+                                               double factor, bool mean, std::array<bool, 2> needs) {
+  return cpu::key_loss({q, k, target_q, scale, target_scale, coeff, own, positive, positive_is_zero}, factor,
+                       mean, needs);
+}
+
 }  // namespace
 }  // namespace cl_kernels
 
 TORCH_LIBRARY_IMPL(cl_kernels, CPU, m) {
   cl_kernels::register_ops(m);
   m.impl("contrastive_loss", cl_kernels::contrastive_loss_op);
+  m.impl("key_loss", cl_kernels::key_loss_op);
 }
 
 PYBIND11_MODULE(_C, m) {

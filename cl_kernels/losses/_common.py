@@ -177,6 +177,22 @@ def settled(loss: Tensor, columns: int, weights: Tensor | None = None) -> Tensor
     return nothing(loss) if columns == 1 else at_least_zero(loss, weights)
 
 
+def positives_of(
+    q: Tensor, k: Tensor, k_global: Tensor | None, queue: Tensor | None, in_batch: bool, rank: int
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """The segments of keys; then the positives of the queries beside these, or their columns."""
+    if not in_batch and k_global is None and queue is not None:
+        return [queue], k, None
+    first = q.shape[0] * rank
+    keys = [x for x in (k if k_global is None else k_global, queue) if x is not None]
+    return keys, None, torch.arange(first, first + q.shape[0], device=q.device)
+
+
+def makes_whole_losses(q: Tensor, reduction: str) -> bool:
+    """Whether an op makes a loss of rows like these with its gradients."""
+    return reduction != "none" and dispatch.makes_whole_losses(q) and not autograd.in_transform()
+
+
 def whole(
     problem: Contrast,
     reduction: str,
@@ -186,9 +202,7 @@ def whole(
 ) -> Tensor | None:
     """`factor` times the reduced loss of rows of lse - positive_sum / positive_count, over so many columns,
     by one op; None where there is none. `drop`: the mean counts rows with positives only."""
-    if reduction == "none" or columns == 1 or not dispatch.makes_whole_losses(problem.q):
-        return None
-    if problem.key_bias is not None or autograd.in_transform():
+    if columns == 1 or problem.key_bias is not None or not makes_whole_losses(problem.q, reduction):
         return None
     inside = 1.0 if isinstance(factor, Tensor) else factor
     how = autograd.LossOptions(inside, reduction == "mean", drop, at_least_zero=problem.among == "all")

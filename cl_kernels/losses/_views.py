@@ -184,9 +184,7 @@ def outside_loss(
     return reduce_anchors(given, rows, count, temperature, base_temperature, no_positive, reduction)
 
 
-def _ratio(
-    temperature: float | Tensor, base_temperature: float | Tensor, like: Tensor
-) -> float | Tensor:
+def _ratio(temperature: float | Tensor, base_temperature: float | Tensor, like: Tensor) -> float | Tensor:
     return wide(temperature, like) / wide(base_temperature, like)
 
 

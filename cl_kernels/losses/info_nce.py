@@ -9,19 +9,22 @@ from torch import Tensor
 
 from .. import autograd, validation
 from ..distributed import ProcessGroup, Ranks, engine, join, rows_of, total
-from ..problem import Contrast
+from ..problem import Contrast, KeyLoss
 from ._common import (
     Grouped,
     beside,
     cross_entropy,
     inverse,
     loss_function,
+    makes_whole_losses,
     nothing,
     over_segments,
     own_similarity,
+    positives_of,
     reduced,
     shown,
     warn_of_empty_queue,
+    whole,
 )
 from ._valid import among_valid, zero_unless
 
@@ -117,6 +120,10 @@ def info_nce_loss(
     )  # fmt: skip
     q, k = zero_unless(valid, q), zero_unless(valid, k)
     scale = inverse(tau, q)
+    if valid is None and ranks is None:
+        loss = _whole(q, k, k_global, queue, in_batch, rank, scale, reduction)
+        if loss is not None:
+            return loss
     if in_batch or queue is None or k_global is not None:
         first = q.shape[0] * rank
         own = torch.arange(first, first + q.shape[0], device=q.device)
@@ -125,6 +132,29 @@ def info_nce_loss(
     else:
         rows = _beside_queue(q, k, queue, scale)
     return reduced(zero_unless(valid, rows), reduction, q, valid, ranks)
+
+
+def _whole(
+    q: Tensor,
+    k: Tensor,
+    k_global: Tensor | None,
+    queue: Tensor | None,
+    in_batch: bool,
+    rank: int,
+    scale: float | Tensor,
+    reduction: str,
+) -> Tensor | None:
+    """The reduced loss by one op, or None."""
+    if not makes_whole_losses(q, reduction):
+        return None
+    keys, own, positive = positives_of(q, k, k_global, queue, in_batch, rank)
+    if sum(part.shape[0] for part in keys) < 1 + int(own is None):
+        return None
+    problem = KeyLoss(q, keys, None, scale, own=own, positive=positive)
+    loss = autograd.key_loss(problem, reduction == "mean")
+    if loss is None and own is None and len(keys) == 1:
+        return whole(Contrast(q, keys[0], scale, positive_index=positive), reduction, keys[0].shape[0])
+    return loss
 
 
 def _among_keys(problem: Contrast, first: int, queue: Tensor | None, ranks: Ranks | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import autograd, dtypes, validation
 from ..distributed import ProcessGroup, Ranks, engine, join, rows_of, total
-from ..problem import Contrast, SoftTarget
+from ..problem import Contrast, KeyLoss, SoftTarget
 from ._common import (
     Grouped,
     at_least_zero,
@@ -17,9 +17,11 @@ from ._common import (
     inverse,
     log_add,
     loss_function,
+    makes_whole_losses,
     nothing,
     over_segments,
     own_similarity,
+    positives_of,
     reduced,
     shown,
     warn_of_empty_queue,
@@ -130,6 +132,16 @@ def sce_loss(
         keys, positive = _keys(k, k_global, queue, rank)
         _check_targets(targets, q, k, keys, _columns(keys, ranks))
         rows = _to_targets(q, k, keys, positive, q.shape[0] * rank, tau, weight, targets, ranks)
+    elif (
+        ranks is None
+        and (
+            loss := _whole(
+                q, k, k_global, queue, rank, reduction, tau, target_tau, weight, positive_in_target
+            )
+        )
+        is not None
+    ):
+        return loss
     elif k_global is None and queue is not None:
         rows = _beside_queue(q, k, queue, tau, target_tau, weight, positive_in_target)
     else:
@@ -234,6 +246,31 @@ def _check_targets(targets: Any, q: Tensor, k: Tensor, keys: list[Tensor], colum
         raise ValueError(
             "targets must not be given with keys that require a gradient: none is computed for them"
         )
+
+
+def _whole(
+    q: Tensor,
+    k: Tensor,
+    k_global: Tensor | None,
+    queue: Tensor | None,
+    rank: int,
+    reduction: str,
+    tau: float | Tensor,
+    target_tau: float | Tensor,
+    coeff: float | Tensor,
+    positive_in_target: str,
+) -> Tensor | None:
+    """The reduced loss by one op, or None."""
+    if not makes_whole_losses(q, reduction):
+        return None
+    keys, own, positive = positives_of(q, k, k_global, queue, False, rank)
+    if sum(part.shape[0] for part in keys) < 1 + int(own is None):
+        return None
+    problem = KeyLoss(
+        q, keys, k, inverse(tau, q), inverse(target_tau, q), coeff, own, positive,
+        positive_in_target == "zero",
+    )  # fmt: skip
+    return autograd.key_loss(problem, reduction == "mean")
 
 
 def _to_targets(

@@ -285,8 +285,7 @@ class Engine {
 
   // Keeps the logits of the first pass over the tiles for the second, where they fit the budget.
   void keep_logits() {
-    const int64_t tiles =
-        symmetric_ ? row_blocks() * (row_blocks() + 1) / 2 : row_blocks() * col_blocks();
+    const int64_t tiles = symmetric_ ? row_blocks() * (row_blocks() + 1) / 2 : row_blocks() * col_blocks();
     const int64_t elements = tiles * tile_elements();
     if (elements * static_cast<int64_t>(sizeof(T)) <= keep_budget())
       kept_ = at::empty({elements}, at::CppTypeToScalarType<T>::value);
@@ -656,9 +655,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(cons
   TORCH_CHECK_VALUE(!problem.key_bias, "key_bias is not for a whole loss");
   TORCH_CHECK_VALUE(!problem.both_axes || !problem.k || problem.k->size(0) == problem.q.size(0),
                     "a loss over both axes has as many columns as rows");
-  return with_mode(problem.q.scalar_type(), [&](auto mode) {
-    return Engine<decltype(mode)>(problem).loss(options);
-  });
+  return with_mode(problem.q.scalar_type(),
+                   [&](auto mode) { return Engine<decltype(mode)>(problem).loss(options); });
 }
 
 }  // namespace cpu

@@ -42,16 +42,15 @@ RowLosses::RowLosses(const at::Tensor& lse, const at::Tensor& lse_cols, const at
   const double *sum = positive_sum.const_data_ptr<double>(), *count = positive_count.const_data_ptr<double>();
   grad_lse = at::empty_like(lse);
   grad_positive_sum = at::empty_like(positive_sum);
-  double *of_lse = grad_lse.mutable_data_ptr<double>();
-  double *of_sum = grad_positive_sum.mutable_data_ptr<double>();
+  double* of_lse = grad_lse.mutable_data_ptr<double>();
+  double* of_sum = grad_positive_sum.mutable_data_ptr<double>();
   int64_t counted = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double x = both ? 0.5 * (row[i] + col[i]) : row[i];
     const double of_row = positives ? sum[i] : 0, number = positives ? count[i] : 1;
     const double divisor = number < kEmptyCount ? 1 : number;
     double share = number / divisor, value = x * share - of_row / divisor, of_positive = -1 / divisor;
-    if (x == -std::numeric_limits<double>::infinity() && !std::isnan(of_row))
-      value = share = of_positive = 0;
+    if (x == -std::numeric_limits<double>::infinity() && !std::isnan(of_row)) value = share = of_positive = 0;
     if (options.at_least_zero && value < 0) value = 0;
     loss += value;
     of_lse[i] = share;

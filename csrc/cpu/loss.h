@@ -33,4 +33,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(cons
                                                                             const LossOptions&);
 // -> loss [], grad_q [N, D] | [0], grad_k [M, D] | [0], grad_scale [] | [0], in the type of sums
 
+// The soft-target cross-entropy over keys that get no gradient: S = scale q k^T over the concatenated
+// segments of k, T = target_scale target_q k^T. Each row has a positive: a column of S, which T leaves out
+// (or where T is 0), or a key of its own beside them.
+struct KeyLoss {
+  at::Tensor q;                                   // [N, D]
+  at::TensorList k;                               // segments [M_s, D]
+  std::optional<at::Tensor> target_q;             // [N, D], none: no target, as with coeff 1
+  at::Tensor scale;                               // 0-dim
+  std::optional<at::Tensor> target_scale, coeff;  // 0-dim, with a target
+  std::optional<at::Tensor> own;                  // [N, D], the positives beside k
+  std::optional<at::Tensor> positive;             // [N] int64, or the columns they are
+  bool positive_is_zero;                          // in T, in place of left out
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> key_loss(const KeyLoss&, double factor, bool mean,
+                                                        std::array<bool, 2> needs);  // q, scale
+// -> loss [], grad_q [N, D] | [0], grad_scale [] | [0], in the type of sums
+
 }  // namespace cl_kernels::cpu

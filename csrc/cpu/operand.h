@@ -105,16 +105,16 @@ class Operand {
 
   void make_row_panels() {
     if (row_panels_.defined()) return;
-    row_panels_ = at::empty({panels() * row_panel_stride() * kPack}, x_.options());
+    const int64_t lines = ceil_div(n_, kPack), stride = lines * width_;
+    row_panels_ = at::empty({panels() * stride * kPack}, x_.options());
     Word* out = static_cast<Word*>(row_panels_.data_ptr());
-    const int64_t lines = ceil_div(n_, kPack);
     at::parallel_for(0, lines, grain(d_), [&](int64_t begin, int64_t end) {
       const Source word = source_;
       const int64_t width = width_;
       for (int64_t group = 0; group < panels(); ++group) {
         const int64_t first = group * width, used = std::min<int64_t>(width, d_ - first);
         for (int64_t j = begin; j < end; ++j) {
-          Word* line = out + group * row_panel_stride() + j * width;
+          Word* line = out + group * stride + j * width;
           for (int64_t c = 0; c < used; ++c) line[c] = word(j * kPack, first + c, 1, 0);
           std::fill(line + used, line + width, Word{});
         }
@@ -127,11 +127,14 @@ class Operand {
   const Word* col_panels(int64_t j) const {
     return static_cast<const Word*>(col_panels_.data_ptr()) + j * depth();
   }
-  // Panels of the rows from row j on.
-  const Word* row_panels(int64_t j) const {
-    return static_cast<const Word*>(row_panels_.data_ptr()) + j / kPack * width_;
+  // Panels of the rows from row j on: packed, or where there are none the rows themselves.
+  Panels<Word> row_panels(int64_t j) const {
+    if (!row_panels_.defined()) return {row(j), panels(), width_, depth()};
+    const Word* packed = static_cast<const Word*>(row_panels_.data_ptr());
+    return {packed + j / kPack * width_, panels(), ceil_div(n_, kPack) * width_, width_};
   }
-  ptrdiff_t row_panel_stride() const { return ceil_div(n_, kPack) * width_; }
+  // Whether the rows as make_rows() leaves them can be read as panels.
+  bool rows_are_panels() const { return kPack == 1 && d_ % width_ == 0; }
 
  private:
   static constexpr int64_t kBlock = 16;

@@ -141,14 +141,14 @@ class GradientProduct {
   void add_rows(const Operand<Mode>& x, int64_t col, T* out) const {
     tile_kernels<Mode>().product.accumulate(along_cols_, ld_ / Mode::kPack, false, rows_,
                                             static_cast<int>(ceil_div(cols_, Mode::kPack)), x.row_panels(col),
-                                            x.row_panel_stride(), x.panels(), out, x.padded_d());
+                                            out, x.padded_d());
   }
 
   // out [cols, padded d] += Gᵀ x[row .. row + rows]
   void add_cols(const Operand<Mode>& x, int64_t row, T* out) const {
     tile_kernels<Mode>().product.accumulate(along_rows_, ld_, true, cols_,
                                             static_cast<int>(ceil_div(rows_, Mode::kPack)), x.row_panels(row),
-                                            x.row_panel_stride(), x.panels(), out, x.padded_d());
+                                            out, x.padded_d());
   }
 
  private:

@@ -33,9 +33,9 @@ struct Simd {
   using Wide = typename Bits<T>::Wide;
   using WideAt = typename Bits<T>::WideAt;
   static inline Wide widen(Vec v) { return __builtin_convertvector(v, Wide); }
-  static inline void add_wide(double* p, Wide v) {
-    *reinterpret_cast<WideAt*>(p) = *reinterpret_cast<const WideAt*>(p) + v;
-  }
+  static inline Wide load_wide(const double* p) { return *reinterpret_cast<const WideAt*>(p); }
+  static inline void store_wide(double* p, Wide v) { *reinterpret_cast<WideAt*>(p) = v; }
+  static inline void add_wide(double* p, Wide v) { store_wide(p, load_wide(p) + v); }
   static inline double sum_wide(Wide v) {
     double total = 0;
     for (int lane = 0; lane < kLanes; ++lane) total += v[lane];

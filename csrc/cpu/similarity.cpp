@@ -69,10 +69,10 @@ at::Tensor times_features(const at::Tensor& g, bool transposed, Operand<Mode>& x
   const int64_t rows_at_a_time = rectangle_block(n);
   run_tasks(ceil_div(n, rows_at_a_time), 2 * rows_at_a_time * depth * x.d(), [&](int64_t a) {
     const int64_t row = a * rows_at_a_time;
-    tile_kernels<Mode>().product.accumulate(
-        g.const_data_ptr<T>() + (transposed ? row : row * ld), ld, transposed,
-        static_cast<int>(std::min(rows_at_a_time, n - row)), static_cast<int>(depth), x.row_panels(0),
-        x.row_panel_stride(), x.panels(), out.mutable_data_ptr<T>() + row * x.padded_d(), x.padded_d());
+    tile_kernels<Mode>().product.accumulate(g.const_data_ptr<T>() + (transposed ? row : row * ld), ld,
+                                            transposed, static_cast<int>(std::min(rows_at_a_time, n - row)),
+                                            static_cast<int>(depth), x.row_panels(0),
+                                            out.mutable_data_ptr<T>() + row * x.padded_d(), x.padded_d());
   });
   return out.narrow(1, 0, x.d());
 }

@@ -34,6 +34,14 @@ struct BFloat16 {  // two neighbours along the contraction in one word, the firs
 // Tiles start at multiples of kTileAlign rows and columns, and their leading dimension is a multiple of it.
 constexpr int kTileAlign = 32;
 
+template <typename Operand>
+struct Panels {
+  const Operand* first;
+  int count;
+  ptrdiff_t stride;  // operands from a panel to the next
+  ptrdiff_t line;    // and from a row of a panel to the next
+};
+
 template <typename Mode>
 struct ProductKernels {
   using Operand = typename Mode::Operand;
@@ -47,9 +55,9 @@ struct ProductKernels {
               int n_panels, Sum factor, Sum* out, ptrdiff_t ld_out);
 
   // out[r][c] += sum_k g(r, k) * panels[c / width][k][c % width]
-  // g(r, k) is g[r * ld + k], or g[k * ld + r] when transposed; panels are panel_stride operands apart.
+  // g(r, k) is g[r * ld + k], or g[k * ld + r] when transposed.
   void (*accumulate)(const Operand* g, ptrdiff_t ld, bool transposed, int n_rows, int depth,
-                     const Operand* panels, ptrdiff_t panel_stride, int n_panels, Sum* out, ptrdiff_t ld_out);
+                     const Panels<Operand>& panels, Sum* out, ptrdiff_t ld_out);
 };
 
 // How a gradient tile combines the softmax over its rows with the one over its columns.
@@ -88,6 +96,16 @@ struct SoftTargetRows {
   const T *lse_coef, *lse, *cross_coef, *target_lse, *target_coef, *cross, *cross_rest;
 };
 
+// out_ij = coef_j 2^(s_ij - shift_j) + target_coef_j 2^(t_ij - target_shift_j); null t: no such term.
+template <typename T>
+struct ColumnGradient {
+  const T *s, *t;
+  T* out;
+  ptrdiff_t ld;
+  int rows, cols;
+  const T *coef, *shift, *target_coef, *target_shift;
+};
+
 template <typename Mode>
 struct RowKernels {
   using T = typename Mode::Sum;
@@ -107,6 +125,12 @@ struct RowKernels {
   double (*weighted_sum)(const T* w, const T* s, int n);
 
   void (*gradient)(const GradientTile<T, Id>& tile);
+
+  // Tiles whose columns are the rows of the problem: running maximum and sum of each column, and
+  // cross_j = cross_j 2^(max_j - max'_j) + sum_i 2^(t_ij - max'_j) s_ij of t's; null s: no cross.
+  void (*online_columns)(const T* t, const T* s, ptrdiff_t ld, int rows, int cols, T* max, double* sum,
+                         double* cross);
+  void (*gradient_columns)(const ColumnGradient<T>& tile);
 
   // The teacher's running maximum and sum as in `online`, t becoming 2^(t - max'), and
   // cross_i = cross_i decay_i + sum_j 2^(t_ij - max'_i) s_ij.

@@ -50,8 +50,9 @@ enum class Store { kScale, kAdd, kAddScale };
 // out (R x panel width) = factor * (a b), or out + a b, or factor * (out + a b). The sums start from zero:
 // chains of additions stay short, and so do their errors.
 template <typename Mode, int R, bool Transposed>
-inline void micro(const typename Mode::Operand* a, ptrdiff_t ld, const typename Mode::Operand* b, int depth,
-                  typename Mode::Sum factor, Store how, typename Mode::Sum* out, ptrdiff_t ld_out) {
+inline void micro(const typename Mode::Operand* a, ptrdiff_t ld, const typename Mode::Operand* b,
+                  ptrdiff_t line, int depth, typename Mode::Sum factor, Store how, typename Mode::Sum* out,
+                  ptrdiff_t ld_out) {
   using S = Simd<typename Mode::Sum>;
   using M = Multiply<Mode>;
   typename S::Vec sum[R][kMicroVectors];
@@ -59,7 +60,7 @@ inline void micro(const typename Mode::Operand* a, ptrdiff_t ld, const typename 
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kMicroVectors; ++v) sum[r][v] = typename S::Vec{};
-  for (int k = 0; k < depth; ++k, b += kPanelWidth<Mode>) {
+  for (int k = 0; k < depth; ++k, b += line) {
     typename M::Operands bv[kMicroVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kMicroVectors; ++v) bv[v] = M::load(b + v * S::kLanes);
@@ -82,18 +83,19 @@ inline void micro(const typename Mode::Operand* a, ptrdiff_t ld, const typename 
 
 template <typename Mode, bool Transposed, int R>
 void micro_tail(int rows, const typename Mode::Operand* a, ptrdiff_t ld, const typename Mode::Operand* b,
-                int depth, typename Mode::Sum factor, Store how, typename Mode::Sum* out, ptrdiff_t ld_out) {
+                ptrdiff_t line, int depth, typename Mode::Sum factor, Store how, typename Mode::Sum* out,
+                ptrdiff_t ld_out) {
   if constexpr (R > 0) {
     if (rows == R)
-      micro<Mode, R, Transposed>(a, ld, b, depth, factor, how, out, ld_out);
+      micro<Mode, R, Transposed>(a, ld, b, line, depth, factor, how, out, ld_out);
     else
-      micro_tail<Mode, Transposed, R - 1>(rows, a, ld, b, depth, factor, how, out, ld_out);
+      micro_tail<Mode, Transposed, R - 1>(rows, a, ld, b, line, depth, factor, how, out, ld_out);
   }
 }
 
 template <typename Mode, bool Transposed, bool Add>
-void product(const typename Mode::Operand* a, ptrdiff_t ld, int n_rows, const typename Mode::Operand* panels,
-             ptrdiff_t panel_stride, int64_t depth, int n_panels, typename Mode::Sum factor,
+void product(const typename Mode::Operand* a, ptrdiff_t ld, int n_rows,
+             const Panels<typename Mode::Operand>& panels, int64_t depth, typename Mode::Sum factor,
              typename Mode::Sum* out, ptrdiff_t ld_out) {
   for (int64_t k = 0; k < depth; k += kDepthChunk) {
     const int chunk = static_cast<int>(depth - k < kDepthChunk ? depth - k : kDepthChunk);
@@ -102,15 +104,16 @@ void product(const typename Mode::Operand* a, ptrdiff_t ld, int n_rows, const ty
     // kScale multiplies by the factor too, which is 1 until the last chunk.
     const Store how = first ? Store::kScale : last ? Store::kAddScale : Store::kAdd;
     const typename Mode::Sum by = last ? factor : 1;
-    for (int p = 0; p < n_panels; ++p) {
-      const typename Mode::Operand* b = panels + p * panel_stride + k * kPanelWidth<Mode>;
+    for (int p = 0; p < panels.count; ++p) {
+      const typename Mode::Operand* b = panels.first + p * panels.stride + k * panels.line;
       typename Mode::Sum* c = out + p * kPanelWidth<Mode>;
       int r = 0;
       for (; r + kMicroRows <= n_rows; r += kMicroRows)
-        micro<Mode, kMicroRows, Transposed>(Transposed ? a + k * ld + r : a + r * ld + k, ld, b, chunk, by,
-                                            how, c + r * ld_out, ld_out);
+        micro<Mode, kMicroRows, Transposed>(Transposed ? a + k * ld + r : a + r * ld + k, ld, b, panels.line,
+                                            chunk, by, how, c + r * ld_out, ld_out);
       micro_tail<Mode, Transposed, kMicroRows - 1>(n_rows - r, Transposed ? a + k * ld + r : a + r * ld + k,
-                                                   ld, b, chunk, by, how, c + r * ld_out, ld_out);
+                                                   ld, b, panels.line, chunk, by, how, c + r * ld_out,
+                                                   ld_out);
     }
   }
 }
@@ -118,18 +121,18 @@ void product(const typename Mode::Operand* a, ptrdiff_t ld, int n_rows, const ty
 template <typename Mode>
 void dot(const typename Mode::Operand* rows, ptrdiff_t ld, int n_rows, const typename Mode::Operand* panels,
          int64_t depth, int n_panels, typename Mode::Sum factor, typename Mode::Sum* out, ptrdiff_t ld_out) {
-  product<Mode, false, false>(rows, ld, n_rows, panels, depth * kPanelWidth<Mode>, depth, n_panels, factor,
+  product<Mode, false, false>(rows, ld, n_rows,
+                              {panels, n_panels, depth * kPanelWidth<Mode>, kPanelWidth<Mode>}, depth, factor,
                               out, ld_out);
 }
 
 template <typename Mode>
 void accumulate(const typename Mode::Operand* g, ptrdiff_t ld, bool transposed, int n_rows, int depth,
-                const typename Mode::Operand* panels, ptrdiff_t panel_stride, int n_panels,
-                typename Mode::Sum* out, ptrdiff_t ld_out) {
+                const Panels<typename Mode::Operand>& panels, typename Mode::Sum* out, ptrdiff_t ld_out) {
   if (transposed)
-    product<Mode, true, true>(g, ld, n_rows, panels, panel_stride, depth, n_panels, 1, out, ld_out);
+    product<Mode, true, true>(g, ld, n_rows, panels, depth, 1, out, ld_out);
   else
-    product<Mode, false, true>(g, ld, n_rows, panels, panel_stride, depth, n_panels, 1, out, ld_out);
+    product<Mode, false, true>(g, ld, n_rows, panels, depth, 1, out, ld_out);
 }
 
 // ---- Passes over the rows of a tile
@@ -268,6 +271,45 @@ void gradient(const GradientTile<T, Id>& tile) {
     case Softmax::kBothSeparate:
       return ids ? gradient_rows<T, Id, Softmax::kBothSeparate, true>(tile)
                  : gradient_rows<T, Id, Softmax::kBothSeparate, false>(tile);
+  }
+}
+
+template <typename T>
+void online_columns(const T* t, const T* s, ptrdiff_t ld, int rows, int cols, T* max, double* sum,
+                    double* cross) {
+  using S = Simd<T>;
+  for (int j = 0; j < cols; j += S::kLanes) {
+    const typename S::Vec before = S::load(max + j);
+    typename S::Vec top = before;
+    for (int i = 0; i < rows; ++i) {
+      const typename S::Vec x = S::load(t + i * ld + j);
+      top = S::select(x > top, x, top);
+    }
+    const typename S::Vec shift = S::select(top == kMinusInfinity<T>, typename S::Vec{}, top);
+    typename S::Wide total{}, weighted{};
+    for (int i = 0; i < rows; ++i) {
+      const typename S::Wide e = S::widen(exp2_vec<T>(S::load(t + i * ld + j) - shift));
+      total += e;
+      if (s) weighted += e * S::widen(S::load(s + i * ld + j));
+    }
+    const typename S::Wide decay = S::widen(exp2_vec<T>(before - shift));
+    S::store(max + j, top);
+    S::store_wide(sum + j, S::load_wide(sum + j) * decay + total);
+    if (s) S::store_wide(cross + j, S::load_wide(cross + j) * decay + weighted);
+  }
+}
+
+template <typename T>
+void gradient_columns(const ColumnGradient<T>& tile) {
+  using S = Simd<T>;
+  for (int i = 0; i < tile.rows; ++i) {
+    const T *s = tile.s + i * tile.ld, *t = tile.t ? tile.t + i * tile.ld : nullptr;
+    for (int j = 0; j < tile.cols; j += S::kLanes) {
+      typename S::Vec g = S::load(tile.coef + j) * exp2_vec<T>(S::load(s + j) - S::load(tile.shift + j));
+      if (t)
+        g += S::load(tile.target_coef + j) * exp2_vec<T>(S::load(t + j) - S::load(tile.target_shift + j));
+      S::store(tile.out + i * tile.ld + j, g);
+    }
   }
 }
 
@@ -433,6 +475,8 @@ constexpr TileKernels<Mode> make_table() {
                sum_equal<T, Id>,
                weighted_sum<T>,
                gradient<T, Id>,
+               online_columns<T>,
+               gradient_columns<T>,
                online_cross<T>,
                soft_target_gradient<T>,
                log_softmax<T>,
