@@ -75,28 +75,40 @@ def contrastive(problem: Contrast, first_positive: int | None = None) -> Contras
 
 def contrastive_loss(problem: Contrast, how: LossOptions) -> Tensor:
     """The loss [] of all rows, in the accumulation dtype, where `dispatch.makes_whole_losses`."""
-    q, k, acc = problem.q, problem.k, dtypes.accumulate_dtype(problem.q.dtype)
-    mask, scale = problem.positive_mask, _scale(problem.scale, q)
-    problem = problem._replace(scale=scale, positive_mask=None if mask is None else mask.to(acc))
-    enabled = torch.is_grad_enabled()
-    needs = [enabled and _needs_gradient(x) for x in (q, k, scale)]
-    return _run("contrastive_loss", (problem.options(), how, needs, q.dtype), problem.tensors())[0]
+    q, mask, scale = problem.q, problem.positive_mask, _scale(problem.scale, problem.q)
+    if mask is not None:
+        mask = mask.to(dtypes.accumulate_dtype(q.dtype))
+    needs = _gradients_needed(q, problem.k, scale)
+    tensors = problem._replace(scale=scale, positive_mask=mask).tensors()
+    return _run("contrastive_loss", (problem.options(), how, needs, q.dtype), tensors)[0]
+
+
+def dimcl_loss(
+    z0: Tensor, z1: Tensor, scale: float | Tensor, positive_mask: Tensor | None, mean: bool
+) -> Tensor:
+    """The loss [] of all columns, as above."""
+    scale = _scale(scale, z0)
+    options = (mean, _gradients_needed(z0, z1, scale), z0.dtype)
+    return _run("dimcl_loss", options, (z0, z1, scale, positive_mask))[0]
 
 
 def key_loss(problem: KeyLoss, mean: bool) -> Tensor | None:
     """The loss [] of all rows, as above; None where more than queries and scale needs a gradient."""
-    q, target_q, keys = problem.q, problem.target_q, problem.k
-    if _needs_gradient(*keys, target_q, problem.own) or any(
-        isinstance(x, Tensor) and x.requires_grad for x in (problem.target_scale, problem.coeff)
-    ):
+    q, target_q, scale = problem.q, problem.target_q, _scale(problem.scale, problem.q)
+    of_target = (x for x in (problem.target_scale, problem.coeff) if isinstance(x, Tensor))
+    if _needs_gradient(*problem.k, target_q, problem.own, *of_target):
         return None
-    problem = problem._replace(scale=_scale(problem.scale, q))
     if target_q is not None:
         target_scale, coeff = _scale(problem.target_scale, q), _scale(problem.coeff, q)
         problem = problem._replace(target_scale=target_scale, coeff=coeff)
+    needs = _gradients_needed(q, scale)
+    tensors = problem._replace(scale=scale).tensors()
+    return _run("key_loss", (problem.options(), mean, needs, q.dtype), tensors)[0]
+
+
+def _gradients_needed(*tensors: Tensor | None) -> list[bool]:
     enabled = torch.is_grad_enabled()
-    needs = [enabled and _needs_gradient(x) for x in (q, problem.scale)]
-    return _run("key_loss", (problem.options(), 1.0, mean, needs, q.dtype), problem.tensors())[0]
+    return [enabled and x is not None and x.requires_grad for x in tensors]
 
 
 def soft_target(problem: SoftTarget, first_positive: int | None = None) -> SoftTargetStats:
@@ -263,23 +275,22 @@ class _Contrastive(_Op):
 class LossOptions(NamedTuple):
     """How a whole loss is made of its rows, in the order of the op's arguments."""
 
+    unit: bool  # over rows at unit length
     factor: float
     mean: bool  # over the rows, in place of their sum
     drop: bool  # rows without positives are not counted by the mean
     at_least_zero: bool  # a row below 0 is rounding
 
 
-class _KeyLoss(_Op):
-    """As `_ContrastiveLoss`."""
+class _WholeLoss(_Op):
+    """A loss whose gradients come with the forward: the backward multiplies them.
 
-    users = "info_nce_loss and sce_loss"
+    The last options are which gradients the op is to give, and the dtype of the features.
+    """
+
     outputs = 1
     differentiable = 1
-
-    @staticmethod
-    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
-        bare, factor, mean, needs, _ = options
-        return torch.ops.cl_kernels.key_loss(*bare.with_tensors(tensors), factor, mean, needs)
+    given: tuple[int, ...]  # of which of the tensors the op gives gradients, the scale last
 
     @staticmethod
     def frozen(options: Options, needs: Sequence[bool]) -> bool:
@@ -289,57 +300,62 @@ class _KeyLoss(_Op):
     def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
         return *[None] * len(tensors), *outputs[1:]
 
-    @staticmethod
+    @classmethod
     def gradient(
-        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+        cls, saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
     ) -> Tensors:
-        (grad,), (grad_q, grad_scale) = grads, saved[-2:]
-        return (
-            (grad_q * grad).to(options[-1]) if needs[0] else None, None,
-            grad_scale * grad if needs[2] else None, *[None] * (len(needs) - 3)
-        )  # fmt: skip
-
-    @staticmethod
-    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
-        bare, factor, mean, *_ = options
-        return [reference.key_loss(bare.with_tensors(tensors), factor, mean)]
+        found: list[Tensor | None] = [None] * len(needs)
+        for i, x in zip(cls.given, saved[len(needs) :], strict=True):
+            if needs[i]:
+                grad = x * grads[0]
+                found[i] = grad if i == cls.given[-1] else grad.to(options[-1])
+        return found
 
 
-class _ContrastiveLoss(_Op):
-    """A whole loss, whose gradients come with the forward: the backward multiplies them."""
-
+class _ContrastiveLoss(_WholeLoss):
     users = "the contrastive losses"
-    outputs = 1
-    differentiable = 1
+    given = (0, 1, 2)
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
         bare, how, needs, _ = options
-        return torch.ops.cl_kernels.contrastive_loss(*bare.with_tensors(tensors), *how, needs)
-
-    @staticmethod
-    def frozen(options: Options, needs: Sequence[bool]) -> bool:
-        return True
-
-    @staticmethod
-    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
-        return *[None] * len(tensors), *outputs[1:]
-
-    @staticmethod
-    def gradient(
-        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
-    ) -> Tensors:
-        dtype, (grad,) = options[-1], grads
-        found = (_if(needed, x) for needed, x in zip(needs, saved[len(needs) :], strict=False))
-        grad_q, grad_k, grad_scale = (None if x is None else x * grad for x in found)
-        parts = (None if x is None else x.to(dtype) for x in (grad_q, grad_k))
-        return *parts, grad_scale, *[None] * (len(needs) - 3)
+        return torch.ops.cl_kernels.contrastive_loss.default(*bare.with_tensors(tensors), *how, needs)
 
     @staticmethod
     def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
         bare, how, *_ = options
-        problem = bare.with_tensors(tensors)
-        return [reference.whole_loss(problem, *how)]
+        return [reference.whole_loss(bare.with_tensors(tensors), *how)]
+
+
+class _DimCLLoss(_WholeLoss):
+    users = "dimcl_loss"
+    given = (0, 1, 2)
+
+    @staticmethod
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        mean, needs, _ = options
+        return torch.ops.cl_kernels.dimcl_loss.default(*tensors, mean, needs)
+
+    @staticmethod
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        lse, positive_sum, positive_count = reference.dimcl_stats(*tensors)
+        rows = lse - positive_sum / positive_count
+        return [rows.mean() if options[0] else rows.sum()]
+
+
+class _KeyLoss(_WholeLoss):
+    users = "info_nce_loss and sce_loss"
+    given = (0, 2)
+
+    @staticmethod
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        bare, mean, needs, _ = options
+        return torch.ops.cl_kernels.key_loss.default(*bare.with_tensors(tensors), mean, needs)
+
+    @staticmethod
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        bare, mean, *_ = options
+        return [reference.key_loss(bare.with_tensors(tensors), mean)]
 
 
 class _SoftTarget(_Op):
@@ -501,6 +517,7 @@ class _MaskedLogSoftmax(_Op):
 OPS: dict[str, type[_Op]] = {
     "contrastive": _Contrastive,
     "contrastive_loss": _ContrastiveLoss,
+    "dimcl_loss": _DimCLLoss,
     "key_loss": _KeyLoss,
     "soft_target": _SoftTarget,
     "dimcl": _DimCL,

@@ -53,9 +53,11 @@ On the CPU alone, by the compiled extension, whole losses with their gradients:
 
 contrastive_loss: factor sum_i l_i, with `mean` over the rows, of which `drop` counts those with positives;
     l_i = lse_i - positive_sum_i / positive_count_i of a problem as above, with both_axes the mean of lse_i
-    and lse_cols_i in place of lse_i; 0 in a row without positives or without a denominator, and with at_least_zero where
-    rounding put it below. The gradients, of those needed of (q, k, scale), are acc tensors
-key_loss: factor sum_i l_i, with `mean` over the rows, over keys that get no gradient; S = scale q k^T,
+    and lse_cols_i in place of lse_i; 0 in a row without positives or without a denominator, and with
+    at_least_zero where rounding put it below. With `unit`, where k is None, of q's rows at unit length. The
+    gradients, of those that needs = (q, k, scale) says, are acc tensors, here and below
+dimcl_loss: the sum or mean of lse_i - positive_sum_i / positive_count_i as above; needs = (z0, z1, scale)
+key_loss: the sum or mean of l_i over keys that get no gradient; S = scale q k^T,
     T = target_scale target_q k^T over the concatenated segments of k, s_i the logit of the positive: column
     positive_i of S, left out of T or with positive_is_zero 0 there, or scale q_i.own_i beside the keys;
     l_i = LSE(S_i, s_i of own) - (1 - coeff) softmax(T)_i . S_i - coeff s_i; without target_q coeff is 1.
@@ -134,13 +136,17 @@ SCHEMAS = {
 
 LOSS_SCHEMAS = {
     "contrastive_loss": (
-        f"(Tensor q, Tensor? k, Tensor scale, {_PAIRS}, float factor, bool mean, bool drop, "
+        f"(Tensor q, Tensor? k, Tensor scale, {_PAIRS}, bool unit, float factor, bool mean, bool drop, "
         "bool at_least_zero, bool[3] needs)"
         " -> (Tensor loss, Tensor grad_q, Tensor grad_k, Tensor grad_scale)"
     ),
+    "dimcl_loss": (
+        "(Tensor z0, Tensor z1, Tensor scale, Tensor? positive_mask, bool mean, bool[3] needs)"
+        " -> (Tensor loss, Tensor grad_z0, Tensor grad_z1, Tensor grad_scale)"
+    ),
     "key_loss": (
         "(Tensor q, Tensor[] k, Tensor? target_q, Tensor scale, Tensor? target_scale, Tensor? coeff, "
-        "Tensor? own, Tensor? positive, bool positive_is_zero, float factor, bool mean, bool[2] needs)"
+        "Tensor? own, Tensor? positive, bool positive_is_zero, bool mean, bool[2] needs)"
         " -> (Tensor loss, Tensor grad_q, Tensor grad_scale)"
     ),
 }
@@ -198,6 +204,11 @@ def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _fake_loss(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch.library.register_fake(f"{NAMESPACE}::{function.__name__[1:]}", function, lib=_library)
+    return function
+
+
 def _empty(like: Tensor, *shape: int, needed: bool = True) -> Tensor:
     """An acc tensor on the device of `like`; [0] where it is not needed."""
     return like.new_empty(shape if needed else (0,), dtype=accumulate_dtype(like.dtype))
@@ -240,27 +251,28 @@ def _contrastive_backward(
     )
 
 
-@functools.partial(torch.library.register_fake, f"{NAMESPACE}::contrastive_loss", lib=_library)
+@_fake_loss
 @flat(Contrast)
 def _contrastive_loss(problem: Contrast, *options: Any) -> tuple[Tensor, ...]:
-    q, keys = problem.q, problem.keys
-    needs_q, needs_k, needs_scale = options[-1]
-    return (
-        _empty(q),
-        _empty(q, *q.shape, needed=needs_q),
-        _empty(q, *keys.shape, needed=needs_k),
-        _empty(q) if needs_q or needs_k or needs_scale else _empty(q, 0),
-    )
+    return _loss_and_gradients([problem.q, problem.keys], options[-1])
 
 
-@functools.partial(torch.library.register_fake, f"{NAMESPACE}::key_loss", lib=_library)
+@_fake_loss
+def _dimcl_loss(z0: Tensor, z1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _loss_and_gradients([z0, z1], rest[-1])
+
+
+@_fake_loss
 def _key_loss(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    needs_q, needs_scale = rest[-1]
-    return (
-        _empty(q),
-        _empty(q, *q.shape, needed=needs_q),
-        _empty(q) if needs_q or needs_scale else _empty(q, 0),
-    )
+    return _loss_and_gradients([q], rest[-1])
+
+
+def _loss_and_gradients(features: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """A loss, its gradients in the features and in the scale."""
+    like = features[0]
+    pairs = zip(features, needs, strict=False)
+    grads = (_empty(like, *x.shape, needed=needed) for x, needed in pairs)
+    return _empty(like), *grads, _empty(like) if any(needs) else _empty(like, 0)
 
 
 @_fake

@@ -132,8 +132,12 @@ def contrastive_stats(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor
     return lse, lse_cols, _weighted_sum(weights, products), weights.sum(dim=1)
 
 
-def whole_loss(problem: Contrast, factor: float, mean: bool, drop: bool, at_least_zero: bool) -> Tensor:
+def whole_loss(
+    problem: Contrast, unit: bool, factor: float, mean: bool, drop: bool, at_least_zero: bool
+) -> Tensor:
     """factor Σ_i l_i [] with l_i = lse_i - positive_sum_i / positive_count_i, as `ops.contrastive_loss`."""
+    if unit:
+        problem = problem._replace(q=_normalize(_accumulate(problem.q)))
     lse, lse_cols, total, count = contrastive_stats(problem)
     if problem.both_axes:
         lse = torch.lerp(lse, lse_cols, 0.5)
@@ -149,7 +153,7 @@ def whole_loss(problem: Contrast, factor: float, mean: bool, drop: bool, at_leas
     return factor * rows.sum() / (counted if mean else 1)
 
 
-def key_loss(problem: KeyLoss, factor: float, mean: bool) -> Tensor:
+def key_loss(problem: KeyLoss, mean: bool) -> Tensor:
     """The loss [] of `ops.key_loss`."""
     q, keys = _accumulate(problem.q), _accumulate(torch.cat(problem.k))
     scale, positive, beside = _scalar(problem.scale, q), problem.positive, problem.own is not None
@@ -170,7 +174,7 @@ def key_loss(problem: KeyLoss, factor: float, mean: bool) -> Tensor:
         empty = (target == -INF).all(1, keepdim=True)
         weights = torch.softmax(target.masked_fill(empty, 0.0), 1).masked_fill(empty, 0.0)
         rows = torch.lerp(_weighted_sum(weights, log_p), rows, _scalar(problem.coeff, q))
-    return -factor * (rows.mean() if mean else rows.sum())
+    return -(rows.mean() if mean else rows.sum())
 
 
 def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:

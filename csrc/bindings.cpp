@@ -15,11 +15,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss_op(
     const Tensor& q, const optional<Tensor>& k, const Tensor& scale, optional<int64_t> exclude,
     const optional<Tensor>& row_labels, const optional<Tensor>& col_labels, std::string_view among,
     bool label_positives, const optional<Tensor>& positive_index, const optional<Tensor>& positive_mask,
-    const optional<Tensor>& key_bias, bool both_axes, double factor, bool mean, bool drop, bool at_least_zero,
-    std::array<bool, 3> needs) {
+    const optional<Tensor>& key_bias, bool both_axes, bool unit, double factor, bool mean, bool drop,
+    bool at_least_zero, std::array<bool, 3> needs) {
   return cpu::contrastive_loss({q, k, scale, exclude, row_labels, col_labels, among, label_positives,
                                 positive_index, positive_mask, key_bias, both_axes},
-                               {factor, mean, drop, at_least_zero, needs});
+                               unit, {factor, mean, drop, at_least_zero, needs});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dimcl_loss_op(const Tensor& z0, const Tensor& z1,
+                                                         const Tensor& scale,
+                                                         const optional<Tensor>& positive_mask, bool mean,
+                                                         std::array<bool, 3> needs) {
+  return cpu::dimcl_loss(z0, z1, scale, positive_mask, {1, mean, false, true, needs});
 }
 
 std::tuple<Tensor, Tensor, Tensor> key_loss_op(const Tensor& q, at::TensorList k,
@@ -27,9 +34,9 @@ std::tuple<Tensor, Tensor, Tensor> key_loss_op(const Tensor& q, at::TensorList k
                                                const optional<Tensor>& target_scale,
                                                const optional<Tensor>& coeff, const optional<Tensor>& own,
                                                const optional<Tensor>& positive, bool positive_is_zero,
-                                               double factor, bool mean, std::array<bool, 2> needs) {
-  return cpu::key_loss({q, k, target_q, scale, target_scale, coeff, own, positive, positive_is_zero}, factor,
-                       mean, needs);
+                                               bool mean, std::array<bool, 2> needs) {
+  return cpu::key_loss({q, k, target_q, scale, target_scale, coeff, own, positive, positive_is_zero}, mean,
+                       needs);
 }
 
 }  // namespace
@@ -38,6 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> key_loss_op(const Tensor& q, at::TensorList k
 TORCH_LIBRARY_IMPL(cl_kernels, CPU, m) {
   cl_kernels::register_ops(m);
   m.impl("contrastive_loss", cl_kernels::contrastive_loss_op);
+  m.impl("dimcl_loss", cl_kernels::dimcl_loss_op);
   m.impl("key_loss", cl_kernels::key_loss_op);
 }
 

@@ -199,13 +199,15 @@ def whole(
     columns: int,
     factor: float | Tensor = 1.0,
     drop: bool = False,
+    unit: bool = False,
 ) -> Tensor | None:
     """`factor` times the reduced loss of rows of lse - positive_sum / positive_count, over so many columns,
-    by one op; None where there is none. `drop`: the mean counts rows with positives only."""
+    by one op; None where there is none. `drop`: the mean counts rows with positives only; `unit`: q's rows
+    are taken at unit length."""
     if columns == 1 or problem.key_bias is not None or not makes_whole_losses(problem.q, reduction):
         return None
     inside = 1.0 if isinstance(factor, Tensor) else factor
-    how = autograd.LossOptions(inside, reduction == "mean", drop, at_least_zero=problem.among == "all")
+    how = autograd.LossOptions(unit, inside, reduction == "mean", drop, problem.among == "all")
     loss = autograd.contrastive_loss(problem, how)
     return loss if isinstance(factor, float) else (loss * factor).to(loss.dtype)
 

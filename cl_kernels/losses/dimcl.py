@@ -10,7 +10,16 @@ from torch import Tensor
 from .. import autograd, dtypes, reference, validation
 from ..distributed import ProcessGroup, Ranks, all_to_all, engine, join
 from ..problem import Contrast
-from ._common import Grouped, cross_entropy, inverse, loss_function, reduced, settled, shown
+from ._common import (
+    Grouped,
+    cross_entropy,
+    inverse,
+    loss_function,
+    makes_whole_losses,
+    reduced,
+    settled,
+    shown,
+)
 
 
 @loss_function
@@ -88,6 +97,8 @@ def dimcl_loss(
     scale = inverse(tau, z0)
     if ranks is None:
         validation.minimum_rows("z0", z0, 2)
+        if makes_whole_losses(z0, reduction):
+            return autograd.dimcl_loss(z0, z1, scale, positive_mask, reduction == "mean")
         lse, positive_sum, positive_count = autograd.dimcl(z0, z1, scale, positive_mask)
     else:
         problem, ranks = _share(z0, z1, scale, positive_mask, ranks)

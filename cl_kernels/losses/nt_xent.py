@@ -70,7 +70,7 @@ def nt_xent_loss(
     n = z0.shape[0]
     valid = validation.valid_rows(valid, n, z0)
     rows_valid = None if valid is None else torch.cat([valid, valid])
-    z = unit_rows(zero_unless(rows_valid, torch.cat([z0, z1])))
+    z = zero_unless(rows_valid, torch.cat([z0, z1]))
     ranks = join(
         group, exchange, z, "nt_xent_loss", n, temperature=tau, valid=validation.kind(valid),
         reduction=reduction,
@@ -78,9 +78,10 @@ def nt_xent_loss(
     partner = torch.arange(2 * n, device=z.device).roll(n)
     problem = Contrast(z, None, inverse(tau, z), exclude=0, positive_index=partner)
     if valid is None and ranks is None:
-        loss = whole(problem, reduction, 2 * n - 1)
+        loss = whole(problem, reduction, 2 * n - 1, unit=True)
         if loss is not None:
             return loss
+    problem = problem._replace(q=unit_rows(z))
     stats = engine.contrastive(among_valid(rows_valid, problem), ranks)
     loss = cross_entropy(stats.lse, stats.positive_sum, total(2 * n, ranks) - 1)
     return reduced(zero_unless(rows_valid, loss), reduction, z, rows_valid, ranks)

@@ -650,8 +650,21 @@ void check(const Contrast& problem) {
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(const Contrast& problem,
+                                                                            bool unit,
                                                                             const LossOptions& options) {
   check(problem);
+  if (unit) {
+    TORCH_CHECK_VALUE(!problem.k, "unit is for queries that are the keys");
+    return with_mode(problem.q.scalar_type(), [&](auto mode) {
+      using T = typename decltype(mode)::Sum;
+      const UnitRows<T> rows(problem.q);
+      Contrast of_unit = problem;
+      of_unit.q = rows.unit.to(problem.q.scalar_type());
+      auto found = Engine<decltype(mode)>(of_unit).loss(options);
+      if (options.needs[0]) rows.through(std::get<1>(found));
+      return found;
+    });
+  }
   TORCH_CHECK_VALUE(!problem.key_bias, "key_bias is not for a whole loss");
   TORCH_CHECK_VALUE(!problem.both_axes || !problem.k || problem.k->size(0) == problem.q.size(0),
                     "a loss over both axes has as many columns as rows");

@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 
 #include "../contrastive.h"
+#include "loss.h"
 
 namespace cl_kernels {
 namespace {
@@ -47,12 +48,8 @@ void check(const at::Tensor& z0, const at::Tensor& z1, const std::optional<at::T
   TORCH_CHECK_TYPE(positive_mask->scalar_type() == at::kBool, "positive_mask must be bool");
 }
 
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dimcl_forward(
-    const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
-    const std::optional<at::Tensor>& positive_mask) {
-  check(z0, z1, positive_mask);
+// Mean and reciprocal length of the columns of both views, [2, D]; 0 in place of the latter for a constant.
+std::pair<at::Tensor, at::Tensor> moments(const at::Tensor& z0, const at::Tensor& z1) {
   const at::ScalarType type = sum_type(z0);
   const at::Tensor wide = at::stack({z0, z1}).to(at::kDouble);
   const at::Tensor mean = wide.mean(1);
@@ -62,11 +59,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dimcl_for
       type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
   const at::Tensor residue = mean.abs() * (4 * epsilon * std::sqrt(static_cast<double>(z0.size(0))));
   const at::Tensor rnorm = at::where(norm > residue, norm.reciprocal(), at::zeros_like(norm)).to(type);
-  const at::Tensor mean_out = mean.to(type);
-  const at::Tensor x = standardised(z0, z1, mean_out, rnorm);
+  return {mean.to(type), rnorm};
+}
+
+// From the gradient of x, which it changes, to those of the views, [2, N, D] of any strides: through
+// x = (z - mean) / ||z - mean||. The mean goes last, or a nearly constant column would bring it back.
+at::Tensor through_moments(at::Tensor grad, const at::Tensor& x, const at::Tensor& rnorm) {
+  const int64_t d = rnorm.size(1);
+  grad -= x * (x * grad).sum(1, true);
+  grad -= grad.mean(1, true);
+  grad *= rnorm.reshape({2 * d, 1});
+  return grad.reshape({2, d, x.size(1)}).transpose(1, 2);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dimcl_forward(
+    const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
+    const std::optional<at::Tensor>& positive_mask) {
+  check(z0, z1, positive_mask);
+  const auto [mean, rnorm] = moments(z0, z1);
+  const at::Tensor x = standardised(z0, z1, mean, rnorm);
   auto [lse, unused, sum, count, unused_residual] =
       contrastive_forward(column_problem(x, scale, positive_mask), false);
-  return {lse, sum, count, mean_out, rnorm};
+  return {lse, sum, count, mean, rnorm};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
@@ -75,19 +91,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
     const std::optional<at::Tensor>& positive_mask, const at::Tensor& lse, const at::Tensor& mean,
     const at::Tensor& rnorm) {
   check(z0, z1, positive_mask);
-  const int64_t n = z0.size(0), d = z0.size(1);
   const at::Tensor x = standardised(z0, z1, mean, rnorm);
   const at::Tensor nothing = at::empty({0}, lse.options());
   auto [grad, unused_k, grad_scale, unused_bias] = contrastive_backward(
       {grad_lse, std::nullopt, grad_positive_sum}, column_problem(x, scale, positive_mask),
       {lse, nothing, nothing}, {true, false, false});
-  // Through x = (z - mean) / ||z - mean||; the mean goes last, or a nearly constant column would bring it
-  // back.
-  grad -= x * (x * grad).sum(1, true);
-  grad -= grad.mean(1, true);
-  grad *= rnorm.reshape({2 * d, 1});
-  const at::Tensor out = grad.reshape({2, d, n}).transpose(1, 2).to(z0.scalar_type());
+  const at::Tensor out = through_moments(grad, x, rnorm).to(z0.scalar_type());
   return {out[0].clone(at::MemoryFormat::Contiguous), out[1].clone(at::MemoryFormat::Contiguous), grad_scale};
 }
 
+namespace cpu {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dimcl_loss(
+    const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
+    const std::optional<at::Tensor>& positive_mask, const LossOptions& options) {
+  check(z0, z1, positive_mask);
+  const auto [mean, rnorm] = moments(z0, z1);
+  const at::Tensor x = standardised(z0, z1, mean, rnorm);
+  const auto [need_z0, need_z1, need_scale] = options.needs;
+  LossOptions of_columns = options;
+  of_columns.needs = {need_z0 || need_z1, false, need_scale};
+  auto [loss, grad, none, grad_scale] =
+      contrastive_loss(column_problem(x, scale, positive_mask), false, of_columns);
+  if (!need_z0 && !need_z1) return {loss, grad, grad, grad_scale};
+  const at::Tensor out = through_moments(grad, x, rnorm);
+  auto of_view = [&](int64_t view, bool needed) { return needed ? out[view].contiguous() : none; };
+  return {loss, of_view(0, need_z0), of_view(1, need_z1), grad_scale};
+}
+
+}  // namespace cpu
 }  // namespace cl_kernels

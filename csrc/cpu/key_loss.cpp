@@ -308,10 +308,10 @@ void check(const KeyLoss& problem) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> key_loss(const KeyLoss& problem, double factor, bool mean,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> key_loss(const KeyLoss& problem, bool mean,
                                                         std::array<bool, 2> needs) {
   check(problem);
-  const double of_row = mean ? factor / problem.q.size(0) : factor;
+  const double of_row = mean ? 1.0 / problem.q.size(0) : 1.0;
   return with_mode(problem.q.scalar_type(), [&](auto mode) {
     return KeyLossEngine<decltype(mode)>(problem, of_row, needs[0] || needs[1]).run(needs);
   });

@@ -29,9 +29,16 @@ struct RowLosses {
             const at::Tensor& positive_count, const LossOptions& options);
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(const Contrast&,
+// unit: over q's rows at unit length, a zero row staying zero; then k is none.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(const Contrast&, bool unit,
                                                                             const LossOptions&);
 // -> loss [], grad_q [N, D] | [0], grad_k [M, D] | [0], grad_scale [] | [0], in the type of sums
+
+// The dimension-wise contrast, as csrc/dimcl.h has it, of which needs are z0, z1 and the scale.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dimcl_loss(
+    const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
+    const std::optional<at::Tensor>& positive_mask, const LossOptions&);
+// -> loss [], grad_z0, grad_z1 [N, D] | [0], grad_scale [] | [0], in the type of sums
 
 // The soft-target cross-entropy over keys that get no gradient: S = scale q k^T over the concatenated
 // segments of k, T = target_scale target_q k^T. Each row has a positive: a column of S, which T leaves out
@@ -47,7 +54,7 @@ struct KeyLoss {
   bool positive_is_zero;                          // in T, in place of left out
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> key_loss(const KeyLoss&, double factor, bool mean,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> key_loss(const KeyLoss&, bool mean,
                                                         std::array<bool, 2> needs);  // q, scale
 // -> loss [], grad_q [N, D] | [0], grad_scale [] | [0], in the type of sums
 

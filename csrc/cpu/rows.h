@@ -107,6 +107,36 @@ at::Tensor contraction(const at::Tensor& x, const at::Tensor& grad) {
   return at::scalar_tensor(total, grad.options());
 }
 
+// Rows over their length, a zero row staying zero.
+template <typename T>
+struct UnitRows {
+  at::Tensor unit;  // [N, D]
+  std::vector<T> rnorm;
+
+  explicit UnitRows(const at::Tensor& x)
+      : unit(at::empty(x.sizes(), x.options().dtype(at::CppTypeToScalarType<T>::value))), rnorm(x.size(0)) {
+    unit.copy_(x);
+    const int64_t d = x.size(1);
+    for_rows(x.size(0), d, [&](int64_t i) {
+      T* row = unit.template mutable_data_ptr<T>() + i * d;
+      const T square = dot(row, row, d);
+      rnorm[i] = square == 0 ? T(0) : 1 / std::sqrt(square);
+      for (int64_t c = 0; c < d; ++c) row[c] *= rnorm[i];
+    });
+  }
+
+  // From the gradient of the unit rows, in place, to that of the rows: its part along them falls out.
+  void through(at::Tensor& grad) const {
+    const int64_t d = unit.size(1);
+    for_rows(unit.size(0), d, [&](int64_t i) {
+      const T* row = unit.template const_data_ptr<T>() + i * d;
+      T* g = grad.template mutable_data_ptr<T>() + i * d;
+      const T along = dot(row, g, d);
+      for (int64_t c = 0; c < d; ++c) g[c] = (g[c] - along * row[c]) * rnorm[i];
+    });
+  }
+};
+
 // scale * (the first d columns of grad [n, >= d]) in the input's type, contiguous.
 inline at::Tensor finish_gradient(at::Tensor grad, int64_t d, double scale, at::ScalarType type) {
   grad.mul_(scale);
