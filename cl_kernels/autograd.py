@@ -80,7 +80,7 @@ def contrastive_loss(problem: Contrast, how: LossOptions) -> Tensor:
         mask = mask.to(dtypes.accumulate_dtype(q.dtype))
     needs = _gradients_needed(q, problem.k, scale)
     tensors = problem._replace(scale=scale, positive_mask=mask).tensors()
-    return _run("contrastive_loss", (problem.options(), how, needs, q.dtype), tensors)[0]
+    return _run_whole("contrastive_loss", (problem.options(), how, needs, q.dtype), tensors)
 
 
 def dimcl_loss(
@@ -89,7 +89,7 @@ def dimcl_loss(
     """The loss [] of all columns, as above."""
     scale = _scale(scale, z0)
     options = (mean, _gradients_needed(z0, z1, scale), z0.dtype)
-    return _run("dimcl_loss", options, (z0, z1, scale, positive_mask))[0]
+    return _run_whole("dimcl_loss", options, (z0, z1, scale, positive_mask))
 
 
 def key_loss(problem: KeyLoss, mean: bool) -> Tensor | None:
@@ -103,7 +103,7 @@ def key_loss(problem: KeyLoss, mean: bool) -> Tensor | None:
         problem = problem._replace(target_scale=target_scale, coeff=coeff)
     needs = _gradients_needed(q, scale)
     tensors = problem._replace(scale=scale).tensors()
-    return _run("key_loss", (problem.options(), mean, needs, q.dtype), tensors)[0]
+    return _run_whole("key_loss", (problem.options(), mean, needs, q.dtype), tensors)
 
 
 def _gradients_needed(*tensors: Tensor | None) -> list[bool]:
@@ -298,14 +298,14 @@ class _WholeLoss(_Op):
 
     @staticmethod
     def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
-        return *[None] * len(tensors), *outputs[1:]
+        return outputs[1:]
 
     @classmethod
     def gradient(
         cls, saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
     ) -> Tensors:
         found: list[Tensor | None] = [None] * len(needs)
-        for i, x in zip(cls.given, saved[len(needs) :], strict=True):
+        for i, x in zip(cls.given, saved, strict=True):
             if needs[i]:
                 grad = x * grads[0]
                 found[i] = grad if i == cls.given[-1] else grad.to(options[-1])
@@ -559,10 +559,16 @@ class _Kept:
     before the first; then it is the second that is refused."""
 
     def __init__(self, tensors: Tensors) -> None:
-        self.places = [i for i, x in enumerate(tensors) if x is not None]
-        self._held: list[Tensor] = [tensors[i] for i in self.places]
-        self._refs = [weakref.ref(x) for x in self._held]
-        self._versions = [_version(x) for x in self._held]
+        self.places: list[int] = []
+        self._held: list[Tensor] = []
+        self._refs: list[weakref.ref[Tensor]] = []
+        self._versions: list[int | None] = []
+        for i, x in enumerate(tensors):
+            if x is not None:
+                self.places.append(i)
+                self._held.append(x)
+                self._refs.append(weakref.ref(x))
+                self._versions.append(None if x.is_inference() else x._version)
 
     def let_go(self) -> None:
         """After a backward that is not differentiated, as autograd frees what it saved: the keys of a step do
@@ -599,7 +605,16 @@ def _run(name: str, options: Options, tensors: Tensors) -> tuple[Tensor, ...]:
         return _Value.apply(name, options, *_distinct(tensors))
     if in_transform():
         return _TransformedValue.apply(name, options, *tensors)[: OPS[name].outputs]
+    if not (torch.is_grad_enabled() and _needs_gradient(*tensors)):
+        return OPS[name].forward(tensors, options)[: OPS[name].outputs]
     return _Value.apply(name, options, *tensors)
+
+
+def _run_whole(name: str, options: Options, tensors: Tensors) -> Tensor:
+    """The loss of `_WholeLoss`, differentiable; not in torch.func's transforms."""
+    if torch.compiler.is_compiling() or not any(options[-2]):
+        return _run(name, options, tensors)[0]
+    return _WholeValue.apply(name, options, *tensors)
 
 
 def _set_up(ctx: Any, name: str, options: Options, tensors: Tensors, outputs: Sequence[Tensor]) -> None:
@@ -637,7 +652,10 @@ class _Value(torch.autograd.Function):
             if frozen and not torch.compiler.is_compiling():
                 ctx.kept.let_go()
             return None, None, *op.gradient(saved, options, grads, needs, frozen)
-        tensors, usable = list(saved[: len(needs)]), True
+        tensors: list[Tensor | None] = [None] * len(needs)
+        if not issubclass(op, _WholeLoss):
+            tensors = list(saved[: len(needs)])
+        usable = True
         if frozen:
             usable = ctx.kept.as_they_were
             for i, x in zip(ctx.kept.places, ctx.kept.tensors, strict=True):
@@ -645,6 +663,27 @@ class _Value(torch.autograd.Function):
         call = (name, options, frozen, needs, usable)
         found = iter(_Gradient.apply(call, *grads, *tensors, *saved))
         return None, None, *(next(found) if needed else None for needed in needs)
+
+
+class _WholeValue(_Value):
+    """The same for a whole loss, of which nothing but the gradients is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, options: Options, *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
+        loss, *gradients = OPS[name].forward(tensors, options)
+        ctx.save_for_backward(*gradients)
+        ctx.kept = _Kept(tensors)
+        ctx.call = (name, options, True)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or in_transform():
+            return _Value.backward(ctx, *grads)
+        name, options, _ = ctx.call
+        ctx.kept.let_go()
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *OPS[name].gradient(ctx.saved_tensors, options, grads, needs, True)
 
 
 class _TransformedValue(_Value):

@@ -363,9 +363,11 @@ def pair(first: str, x: Any, second: str, y: Any) -> tuple[Tensor, Tensor]:
     """Two matrices of one shape and device, in their common dtype."""
     features(first, x)
     features(second, y)
-    same_device(**{first: x, second: y})
-    same_shape(**{first: x, second: y})
-    x, y = dtypes.promote(x, y)
+    if torch.compiler.is_compiling() or x.shape != y.shape or x.device != y.device:
+        same_device(**{first: x, second: y})
+        same_shape(**{first: x, second: y})
+    if x.dtype != y.dtype:
+        x, y = dtypes.promote(x, y)
     return x, y
 
 
