@@ -286,9 +286,8 @@ class Engine {
   // Keeps the logits of the first pass over the tiles for the second, where they fit the budget.
   void keep_logits() {
     const int64_t tiles = symmetric_ ? row_blocks() * (row_blocks() + 1) / 2 : row_blocks() * col_blocks();
-    const int64_t elements = tiles * tile_elements();
-    if (elements * static_cast<int64_t>(sizeof(T)) <= keep_budget())
-      kept_ = at::empty({elements}, at::CppTypeToScalarType<T>::value);
+    if (n() * m() * static_cast<int64_t>(sizeof(T)) <= keep_budget())
+      kept_ = large_empty<T>(tiles * tile_elements());
   }
 
   // Where a tile's logits stand: among those kept, or in a thread's scratch memory.
@@ -556,7 +555,7 @@ class Engine {
       const Tile t = tile(a, b);
       T* s = scratch.get();
       gradient_tile(a, b, s);
-      const GradientProduct<Mode> g(s, ld(), tile_elements(), t.rows, t.cols);
+      const GradientProduct<Mode> g(s, ld(), s + tile_elements(), t.rows, t.cols);
       g.add_rows(q_, t.col, out + t.row * q_.padded_d());
       if (a != b) g.add_cols(q_, t.row, out + t.col * q_.padded_d());
     });
@@ -568,6 +567,7 @@ class Engine {
     key().make_col_panels();
     if (need_q) key().make_row_panels();
     if (need_k) q_.make_row_panels();
+    if (kept_.defined() && need_q && need_k) return kept_gradient(grad_q, grad_k);
     Scratch<T> scratch(tile_elements() * GradientProduct<Mode>::kTiles);
     auto visit = [&](int64_t a, int64_t b) {
       const Tile t = tile(a, b);
@@ -578,7 +578,7 @@ class Engine {
         for (int i = 0; i < t.rows; ++i)
           for (int j = 0; j < t.cols; ++j) out[j] += s[i * ld() + j];
       }
-      const GradientProduct<Mode> g(s, ld(), tile_elements(), t.rows, t.cols);
+      const GradientProduct<Mode> g(s, ld(), s + tile_elements(), t.rows, t.cols);
       if (need_q) g.add_rows(key(), t.col, grad_q.mutable_data_ptr<T>() + t.row * q_.padded_d());
       if (need_k) g.add_cols(q_, t.row, grad_k.mutable_data_ptr<T>() + t.col * q_.padded_d());
     };
@@ -589,6 +589,27 @@ class Engine {
         for (int64_t b = 0; b < col_blocks(); ++b) visit(a, b);
       });
     }
+  }
+
+  // Both products of a G that takes the place of the logits kept: first by rows, then by columns, so that
+  // each thread adds to one block of the result, which stays in its cache.
+  void kept_gradient(at::Tensor& grad_q, at::Tensor& grad_k) {
+    Scratch<T> rounded(tile_elements());
+    auto product = [&](int64_t a, int64_t b) {
+      const Tile t = tile(a, b);
+      return GradientProduct<Mode>(place(a, b, nullptr), ld(), rounded.get(), t.rows, t.cols);
+    };
+    run_tasks(row_blocks(), flops(1) * col_blocks(), [&](int64_t a) {
+      T* out = grad_q.mutable_data_ptr<T>() + a * row_block_ * q_.padded_d();
+      for (int64_t b = 0; b < col_blocks(); ++b) {
+        gradient_tile(a, b, place(a, b, nullptr));
+        product(a, b).add_rows(key(), b * col_block_, out);
+      }
+    });
+    run_tasks(col_blocks(), flops(1) * row_blocks(), [&](int64_t b) {
+      T* out = grad_k.mutable_data_ptr<T>() + b * col_block_ * q_.padded_d();
+      for (int64_t a = 0; a < row_blocks(); ++a) product(a, b).add_cols(q_, a * row_block_, out);
+    });
   }
 
   // scale * (the first d columns), in the type of the input that it is the gradient of.

@@ -22,7 +22,6 @@ namespace {
 constexpr int64_t kKeys = 128;         // of a tile
 constexpr int64_t kMostQueries = 128;  // of a tile
 constexpr int64_t kParts = 32;         // tasks of a pass, whatever the number of threads
-constexpr int64_t kPad = 16;           // elements: columns of a tile fall into different sets of a cache
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -127,7 +126,7 @@ class KeyLossEngine {
   };
 
   int64_t n() const { return q_.n(); }
-  int64_t ld() const { return block_ + kPad; }
+  int64_t ld() const { return block_; }
   int64_t tile_elements() const { return kKeys * ld(); }
   int kinds() const { return target_q_ ? 2 : 1; }
   int64_t first_tile(int64_t part) const { return part * static_cast<int64_t>(tiles_.size()) / parts_; }
@@ -135,13 +134,11 @@ class KeyLossEngine {
   // As many queries at a time as keep their logits within the budget, in blocks of one size.
   void set_block() {
     const int64_t of_query = static_cast<int64_t>(tiles_.size() * kKeys * sizeof(T)) * kinds();
-    const int64_t fit = (keep_budget() / of_query - kPad) / kTileAlign * kTileAlign;
+    const int64_t fit = keep_budget() / of_query / kTileAlign * kTileAlign;
     keeps_ = gradient_ && fit >= kTileAlign;
     const int64_t most = keeps_ ? std::min(fit, kMostQueries) : kMostQueries;
     block_ = round_up(ceil_div(n(), ceil_div(n(), most)), kTileAlign);
-    if (keeps_)
-      kept_ = at::empty({static_cast<int64_t>(tiles_.size()) * kinds() * tile_elements()},
-                        at::CppTypeToScalarType<T>::value);
+    if (keeps_) kept_ = large_empty<T>(static_cast<int64_t>(tiles_.size()) * kinds() * tile_elements());
   }
 
   int64_t flops() const { return 2 * kinds() * kKeys * block_ * q_.d() * ceil_div(tiles_.size(), parts_); }
@@ -216,7 +213,7 @@ class KeyLossEngine {
                                                  student_.shift.data(), teacher_.coef.data(),
                                                  teacher_.shift.data()});
       for_positives(tile, first, [&](int64_t j, int64_t at) { g[at] += positive_coef_[j]; });
-      GradientProduct<Mode>(g, ld(), tile_elements(), tile.rows, static_cast<int>(queries))
+      GradientProduct<Mode>(g, ld(), g + tile_elements(), tile.rows, static_cast<int>(queries))
           .add_cols(*tile.keys, tile.row, parts.mutable_data_ptr<T>() + part * block_ * d);
     });
     for_rows(queries, parts_ * d, [&](int64_t j) {

@@ -6,6 +6,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -16,6 +20,20 @@ namespace cl_kernels::cpu {
 
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr double kLn2 = 0.693147180559945309417;
+
+// Memory of which much is soon written: in large pages where the system has them on request.
+template <typename T>
+at::Tensor large_empty(int64_t elements) {
+  at::Tensor memory = at::empty({elements}, at::CppTypeToScalarType<T>::value);
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage,
+                  last = (begin + memory.nbytes()) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
 
 // Memory of its own for each thread of a parallel region.
 template <typename T>
@@ -150,14 +168,14 @@ class GradientProduct {
   using T = typename Mode::Sum;
   using Word = typename Mode::Operand;
   static constexpr bool kRounds = Mode::kPack == 2;
-  // Tiles of scratch memory: G itself, and behind it its roundings to pairs along columns and along rows.
+  // Tiles of scratch memory for G and `rounded`.
   static constexpr int kTiles = kRounds ? 2 : 1;
 
-  GradientProduct(T* g, ptrdiff_t ld, int64_t tile_elements, int rows, int cols)
-      : ld_(ld), rows_(rows), cols_(cols) {
+  // rounded: memory as large as G for its roundings to pairs along columns and along rows, if any.
+  GradientProduct(T* g, ptrdiff_t ld, T* rounded, int rows, int cols) : ld_(ld), rows_(rows), cols_(cols) {
     if constexpr (kRounds) {
-      along_cols_ = reinterpret_cast<Word*>(g + tile_elements);
-      along_rows_ = along_cols_ + tile_elements / 2;
+      along_cols_ = reinterpret_cast<Word*>(rounded);
+      along_rows_ = along_cols_ + round_up(rows, 2) * ld / 2;
       const int padded_cols = static_cast<int>(round_up(cols, kTileAlign));
       if (rows % 2) std::fill_n(g + rows * ld, padded_cols, T(0));
       tile_kernels<Mode>().row.round_pairs(g, ld, static_cast<int>(round_up(rows, 2)), padded_cols,

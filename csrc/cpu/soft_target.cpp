@@ -74,7 +74,7 @@ class SoftTargetEngine {
         if (save_gradient) {
           fill_positive(row, rows, b, t, T(0));
           decay_rows(u, decay, rows);
-          GradientProduct<Mode>(t, ld(), tile_elements(), rows, cols)
+          GradientProduct<Mode>(t, ld(), t + tile_elements(), rows, cols)
               .add_rows(segments_[b.segment].k, b.col, u);
         }
         fill_tail(s, rows, cols, -std::numeric_limits<T>::infinity());
@@ -82,7 +82,7 @@ class SoftTargetEngine {
         if (save_gradient) {
           fill_positive(row, rows, b, s, T(0));
           decay_rows(o, decay, rows);
-          GradientProduct<Mode>(s, ld(), tile_elements(), rows, cols)
+          GradientProduct<Mode>(s, ld(), s + tile_elements(), rows, cols)
               .add_rows(segments_[b.segment].k, b.col, o);
         }
       }
@@ -320,12 +320,12 @@ class SoftTargetEngine {
         s[i * ld() + j] += r.positive_coef[row + i];
         t[i * ld() + j] = T(0);
       });
-      const GradientProduct<Mode> g(s, ld(), tile_elements(), rows, cols);
+      const GradientProduct<Mode> g(s, ld(), s + tile_elements(), rows, cols);
       g.add_rows(segment.k, b.col, grad_q.mutable_data_ptr<T>() + row * q_.padded_d());
       if (need_k)
         g.add_cols(q_, row, grad_k[b.segment].template mutable_data_ptr<T>() + b.col * q_.padded_d());
       if (!need_target_q && !need_target_k) return;
-      const GradientProduct<Mode> h(t, ld(), tile_elements(), rows, cols);
+      const GradientProduct<Mode> h(t, ld(), t + tile_elements(), rows, cols);
       const int64_t e = target_q_.padded_d();
       if (need_target_q) h.add_rows(segment.target(), b.col, grad_target_q.mutable_data_ptr<T>() + row * e);
       if (need_target_k)

@@ -31,7 +31,7 @@ struct BFloat16 {  // two neighbours along the contraction in one word, the firs
 };
 
 // Panels: a matrix cut into groups of `panel_width` columns; inside a group, row after row.
-// Tiles start at multiples of kTileAlign rows and columns, and their leading dimension is a multiple of it.
+// Tiles start at multiples of kTileAlign rows and columns, and hold as many columns.
 constexpr int kTileAlign = 32;
 
 template <typename Operand>
