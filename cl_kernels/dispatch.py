@@ -366,15 +366,6 @@ def call(op_name: str, backend: str, *args: Any) -> Any:
         raise BackendError(f"backend {backend!r} cannot serve {op_name} here: {reason}") from error
 
 
-def require_engine(what: str) -> None:
-    """Raise `BackendError` when a backend is asked for by name, for an option that only the reference has."""
-    if _backend not in ("auto", "reference"):
-        raise BackendError(
-            f"backend {_backend!r} cannot serve {what}: it runs on the chunked reference only "
-            "(backend 'auto' or 'reference')"
-        )
-
-
 class Row(NamedTuple):
     """One line of `python -m cl_kernels info`."""
 
