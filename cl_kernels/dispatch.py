@@ -109,6 +109,11 @@ def requested() -> str:
     return _backend
 
 
+def restricts_by_mask(tensor: Tensor) -> bool:
+    """Whether the engine on tensors like this one takes a mask for denominators: not on GPUs."""
+    return _backend in ("cpu", "reference") or (_backend == "auto" and not tensor.is_cuda)
+
+
 def obstacle(
     backend: str,
     device: str | torch.device,

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import autograd, dtypes, ops, reference, validation
+from .. import ops, validation
 from ..distributed import ProcessGroup, join, rows_of, total
-from ._common import Grouped, at_least_zero, in_chunks, inverse, loss_function, shown, warn_if_alone
+from ._common import Grouped, inverse, loss_function, shown, warn_if_alone
+from ._masks import mask_rows
 from ._pairs import pair_rows
-from ._valid import rows_of_all, weights_of_valid, zero_unless
+from ._valid import weights_of_valid, zero_unless
 from ._views import (
     Anchors,
     Keys,
@@ -125,10 +126,10 @@ def supcon_loss(
     temperature   :math:`\sum_i g_i \ell_i / \tau - \sum_{ij} G_{ij} S_{ij} / \tau`
     ============  ==================================================================================
 
-    With labels (or without a mask) the engine gives every log-sum-exp; "one_positive" and a cap take the
-    logits of the positive pairs besides, in blocks of classes. A mask runs on it with "out" and "all"; its
-    other combinations walk the anchors in chunks of whole rows of similarities. Both are computed again in
-    the backward, in bounded memory, and gather under either exchange.
+    The engine gives the log-sum-exps. For "one_positive" and a cap by label they are those over negatives,
+    and the logits of positive pairs are taken besides, in blocks of classes. A mask with "one_positive", on
+    GPUs a mask with anything but "out" and "all", walks whole rows of similarities in chunks. Pairs and rows
+    are computed again in the backward, in bounded memory, and gathered under either exchange.
 
     Example:
         >>> import torch, cl_kernels as clk
@@ -194,8 +195,8 @@ def supcon_loss(
     count: Tensor | None
     if mask is None and (kept is not None or denominator == "one_positive"):
         loss, count = pair_rows(given, kept, summation, denominator)
-    elif mask is not None and (kept is not None or (summation, denominator) != ("out", "all")):
-        loss, count = _masked_rows(given, kept, summation=summation, denominator=denominator)
+    elif given.mask is not None and (kept is not None or (summation, denominator) != ("out", "all")):
+        loss, count = mask_rows(given, given.mask, kept, summation, denominator)
     elif summation == "out":
         among = "different" if denominator == "only_negatives" else "all"
         return outside_loss(given, among, tau, base, no_positive, reduction)
@@ -232,54 +233,6 @@ def _inside_rows(given: Anchors, denominator: str) -> tuple[Tensor, Tensor]:
         loss = count.log() - margin
         alone = alone | ((negatives == -torch.inf) & ~positives.lse.isnan())
     return loss.masked_fill(alone, 0.0), count
-
-
-def _masked_rows(given: Anchors, kept: int | None, **options: Any) -> Rows:
-    """`reference.supcon_rows_of` chunks of the anchors by mask, recomputed in the backward: beside the mask
-    memory stays bounded."""
-    mask, ranks, anchors, batch = given.mask, given.ranks, given.anchors, given.samples
-    assert mask is not None
-    given = given._replace(rows=given.rows.to(dtypes.accumulate_dtype(given.rows.dtype)))
-    keys, valid = _of_all_ranks(given)
-    samples, before = total(batch, ranks), 0 if ranks is None else ranks.first
-    warn_if_alone(given.columns)
-    if options["denominator"] == "only_negatives":
-        warn_without_negatives(mask != 0)
-    themselves = given.keys is None
-
-    def chunk(
-        first: int, last: int, queries: Tensor, keys: Tensor, scale: Any, mask: Tensor, valid: Tensor | None
-    ) -> Rows:
-        own = torch.arange(first, last, device=keys.device)
-        logits = autograd.similarity(queries[first:last], keys, scale, normalize=False)
-        if themselves:
-            if ranks is not None:
-                own = own // batch * samples + own % batch + before
-            pairs = reference.supcon_pairs(
-                logits, own, samples, mask=mask, before=before, kept_samples=kept, valid=valid
-            )
-        else:
-            pairs = reference.key_pairs(logits, own % batch, None, None, mask)
-        return reference.supcon_rows_of(logits, *pairs, **options)
-
-    loss, count = in_chunks(
-        anchors, keys.shape[0], chunk, given.rows[:anchors], keys, given.scale, mask, valid
-    )
-    if options["denominator"] != "only_negatives":
-        loss = at_least_zero(loss, mask)
-    return loss, count
-
-
-def _of_all_ranks(given: Anchors) -> tuple[Tensor, Tensor | None]:
-    """The keys of every rank, rows view-major over the samples of all, and which samples are valid."""
-    keys, valid, ranks = given.rows, given.left_out, given.ranks
-    if given.keys is not None:
-        return rows_of_all(given.keys.rows.to(keys), given.keys.ranks), None
-    if ranks is not None:
-        by_sample = keys.reshape(-1, given.samples, keys.shape[1]).transpose(0, 1)
-        keys = view_major(rows_of_all(by_sample, ranks))
-        valid = None if valid is None else rows_of_all(valid, ranks)
-    return keys, valid
 
 
 class SupConLoss(Grouped):
