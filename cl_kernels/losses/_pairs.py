@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import autograd, dtypes, reference, validation
+from .. import autograd, dtypes, validation
 from ..distributed import engine
 from ..problem import Contrast
 from ._common import CHUNK_LOGITS, at_least_zero, in_chunks, log_add_any, warn_if_alone
@@ -262,16 +262,36 @@ def _losses(
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """`reference.supcon_rows_of` rows whose negatives are one column, their log-sum-exp."""
+    """Losses [R] and numbers of positives [R], as `reference.supcon_rows_of`, from the log-sum-exps over
+    negatives; 0 without positives or without a denominator, but for what is NaN."""
     _, negatives, *places = rows
     if kept is not None:
         pairs = pairs & _first(kept, places, columns[1:])
-    none = (negatives == -torch.inf)[:, None]
-    column = negatives.to(logits.dtype)[:, None].masked_fill(none, 0.0)
-    return reference.supcon_rows_of(
-        torch.cat([logits, column], 1), F.pad(pairs.to(logits.dtype), (0, 1)),
-        torch.cat([torch.zeros_like(pairs), ~none], 1), summation=summation, denominator=denominator,
-    )  # fmt: skip
+    count = pairs.sum(1).to(logits.dtype)
+    negatives = negatives.to(logits.dtype)
+    empty = negatives == -torch.inf
+    finite = negatives.masked_fill(empty, 0.0)
+    if denominator == "one_positive":
+        log_ratio = F.logsigmoid(logits - negatives[:, None])
+    elif denominator == "only_negatives":
+        log_ratio = logits - finite[:, None]
+    else:
+        whole = log_add_any(_log_sum_exp(logits, pairs), negatives)
+        log_ratio = logits - whole.masked_fill(whole == -torch.inf, 0.0)[:, None]
+    if summation == "out":
+        loss = -log_ratio.masked_fill(~pairs, 0.0).sum(1) / count.clamp(min=1.0)
+    else:
+        loss = count.log() - _log_sum_exp(log_ratio, pairs)
+    if denominator == "only_negatives":
+        loss = loss.masked_fill(empty & ~loss.isnan(), 0.0)
+    return torch.where(count == 0, finite * 0.0, loss), count
+
+
+def _log_sum_exp(x: Tensor, pairs: Tensor) -> Tensor:
+    """LSEs of the pairs of each row; -inf, with gradient 0, where there are none."""
+    none = ~pairs.any(1)
+    x = x.masked_fill(~pairs, -torch.inf).masked_fill(none[:, None], 0.0)
+    return x.logsumexp(1).masked_fill(none, -torch.inf)
 
 
 def _first(kept: int, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
