@@ -109,6 +109,11 @@ def _denominator(problem: Contrast, rows: slice, similarities: Tensor) -> Tensor
         logits += problem.key_bias
     if problem.exclude is not None:
         logits.masked_fill_(_excluded(problem, rows), -math.inf)
+    if problem.by_mask:
+        weights = _weights(problem, rows)
+        if problem.among == "different":
+            return logits.masked_fill_(weights != 0, -math.inf)
+        return logits.add_(weights.to(logits.dtype).log()).masked_fill_(weights == 0, -math.inf)
     if problem.among != "all":
         same = _same_label(problem, rows)
         logits.masked_fill_(same if problem.among == "different" else ~same, -math.inf)

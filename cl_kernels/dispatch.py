@@ -109,6 +109,11 @@ def requested() -> str:
     return _backend
 
 
+def restricts_by_mask(tensor: Tensor) -> bool:
+    """Whether the engine on tensors like this one takes a mask for denominators: not on GPUs."""
+    return _backend in ("cpu", "reference") or (_backend == "auto" and not tensor.is_cuda)
+
+
 def obstacle(
     backend: str,
     device: str | torch.device,
@@ -364,15 +369,6 @@ def call(op_name: str, backend: str, *args: Any) -> Any:
             raise
         reason = " ".join(str(error).split())
         raise BackendError(f"backend {backend!r} cannot serve {op_name} here: {reason}") from error
-
-
-def require_engine(what: str) -> None:
-    """Raise `BackendError` when a backend is asked for by name, for an option that only the reference has."""
-    if _backend not in ("auto", "reference"):
-        raise BackendError(
-            f"backend {_backend!r} cannot serve {what}: it runs on the chunked reference only "
-            "(backend 'auto' or 'reference')"
-        )
 
 
 class Row(NamedTuple):

@@ -14,7 +14,9 @@ what was not asked for is empty, [0].
 
 contrastive: S_ij = scale q_i.k_j + key_bias_j
     exclude    offset o: column i + o is left out of row i; None: nothing is
-    among      "all" | "same" | "different": Den(i) holds the columns with any / equal / other labels
+    among      "all" | "same" | "different": Den(i) holds the columns with any / equal / other labels; where
+               there are none, and a positive_mask, all / those of weight other than 0, their log w_ij added
+               to S_ij / those of weight 0 (one axis; not on GPUs)
     positives  at most one kind: w_ij = 1 where labels are equal (label_positives), w_ij = 1 at column
                positive_index_i (-1: none), or w_ij = positive_mask[i % R, j % C]; 0 at the excluded column,
                except for positive_index

@@ -22,7 +22,7 @@ class Contrast(NamedTuple):
     exclude: int | None = None  # column i + exclude is left out of row i
     row_labels: Tensor | None = None  # int64 [N]
     col_labels: Tensor | None = None  # int64 [M]
-    among: str = "all"  # "same", "different": restricts the denominator by label
+    among: str = "all"  # "same", "different": restricts the denominator by label, else by mask
     label_positives: bool = False  # positives: equal labels
     positive_index: Tensor | None = None  # int64 [N], -1: none
     positive_mask: Tensor | None = None  # [R, C], weight of (i, j) at [i % R, j % C]
@@ -59,6 +59,11 @@ class Contrast(NamedTuple):
         if self.positive_index is not None:
             return "index"
         return "none" if self.positive_mask is None else "mask"
+
+    @property
+    def by_mask(self) -> bool:
+        """Whether the weights of positives, not labels, restrict the denominators."""
+        return self.among != "all" and self.row_labels is None and self.positive_mask is not None
 
     @property
     def offset(self) -> int | None:

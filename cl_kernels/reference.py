@@ -100,7 +100,8 @@ def contrastive_stats(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor
     """`(lse [N], lse_cols [M], positive_sum [N], positive_count [N])` of S = scale q kᵀ; [0] if unasked.
 
     lse_i = LSE_{j in Den(i)} (S_ij + key_bias_j), lse_cols_j = LSE_{i: j in Den(i)} (S_ij + key_bias_j),
-    positive_sum_i = Σ_j w_ij S_ij, positive_count_i = Σ_j w_ij.
+    positive_sum_i = Σ_j w_ij S_ij, positive_count_i = Σ_j w_ij. Where the mask decides what is in Den(i),
+    "same" adds log w_ij to S_ij.
     """
     q = _accumulate(problem.q)
     k = q if problem.k is None else _accumulate(problem.k)
@@ -116,9 +117,7 @@ def contrastive_stats(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor
         included = {"all": others, "same": others & same, "different": others & ~same}[problem.among]
 
     logits = products if problem.key_bias is None else products + problem.key_bias.to(q)
-    lse = _logsumexp(logits, included)
-    lse_cols = _logsumexp(logits.T, included.T) if problem.both_axes else q.new_zeros(0)
-
+    weights = None
     if problem.label_positives:
         weights = (others & same).to(q)
     elif problem.positive_index is not None:
@@ -127,7 +126,15 @@ def contrastive_stats(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor
         rows, cols = problem.positive_mask.shape
         row, col = torch.arange(n, device=q.device) % rows, torch.arange(m, device=q.device) % cols
         weights = problem.positive_mask.to(q)[row][:, col].masked_fill(~others, 0.0)
-    else:
+        if problem.by_mask:
+            positive = weights != 0
+            included = others & (positive if problem.among == "same" else ~positive)
+            if problem.among == "same":
+                logits = logits + weights.masked_fill(~positive, 1.0).log()
+
+    lse = _logsumexp(logits, included)
+    lse_cols = _logsumexp(logits.T, included.T) if problem.both_axes else q.new_zeros(0)
+    if weights is None:
         return lse, lse_cols, q.new_zeros(0), q.new_zeros(0)
     return lse, lse_cols, _weighted_sum(weights, products), weights.sum(dim=1)
 
@@ -427,7 +434,7 @@ def supcon_pairs(
     weights = _column_weights(per_sample, stored, columns)
     negatives = (weights == 0) & ~left_out
     if kept_samples is not None:
-        weights = _column_weights(_cap(per_sample, rows % samples, kept_samples), stored, columns)
+        weights = _column_weights(cap_positives(per_sample, rows % samples, kept_samples), stored, columns)
     return weights.masked_fill(left_out, 0.0), negatives
 
 
@@ -467,7 +474,7 @@ def _column_weights(per_sample: Tensor, stored: Tensor | None, columns: int) -> 
     return torch.cat([per_sample.repeat(1, copies), stored], dim=1)
 
 
-def _cap(per_sample: Tensor, anchor: Tensor, kept: int) -> Tensor:
+def cap_positives(per_sample: Tensor, anchor: Tensor, kept: int) -> Tensor:
     """Keep the anchor's own sample and the `kept` heaviest others, the first of equals; zero the rest."""
     own = _one_hot(anchor, per_sample.shape[1])
     order = per_sample.masked_fill(own, -INF).argsort(dim=1, descending=True, stable=True)

@@ -186,9 +186,13 @@ def has_shape(x: Tensor, *sizes: int) -> bool:
 
 def readable(x: Tensor) -> bool:
     """Whether the values of `x` can be looked at now, without a synchronisation: eagerly, on the CPU."""
+    return x.device.type == "cpu" and eager(x)
+
+
+def eager(x: Tensor) -> bool:
+    """Whether `x` has values now, though a device may have to be waited for."""
     return (
         not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
     )

@@ -21,7 +21,7 @@ struct Contrast {
   std::optional<int64_t> exclude;            // column i + exclude is left out of row i
   std::optional<at::Tensor> row_labels;      // [N] int64
   std::optional<at::Tensor> col_labels;      // [M] int64
-  std::string_view among = "all";            // "all" | "same" | "different"
+  std::string_view among = "all";            // "all" | "same" | "different", by label, else by mask
   bool label_positives = false;              // positives: equal labels
   std::optional<at::Tensor> positive_index;  // [N] int64, -1: none
   std::optional<at::Tensor> positive_mask;   // [R, C] weights, read at [i % R, j % C]

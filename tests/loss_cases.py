@@ -24,6 +24,10 @@ def problems() -> dict[str, Problem]:
             "supcon_loss", {"features": unit(6, 1, 4), **labels}, {"denominator": "only_negatives"}
         ),
         "supcon mask": Problem("supcon_loss", {"features": unit(6, 2, 4), "mask": torch.rand(6, 6)}),
+        "supcon mask, capped": Problem(
+            "supcon_loss", {"features": unit(6, 2, 4), "mask": torch.rand(6, 6).round(decimals=1)},
+            {"positives_cap": 4, "denominator": "only_negatives", "summation": "in"},
+        ),
         "supcon capped": Problem("supcon_loss", {"features": unit(6, 2, 4), **labels}, {"positives_cap": 2}),
         "supcon keys": Problem("supcon_loss", {"features": unit(6, 2, 4), **labels, **against, **tau}),
         "supcon keys, mask": Problem(

@@ -24,9 +24,11 @@ def _made(name: str, *arguments: Any) -> tuple[Call, Any]:
     return (name, arguments), getattr(torch.ops.cl_kernels, name)(*arguments)
 
 
-def contrastive(dtype: torch.dtype) -> Iterator[Call]:
+def contrastive(dtype: torch.dtype, by_mask: bool = True) -> Iterator[Call]:
     for example in contrastive_examples():
         problem = example.values[0]
+        if problem.by_mask and not by_mask:
+            continue
         arguments = in_dtype(problem, dtype)
         call, (lse, lse_cols, positive_sum, _, residual) = _made("contrastive_forward", *arguments, False)
         yield call
@@ -97,3 +99,8 @@ OPS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
     function.__name__: function
     for function in (contrastive, soft_target, dimcl, similarity, masked_log_softmax)
 }
+
+
+def for_gpus(op: str) -> Iterator[Call]:
+    """The calls that the kernels for GPUs serve, in float32."""
+    return contrastive(torch.float32, by_mask=False) if op == "contrastive" else OPS[op](torch.float32)

@@ -111,13 +111,14 @@ def problems(draw: Callable) -> Contrast:
         index = torch.randint(-1, m, (n,), generator=torch.Generator().manual_seed(seed + 4))
     if positives == "mask":
         mask = (rand(seed + 5, draw(st.integers(1, n)), draw(st.integers(1, m))) - 0.3).relu()
+    restricts = labels or positives == "mask"
+    among = draw(st.sampled_from(["all", "same", "different"])) if restricts else "all"
+    both_axes = draw(st.booleans()) and (labels or among == "all")
     return Contrast(
         rand(seed + 6, n, d), None if own_keys else rand(seed + 7, m, d),
         torch.tensor(draw(st.sampled_from([0.3, 1.0, 20.0])), dtype=torch.float64),
         draw(st.sampled_from([None, 0, 0, 1, -2, 40])), row_labels if labels else None,
-        col_labels if labels else None,
-        draw(st.sampled_from(["all", "same", "different"])) if labels else "all",
-        positives == "labels", index, mask, bias, draw(st.booleans()),
+        col_labels if labels else None, among, positives == "labels", index, mask, bias, both_axes,
     )  # fmt: skip
 
 
@@ -134,6 +135,8 @@ def contrastive_examples() -> list[Any]:
         "different": Contrast(q, k, scale, None, rows, cols, "different", key_bias=bias),
         "index": Contrast(q, k, scale, 1, positive_index=torch.tensor([3, -1, 0, 6, 2]), both_axes=True),
         "mask": Contrast(q, None, scale, 0, positive_mask=rand(3, 2, 3).abs()),
+        "mask-same": Contrast(q, k, scale, 0, among="same", positive_mask=rand(3, 2, 3).relu()),
+        "mask-different": Contrast(q, None, scale, 0, among="different", positive_mask=rand(4, 2, 3).relu()),
     }
     return [pytest.param(problem, id=name) for name, problem in examples.items()]
 

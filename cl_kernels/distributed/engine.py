@@ -42,9 +42,27 @@ def contrastive(
         return ring.contrastive(problem, ranks)
     sizes = ranks.rows(problem.keys.shape[0])
     first = sum(sizes[: ranks.rank])
+    everyone = with_all_keys(problem, ranks)
+    if problem.q.shape[0] == 0:
+        return no_rows(everyone)
+    stats = autograd.contrastive(everyone, None if first_positive is None else first_positive + first)
+    if not problem.both_axes:
+        return stats
+    own = problem.keys.shape[0]
+    parts = all_to_all(stats.lse_cols, sizes, (own,) * ranks.world, ranks.group)
+    return stats._replace(lse_cols=parts.view(ranks.world, own).logsumexp(0))
+
+
+def with_all_keys(problem: Contrast, ranks: Ranks | None) -> Contrast:
+    """The problem whose keys, labels, biases and mask are those of all ranks: `contrastive` of one process
+    then is that over the ranks."""
+    if ranks is None:
+        return problem
+    sizes = ranks.rows(problem.keys.shape[0])
+    first = sum(sizes[: ranks.rank])
     index, labels, mask = problem.positive_index, problem.col_labels, problem.positive_mask
     bias = problem.key_bias
-    everyone = problem._replace(
+    return problem._replace(
         k=gather(problem.keys, sizes, ranks.group),
         exclude=None if problem.exclude is None else problem.exclude + first,
         col_labels=None if labels is None else gather(labels, sizes, ranks.group),
@@ -52,14 +70,6 @@ def contrastive(
         positive_mask=None if mask is None else _spread(mask, ranks, sizes),
         key_bias=None if bias is None else gather(bias, sizes, ranks.group),
     )
-    if problem.q.shape[0] == 0:
-        return _no_rows(everyone)
-    stats = autograd.contrastive(everyone, None if first_positive is None else first_positive + first)
-    if not problem.both_axes:
-        return stats
-    own = problem.keys.shape[0]
-    parts = all_to_all(stats.lse_cols, sizes, (own,) * ranks.world, ranks.group)
-    return stats._replace(lse_cols=parts.view(ranks.world, own).logsumexp(0))
 
 
 def soft_target(
@@ -101,7 +111,7 @@ def _spread(mask: Tensor, ranks: Ranks, rows: Sequence[int]) -> Tensor:
     return torch.cat([mask_columns(mask, ranks, i, slice(0, n)) for i, n in enumerate(rows)], 1)
 
 
-def _no_rows(problem: Contrast) -> ContrastiveStats:
+def no_rows(problem: Contrast) -> ContrastiveStats:
     """The statistics of no rows, in the graph of the keys and the scale: all ranks sum the gradients of
     keys."""
     nothing = problem.keys.flatten()[:0].to(dtypes.statistics_dtype(problem.q))

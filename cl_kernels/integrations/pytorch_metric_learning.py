@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import autograd, dtypes, validation
 from ..losses._common import at_least_zero, in_chunks, inverse
+from ..losses._pairs import Plan, in_blocks
 from ..problem import Contrast
 from ._dtypes import autocast_dtype, logsumexp_dtype, product_dtype
 from ._registry import passed_on
@@ -39,17 +40,6 @@ __getattr__ = passed_on(losses)
 HOOKS = ("_compute_loss", "mat_based_loss", "pair_based_loss")
 
 LossDict = dict[str, dict[str, Any]]
-
-
-class _Sizes(NamedTuple):
-    """How much is worked on at a time: of small classes as many as make a block, of large pieces of rows."""
-
-    rows: int
-    columns: int
-    chunk: int  # logits, or numbers of gathered rows
-
-
-SIZES = {"cpu": _Sizes(128, 1024, 2**20), "other": _Sizes(2048, 8192, 2**24)}
 
 
 class AllPairs(Sequence[Tensor]):
@@ -108,6 +98,11 @@ class _Classes(NamedTuple):
     columns: Tensor  # int64 [M]
     exclude: int | None
     shift: int = 0  # column j is the library's column (j + shift) % M
+
+    @property
+    def own(self) -> int:
+        """How many rows have a column that is themselves."""
+        return 0 if self.exclude is None else len(self.rows)
 
 
 class _Given(NamedTuple):
@@ -194,13 +189,14 @@ class NTXentLoss(losses.NTXentLoss):
             if _is_mean(self.reducer):
                 return _losses(found.mean().to(rows.result), None, "already_reduced")
             return _losses(found.to(rows.result), (a1, p), "pos_pair")
-        plan = _Plan.of(pairs)
-        negatives = len(pairs.rows) * len(pairs.columns) - plan.pairs - plan.own
-        if not (plan.pairs and negatives) or plan.pairs == negatives == 1:
+        plan = Plan.of(_problem(rows, pairs))
+        positives = plan.pairs - pairs.own
+        negatives = len(pairs.rows) * len(pairs.columns) - plan.pairs
+        if not (positives and negatives) or positives == negatives == 1:
             return self.zero_losses()
         if _is_mean(self.reducer):
             total = _sum_of_pairs(rows, pairs, plan)
-            return _losses((total / plan.pairs).to(rows.result), None, "already_reduced")
+            return _losses((total / positives).to(rows.result), None, "already_reduced")
         found, a1, p = _pair_losses(rows, pairs, plan)
         return _losses(found.to(rows.result), (a1, p), "pos_pair")
 
@@ -258,10 +254,6 @@ class DistributedLossWrapper(distributed.DistributedLossWrapper):
         refs = distributed.select_ref_or_regular(everyone, refs)
         pairs = AllPairs(labels, their_labels, 0)
         return self.loss(emb, labels, pairs, refs, their_labels) * world_size
-
-
-def _sizes(x: Tensor) -> _Sizes:
-    return SIZES["cpu" if x.device.type == "cpu" else "other"]
 
 
 def _losses(found: Tensor, indices: Any, reduction_type: str) -> LossDict:
@@ -383,8 +375,7 @@ def _mean_log(rows: _Rows, classes: _Classes) -> tuple[Tensor, Tensor]:
     stats = autograd.contrastive(_problem(rows, classes, label_positives=True))
     count = stats.positive_count
     positives = count.sum()
-    own = 0 if classes.exclude is None else len(classes.rows)
-    negatives = len(classes.rows) * len(classes.columns) - own - positives
+    negatives = len(classes.rows) * len(classes.columns) - classes.own - positives
     valid = (positives > 0) & (negatives > 0) & ((positives > 1) | (negatives > 1))
     loss = stats.lse.masked_fill(count == 0, 0) - stats.positive_sum / count.clamp(min=1)
     return at_least_zero(loss), valid
@@ -396,52 +387,16 @@ def _problem(rows: _Rows, classes: _Classes, **options: Any) -> Contrast:
     )  # fmt: skip
 
 
-class _Plan(NamedTuple):
-    """Blocks of rows and columns, sorted by label, that hold all positive pairs."""
-
-    row_order: Tensor  # int64 [N]
-    column_order: Tensor  # int64 [M]
-    blocks: list[tuple[int, int, int, int]]  # first row, first column, and those after the last
-    pairs: int  # positive ones
-    most: int  # of a row
-    own: int  # pairs that are none
-
-    @staticmethod
-    def of(classes: _Classes) -> _Plan:
-        """Blocks made of small classes; the sizes of the classes are waited for."""
-        sizes = _sizes(classes.rows)
-        rows, row_order = classes.rows.sort(stable=True)
-        columns, column_order = (
-            (rows, row_order) if classes.columns is classes.rows else classes.columns.sort(stable=True)
-        )
-        labels, counts = torch.unique_consecutive(rows, return_counts=True)
-        firsts = torch.searchsorted(columns, labels)
-        lasts = torch.searchsorted(columns, labels, right=True)
-        blocks: list[tuple[int, int, int, int]] = []
-        row, pairs, most = 0, 0, 0
-        for count, first, last in torch.stack([counts, firsts, lasts], 1).tolist():
-            if last > first:
-                pairs, most = pairs + count * (last - first), max(most, last - first)
-                start = blocks[-1] if blocks else None
-                if start is None or row + count - start[0] > sizes.rows or last - start[1] > sizes.columns:
-                    blocks.append((row, first, row + count, last))
-                else:
-                    blocks[-1] = (start[0], start[1], row + count, last)
-            row += count
-        own = 0 if classes.exclude is None else len(classes.rows)
-        return _Plan(row_order, column_order, blocks, pairs - own, most - (own > 0), own)
-
-
-def _sum_of_pairs(rows: _Rows, classes: _Classes, plan: _Plan) -> Tensor:
+def _sum_of_pairs(rows: _Rows, classes: _Classes, plan: Plan) -> Tensor:
     """NTXent's losses of all positive pairs, summed."""
-    if plan.most <= 1:
+    if plan.most - (classes.own > 0) <= 1:
         stats = autograd.contrastive(_problem(rows, classes, among="different", label_positives=True))
         loss = _pair_loss(stats.lse, stats.positive_sum, rows.dtype)
         return loss.masked_fill(stats.positive_count == 0, 0).sum()
     return torch.stack([x for (x,) in _in_blocks(rows, classes, plan, summed=True)]).sum()
 
 
-def _pair_losses(rows: _Rows, classes: _Classes, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _pair_losses(rows: _Rows, classes: _Classes, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """NTXent's loss, row and column of each positive pair, in the library's order."""
     parts = _in_blocks(rows, classes, plan, summed=False)
     losses, anchors, positives = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -451,61 +406,27 @@ def _pair_losses(rows: _Rows, classes: _Classes, plan: _Plan) -> tuple[Tensor, T
     return losses[order], anchors[order], positives[order]
 
 
-def _in_blocks(rows: _Rows, classes: _Classes, plan: _Plan, summed: bool) -> list[tuple[Tensor, ...]]:
-    """`_block` of parts of the plan's blocks, computed again in the backward where these are many."""
+def _in_blocks(rows: _Rows, classes: _Classes, plan: Plan, summed: bool) -> list[tuple[Tensor, ...]]:
     negatives = autograd.contrastive(_problem(rows, classes, among="different")).lse
-    q, k = (x.to(dtypes.accumulate_dtype(x.dtype)) for x in (rows.q, rows.keys))
-    chunk = _sizes(q).chunk
-    parts = [
-        (first, min(first + step, last), i)
-        for i, (row, column, last, last_column) in enumerate(plan.blocks)
-        for step in [max(1, chunk // (last_column - column))]
-        for first in range(row, last, step)
-    ]
-    row_spans = [part[:2] for part in parts]
-    column_spans = [(column, last) for _, column, _, last in plan.blocks]
-    of_rows = [
-        _cut(x[plan.row_order], row_spans)
-        for x in (q, negatives, classes.rows, torch.arange(len(q), device=q.device))
-    ]
-    of_columns = [
-        _cut(x[plan.column_order], column_spans)
-        for x in (k, classes.columns, torch.arange(len(k), device=k.device))
-    ]
-    cells = sum((last - first) * (plan.blocks[i][3] - plan.blocks[i][1]) for first, last, i in parts)
-    block = partial(autograd.recomputed, _block) if cells > chunk else _block
-    return [
-        block(
-            summed, classes.exclude, rows.dtype, rows.scale,
-            *(x[j] for x in of_rows), *(x[i] for x in of_columns),
-        )
-        for j, (_, _, i) in enumerate(parts)
-    ]  # fmt: skip
-
-
-def _cut(x: Tensor, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """x[first:last] for ascending spans, by one split: slices would each have a gradient as long as x."""
-    sizes, end = [], 0
-    for first, last in spans:
-        sizes += [first - end, last - first]
-        end = last
-    return list(x.split([*sizes, len(x) - end])[1::2])
+    block = partial(_block, summed, rows.dtype)
+    return in_blocks(_problem(rows, classes), plan, block, [negatives], [])
 
 
 def _block(
-    summed: bool, exclude: int | None, dtype: torch.dtype, scale: float | Tensor, *tensors: Tensor
+    summed: bool,
+    dtype: torch.dtype,
+    logits: Tensor,
+    pairs: Tensor,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """The pair losses of some rows and columns: their sum, or each with its row and column."""
-    q, negatives, row_labels, row_ids, k, column_labels, column_ids = tensors
-    logits = autograd.similarity(q, k, scale, normalize=False)
+    row_ids, negatives = rows
     loss = _pair_loss(negatives.to(logits.dtype)[:, None], logits, dtype)
-    kept = row_labels[:, None] == column_labels
-    if exclude is not None:
-        kept = kept & (row_ids[:, None] + exclude != column_ids)
     if summed:
-        return (loss.masked_fill(~kept, 0).sum(dtype=negatives.dtype),)
-    rows, columns = kept.nonzero(as_tuple=True)
-    return loss[rows, columns], row_ids[rows], column_ids[columns]
+        return (loss.masked_fill(~pairs, 0).sum(dtype=negatives.dtype),)
+    at_rows, at_columns = pairs.nonzero(as_tuple=True)
+    return loss[at_rows, at_columns], row_ids[at_rows], columns[0][at_columns]
 
 
 def _pair_loss(negatives: Tensor, positives: Tensor, dtype: torch.dtype) -> Tensor:

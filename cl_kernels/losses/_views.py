@@ -154,7 +154,7 @@ def outside_rows(given: Anchors, among: str = "all") -> tuple[Tensor, Tensor | N
     if mask is None and among == "all" and other_views and not by_value and given.valid is None:
         loss = torch.addcdiv(stats.lse, stats.positive_sum, stats.positive_count, value=-1)
         return settled(loss, given.columns), None
-    loss = _guarded_rows(stats)
+    loss = guarded_rows(stats)
     if among == "different":
         warn_without_negatives(without(given, stats.lse)[:, None])
     else:
@@ -200,7 +200,7 @@ def warn_without_negatives(left_out: Tensor) -> None:
         warn_of_nothing('denominator="only_negatives" leaves out all rows, which are its positives')
 
 
-def _guarded_rows(stats: ContrastiveStats) -> Tensor:
+def guarded_rows(stats: ContrastiveStats) -> Tensor:
     """As above where anchors may lack positives or a denominator: 0 for those, in value and gradient."""
     count = stats.positive_count
     divisor = count.masked_fill(count < reference.EMPTY_COUNT, 1.0)

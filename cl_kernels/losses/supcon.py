@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import autograd, dispatch, dtypes, ops, reference, validation
+from .. import ops, validation
 from ..distributed import ProcessGroup, join, rows_of, total
-from ._common import Grouped, at_least_zero, in_chunks, inverse, loss_function, shown, warn_if_alone
-from ._valid import rows_of_all, weights_of_valid, zero_unless
+from ._common import Grouped, inverse, loss_function, shown, warn_if_alone
+from ._masks import mask_rows
+from ._pairs import pair_rows
+from ._valid import weights_of_valid, zero_unless
 from ._views import (
     Anchors,
     Keys,
@@ -109,7 +111,6 @@ def supcon_loss(
 
     Raises:
         TypeError, ValueError: for a wrong type, dtype, shape, device or value; the message names it.
-        BackendError: if a backend is asked for by name and a rare option runs on the reference only.
 
     Gradients, for "out" with :math:`W_{ij} = w_{ij} / |P(i)|`, for "in" with
     :math:`W_{ij} = w_{ij} e^{S_{ij}} / \sum_p w_{ip} e^{S_{ip}}`, where Den(i) does not depend on the
@@ -125,9 +126,10 @@ def supcon_loss(
     temperature   :math:`\sum_i g_i \ell_i / \tau - \sum_{ij} G_{ij} S_{ij} / \tau`
     ============  ==================================================================================
 
-    The compiled kernels run "out" with denominator "all", and with labels (or without a mask) both summations
-    with "all" and "only_negatives"; the other combinations walk the anchors in chunks of the reference, in
-    bounded memory; over a group they gather under either exchange.
+    The engine gives the log-sum-exps. For "one_positive" and a cap by label they are those over negatives,
+    and the logits of positive pairs are taken besides, in blocks of classes. A mask with "one_positive", on
+    GPUs a mask with anything but "out" and "all", walks whole rows of similarities in chunks. Pairs and rows
+    are computed again in the backward, in bounded memory, and gathered under either exchange.
 
     Example:
         >>> import torch, cl_kernels as clk
@@ -191,9 +193,10 @@ def supcon_loss(
         if views == 2 and denominator != "only_negatives":
             summation, denominator = "out", "all"
     count: Tensor | None
-    by_labels = mask is None and denominator != "one_positive"
-    if kept is not None or not (by_labels or (summation, denominator) == ("out", "all")):
-        loss, count = _chunked_rows(given, kept, summation=summation, denominator=denominator)
+    if mask is None and (kept is not None or denominator == "one_positive"):
+        loss, count = pair_rows(given, kept, summation, denominator)
+    elif given.mask is not None and (kept is not None or (summation, denominator) != ("out", "all")):
+        loss, count = mask_rows(given, given.mask, kept, summation, denominator)
     elif summation == "out":
         among = "different" if denominator == "only_negatives" else "all"
         return outside_loss(given, among, tau, base, no_positive, reduction)
@@ -230,68 +233,6 @@ def _inside_rows(given: Anchors, denominator: str) -> tuple[Tensor, Tensor]:
         loss = count.log() - margin
         alone = alone | ((negatives == -torch.inf) & ~positives.lse.isnan())
     return loss.masked_fill(alone, 0.0), count
-
-
-def _chunked_rows(given: Anchors, kept: int | None, **options: Any) -> tuple[Tensor, Tensor]:
-    """`reference.supcon_rows_of` chunks of the anchors, recomputed in the backward: memory stays bounded."""
-    dispatch.require_engine(
-        "supcon_loss with positives_cap, denominator='one_positive', or a mask beside 'out' and 'all'"
-    )
-    given = given._replace(rows=given.rows.to(dtypes.accumulate_dtype(given.rows.dtype)))
-    everyone, ranks, anchors, batch = _with_all_ranks(given), given.ranks, given.anchors, given.samples
-    keys, samples, key_labels = everyone.rows, everyone.samples, None
-    if everyone.keys is not None:
-        keys, key_labels = everyone.keys.rows.to(keys), everyone.keys.labels
-    elif given.memory is not None:
-        keys, key_labels = torch.cat([keys, given.memory[0].to(keys)]), given.memory[1]
-    before = 0 if ranks is None else ranks.first
-    labels = everyone.labels
-    warn_if_alone(given.columns)
-    if options["denominator"] == "only_negatives" and labels is not None:
-        warn_without_negatives((labels == labels[:1])[None])
-    elif options["denominator"] == "only_negatives" and given.mask is not None:
-        warn_without_negatives(given.mask != 0)
-    tensors = (
-        given.rows[:anchors], keys, given.scale, labels, given.mask, key_labels, everyone.left_out
-    )  # fmt: skip
-    themselves = given.keys is None
-
-    def chunk(first: int, last: int, queries: Tensor, keys: Tensor, scale: Any, *rest: Any) -> Rows:
-        labels, mask, key_labels, valid = rest
-        own = torch.arange(first, last, device=keys.device)
-        logits = autograd.similarity(queries[first:last], keys, scale, normalize=False)
-        if themselves:
-            if ranks is not None:
-                own = own // batch * samples + own % batch + before
-            pairs = reference.supcon_pairs(
-                logits, own, samples, labels=labels, mask=mask, before=before, memory_labels=key_labels,
-                kept_samples=kept, valid=valid,
-            )  # fmt: skip
-        else:
-            pairs = reference.key_pairs(logits, own % batch, labels, key_labels, mask)
-        return reference.supcon_rows_of(logits, *pairs, **options)
-
-    loss, count = in_chunks(anchors, keys.shape[0], chunk, *tensors)
-    if options["denominator"] != "only_negatives":
-        loss = at_least_zero(loss, given.mask)
-    return loss, count
-
-
-def _with_all_ranks(given: Anchors) -> Anchors:
-    """The same with the keys of every rank, and the labels of theirs: view-major over the samples of all."""
-    ranks, keys = given.ranks, given.keys
-    if ranks is None:
-        return given
-    if keys is not None:
-        labels = None if keys.labels is None else rows_of_all(keys.labels, keys.ranks)
-        return given._replace(keys=Keys(rows_of_all(keys.rows, keys.ranks), labels, None))
-    by_sample = given.rows.reshape(-1, given.samples, given.rows.shape[1]).transpose(0, 1)
-    return given._replace(
-        rows=view_major(rows_of_all(by_sample, ranks)),
-        samples=total(given.samples, ranks),
-        labels=None if given.labels is None else rows_of_all(given.labels, ranks),
-        valid=None if given.valid is None else rows_of_all(given.valid, ranks),
-    )
 
 
 class SupConLoss(Grouped):

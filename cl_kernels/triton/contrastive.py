@@ -19,6 +19,8 @@ from .pairs import contiguous, packed
 def contrastive_forward(
     problem: Contrast, save_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if problem.by_mask:
+        raise ValueError("Triton's kernels restrict denominators by labels, not by positive_mask")
     problem, q = packed(problem), problem.q
     if save_gradient and q.shape[1] <= configs.widest("lse_frozen", q):
         lse, positive_sum, positive_count, saved = log_sum_exp_and_residual(problem)

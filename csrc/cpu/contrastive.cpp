@@ -261,7 +261,8 @@ class Engine {
       for (int i = 0; i < t.rows; ++i)
         for (int j = 0; j < t.cols; ++j) s[i * ld() + j] += bias[j];
     }
-    if (among_ != Among::kAll) {
+    if (among_ != Among::kAll && !ids_) restrict_by_mask(t, s);
+    if (among_ != Among::kAll && ids_) {
       const Id* cols = ids_->cols.data() + t.col;
       for (int i = 0; i < t.rows; ++i) {
         const Id id = ids_->rows[t.row + i];
@@ -270,6 +271,34 @@ class Engine {
       }
     }
     fill_excluded(t, s, out);
+  }
+
+  // f(row in the tile, place in the tile, weights, how many) for every run of the mask along a tile's rows.
+  template <typename F>
+  void for_mask(const Tile& t, F f) const {
+    const int64_t height = mask_.size(0), period = mask_.size(1);
+    for (int i = 0; i < t.rows; ++i) {
+      const T* weights = mask_.const_data_ptr<T>() + (t.row + i) % height * period;
+      for (int64_t j = 0, c = t.col % period; j < t.cols; c = 0) {
+        const int64_t run = std::min(t.cols - j, period - c);
+        f(i, i * ld() + j, weights + c, static_cast<int>(run));
+        j += run;
+      }
+    }
+  }
+
+  // Denominators by weight instead of label: of the pairs of weight 0, or each pair times its weight.
+  void restrict_by_mask(const Tile& t, T* s) const {
+    const T out = -std::numeric_limits<T>::infinity();
+    for_mask(t, [&](int, int64_t at, const T* weights, int run) {
+      T* x = s + at;
+      if (among_ == Among::kDifferent) {
+        for (int j = 0; j < run; ++j) x[j] = weights[j] != 0 ? out : x[j];
+        return;
+      }
+      for (int j = 0; j < run; ++j)
+        if (weights[j] != 1) x[j] = weights[j] == 0 ? out : x[j] + std::log2(weights[j]);
+    });
   }
 
   void fill_excluded(const Tile& t, T* s, T value) const {
@@ -386,16 +415,9 @@ class Engine {
                                          mirror && t.row != t.col ? sum + t.col : nullptr);
       return;
     }
-    const int64_t height = mask_.size(0), period = mask_.size(1);
-    for (int i = 0; i < t.rows; ++i) {
-      const T* weights = mask_.const_data_ptr<T>() + (t.row + i) % height * period;
-      for (int64_t j = 0, c = t.col % period; j < t.cols; c = 0) {
-        const int64_t run = std::min(t.cols - j, period - c);
-        sum[t.row + i] +=
-            tile_kernels<Mode>().row.weighted_sum(weights + c, s + i * ld() + j, static_cast<int>(run));
-        j += run;
-      }
-    }
+    for_mask(t, [&](int i, int64_t at, const T* weights, int run) {
+      sum[t.row + i] += tile_kernels<Mode>().row.weighted_sum(weights, s + at, run);
+    });
   }
 
   void count_positives(double* count) const {
@@ -534,15 +556,10 @@ class Engine {
   }
 
   void add_mask(const Tile& t, T* s) const {
-    const int64_t height = mask_.size(0), period = mask_.size(1);
-    for (int i = 0; i < t.rows; ++i) {
-      const T* row = mask_.const_data_ptr<T>() + (t.row + i) % height * period;
-      int64_t c = t.col % period;
-      for (int j = 0; j < t.cols; ++j) {
-        s[i * ld() + j] += weight_[t.row + i] * row[c];
-        if (++c == period) c = 0;
-      }
-    }
+    for_mask(t, [&](int i, int64_t at, const T* weights, int run) {
+      const T weight = weight_[t.row + i];
+      for (int j = 0; weight != 0 && j < run; ++j) s[at + j] += weight * weights[j];
+    });
   }
 
   void triangle_gradient(at::Tensor& grad) {
@@ -655,10 +672,12 @@ void check(const Contrast& problem) {
   vector("col_labels", problem.col_labels, m);
   vector("positive_index", problem.positive_index, n);
   vector("key_bias", problem.key_bias, m);
+  const bool by_label = problem.label_positives || (problem.among != "all" && !problem.positive_mask);
   TORCH_CHECK_VALUE(
-      problem.row_labels.has_value() == problem.col_labels.has_value() &&
-          (problem.row_labels || (problem.among == "all" && !problem.label_positives)),
+      problem.row_labels.has_value() == problem.col_labels.has_value() && (problem.row_labels || !by_label),
       "row_labels and col_labels must be given together, and where labels decide which pairs count");
+  TORCH_CHECK_VALUE(problem.row_labels || problem.among == "all" || !problem.both_axes,
+                    "denominators by positive_mask are those of rows, both_axes is for the others");
   TORCH_CHECK_VALUE(!problem.positive_mask || problem.positive_mask->dim() == 2,
                     "positive_mask must be [R, C]");
   TORCH_CHECK_VALUE(problem.label_positives + problem.positive_index.has_value() +

@@ -76,6 +76,8 @@ struct Problem {
     TORCH_CHECK_VALUE(n() < most && m() < most && q.size(1) < most,
                       "q and k must have fewer than 2^31 rows and columns");
     if (c.exclude && *c.exclude > -q.size(0) && *c.exclude < k.size(0)) offset = static_cast<int>(*c.exclude);
+    TORCH_CHECK_VALUE(c.row_labels || among == kAll,
+                      "denominators are restricted by labels here, not by positive_mask");
     if (c.row_labels) ids = label_ids(*c.row_labels, *c.col_labels);
     positives = c.label_positives  ? kLabels
                 : c.positive_index ? kIndex

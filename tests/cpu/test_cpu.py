@@ -12,6 +12,7 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_kernels import extension
+from cl_kernels.problem import Contrast
 
 needs_extension = pytest.mark.skipif(
     extension.cpu.module is None and not os.environ.get("CL_KERNELS_REQUIRE_EXTENSION"),
@@ -46,6 +47,7 @@ def losses_and_gradients(api: object, dtype: torch.dtype, wide: bool) -> list[Te
         api.supcon_loss(views, labels, temperature=0.1),
         api.supcon_loss(views, labels, temperature=0.004),  # a range that needs running maxima
         api.supcon_loss(views, mask=mask, temperature=0.1),
+        api.supcon_loss(views, mask=mask, temperature=0.1, summation="in", denominator="only_negatives"),
         api.supcon_loss(views, labels, denominator="only_negatives"),
         api.nt_xent_loss(q, k),
         api.info_nce_loss(q, k, queue),
@@ -195,3 +197,11 @@ def test_log_softmax_of_a_row_of_minus_infinity(masked: bool, dtype: torch.dtype
     plain = logits[[0, 2]].float().requires_grad_()
     torch.autograd.backward(plain.log_softmax(1), incoming[[0, 2]].float())
     assert torch.allclose(ours.grad[[0, 2]].float(), plain.grad, atol=4 * torch.finfo(dtype).eps + 1e-6)
+
+
+@needs_extension
+def test_denominators_by_mask_are_those_of_rows() -> None:
+    q, mask = torch.randn(4, 3), torch.ones(4, 4)
+    problem = Contrast(q, None, torch.tensor(1.0), among="different", positive_mask=mask, both_axes=True)
+    with pytest.raises(ValueError, match="denominators by positive_mask are those of rows"):
+        torch.ops.cl_kernels.contrastive_forward(*problem, False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import op_calls
 import op_checks
 import pytest
-import torch
 
 from cl_kernels import ops
 
@@ -13,5 +12,5 @@ from cl_kernels import ops
 @pytest.mark.parametrize("op", op_calls.OPS)
 def test_opcheck(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op_checks.prepare_cuda("80", monkeypatch)
-    for call in op_calls.OPS[op](torch.float32):
+    for call in op_calls.for_gpus(op):
         op_calls.check(ops.CUDA_NAMESPACE, call, op_calls.SCHEMA_TESTS)

@@ -80,6 +80,11 @@ CASES = {
     "supcon one positive": Case("supcon_loss", ("three", "labels"), {"denominator": "one_positive"}),
     "supcon cap": Case("supcon_loss", ("features", "labels"), {"positives_cap": 2}),
     "supcon in, mask": Case("supcon_loss", ("features",), {"summation": "in"}, ("mask",)),
+    "supcon negatives, mask": Case("supcon_loss", ("three",), {"denominator": "only_negatives"}, ("mask",)),
+    "supcon cap, mask": Case("supcon_loss", ("features",), {"positives_cap": 4}, ("mask",)),
+    "supcon one positive, mask": Case(
+        "supcon_loss", ("features",), {"denominator": "one_positive"}, ("mask",)
+    ),
     "supcon drop": Case("supcon_loss", ("single", "labels"), {"no_positive": "drop"}),
     "supcon keys": Case("supcon_loss", ("three", "labels", "keys", "key_labels")),
     "supcon keys, one": Case(
@@ -100,6 +105,9 @@ CASES = {
         "supcon_loss", ("padded", "labels", "valid"), {"denominator": "only_negatives"}
     ),
     "supcon padded mask": Case("supcon_loss", ("padded", "valid"), whole=("mask",)),
+    "supcon padded cap, mask": Case(
+        "supcon_loss", ("padded", "valid"), {"positives_cap": 3, "summation": "in"}, ("mask",)
+    ),
     "supcon padded cap": Case("supcon_loss", ("padded", "labels", "valid"), {"positives_cap": 3}),
     "supcon padded anchors": Case("supcon_loss", ("padded", "labels", "valid", "keys", "key_labels")),
     "selfcon padded": Case("selfcon_loss", ("padded", "labels", "valid"), {"anchors": "exits"}),

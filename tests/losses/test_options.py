@@ -12,6 +12,7 @@ from comparisons import Problem, assert_close, assert_parity, two_views, unit
 
 import cl_kernels as clk
 from cl_kernels.losses._common import CHUNK_LOGITS
+from cl_kernels.losses._pairs import SIZES, Sizes
 
 SUPERVISION = ("none", "labels", "bool mask", "weights", "tiny weights")
 
@@ -165,26 +166,60 @@ def test_learnt_scalars(shape: tuple[int, ...]) -> None:
         assert_close(Problem(problem.function, {**problem.inputs, **extra}, options, problem.frozen))
 
 
-def test_rare_options_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+RARE: dict[str, dict[str, torch.Tensor]] = {
+    "labels": {"labels": torch.tensor([0, 1, 1, 2, 1, 0, 3, 1, 1])},
+    "one class": {"labels": torch.zeros(9)},
+    "mask": {"mask": (torch.arange(9)[:, None] % 3 == torch.arange(9) % 3).double() * 0.7},
+}
+
+
+@pytest.mark.parametrize("given", RARE)
+def test_rare_options_in_chunks(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks give what one gives, to the second derivative."""
-    features, labels = unit(9, 2, 5).double(), torch.randint(0, 3, (9,))
+    features = unit(9, 2, 5).double()
     options = {"summation": "in", "denominator": "one_positive", "positives_cap": 2, "reduction": "none"}
 
     def derivatives() -> list[torch.Tensor]:
         x, tau = features.clone().requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-        loss = clk.supcon_loss(x, labels, temperature=tau, **options)
+        loss = clk.supcon_loss(x, **RARE[given], temperature=tau, **options)
         first = torch.autograd.grad((loss**2).sum(), [x, tau], create_graph=True)
         second = torch.autograd.grad(sum((g**2).sum() for g in first), [x, tau])
         return [loss, *first, *second]
 
     whole = derivatives()
-    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 5 * 18)
-    for expected, result in zip(whole, derivatives(), strict=True):
-        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+    for sizes in (Sizes(1, 1, 8), Sizes(4, 6, 20), Sizes(99, 99, 20)):
+        monkeypatch.setitem(SIZES, "cpu", sizes)
+        monkeypatch.setitem(CHUNK_LOGITS, "cpu", 5 * 18)
+        for expected, result in zip(whole, derivatives(), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_named_backends_refuse_rare_options() -> None:
+def test_memory_of_pairs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sizes of the classes, nothing is held that is larger than the features."""
+    monkeypatch.setitem(SIZES, "cpu", Sizes(16, 16, 2**10))
+    features = unit(256, 1, 8).requires_grad_()
+    held: list[int] = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        held.append(x.numel())
+        return x
+
+    for labels in (torch.arange(256) // 3, torch.zeros(256), torch.arange(256) % 2):
+        for options in ({"denominator": "one_positive"}, {"positives_cap": 5}):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                clk.supcon_loss(features, labels, **options)
+    assert max(held) <= features.numel()
+
+
+def test_named_backends_serve_rare_options() -> None:
     if clk.dispatch.extension.cpu.module is None:
         pytest.skip("no CPU kernels")
-    with clk.use_backend("cpu"), pytest.raises(clk.BackendError, match="positives_cap"):
-        clk.supcon_loss(unit(4, 2, 3), torch.tensor([0, 0, 1, 1]), positives_cap=2)
+    features, mask = unit(6, 2, 3), torch.eye(6) + 0.5
+    for options in (
+        {"positives_cap": 2}, {"denominator": "one_positive"}, {"summation": "in"},
+        {"denominator": "only_negatives"}, {"summation": "in", "denominator": "only_negatives"},
+    ):  # fmt: skip
+        for given in ({"labels": torch.arange(6) % 2}, {"mask": mask}, {"mask": mask > 1}):
+            expected = clk.supcon_loss(features, **given, **options)
+            with clk.use_backend("cpu"):
+                torch.testing.assert_close(clk.supcon_loss(features, **given, **options), expected)

@@ -27,6 +27,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from cl_kernels import validation
 from cl_kernels.integrations import pytorch_metric_learning as ours
+from cl_kernels.losses import _pairs
 from cl_kernels.losses._common import CHUNK_LOGITS
 
 NAMES = ("SupConLoss", "NTXentLoss")
@@ -160,7 +161,7 @@ def test_all_pairs_are_the_librarys_indices(own: int | None) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("chunk", [1, 50])
 def test_chunks_are_computed_again(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ours.SIZES, "cpu", ours._Sizes(rows=7, columns=11, chunk=chunk))
+    monkeypatch.setitem(_pairs.SIZES, "cpu", _pairs.Sizes(rows=7, columns=11, chunk=chunk))
     monkeypatch.setitem(CHUNK_LOGITS, "cpu", chunk)
     x, y = example(classes=4)
     y[:3] = 9  # three in a class, between others
@@ -175,7 +176,7 @@ def test_chunks_are_computed_again(name: str, chunk: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("chunk", [30, 2**20])
 def test_second_derivatives(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ours.SIZES, "cpu", ours._Sizes(rows=4, columns=4, chunk=chunk))
+    monkeypatch.setitem(_pairs.SIZES, "cpu", _pairs.Sizes(rows=4, columns=4, chunk=chunk))
     x, y = example(rows=9, width=3, classes=2)
     grads = []
     for module in (losses, ours):
@@ -190,7 +191,7 @@ def test_second_derivatives(name: str, chunk: int, monkeypatch: pytest.MonkeyPat
 def test_a_learned_temperature_gets_its_gradient(
     name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ours.SIZES, "cpu", ours._Sizes(rows=7, columns=11, chunk=chunk))
+    monkeypatch.setitem(_pairs.SIZES, "cpu", _pairs.Sizes(rows=7, columns=11, chunk=chunk))
     x, y = example()
     found = []
     for module in (losses, ours):

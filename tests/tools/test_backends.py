@@ -26,9 +26,6 @@ def test_use_backend_is_setter_and_context_manager() -> None:
 def test_backends_that_cannot_serve_say_why() -> None:
     with clk.use_backend("cuda"), pytest.raises(clk.BackendError, match="GPU tensors, not meta tensors"):
         clk.contrastive_lse(rand(0, 4, 3).to("meta"))
-    for backend in ("triton", "cuda"):
-        with clk.use_backend(backend), pytest.raises(clk.BackendError, match="a rare option"):
-            dispatch.require_engine("a rare option")
 
 
 def test_cpu_backend_by_name() -> None:

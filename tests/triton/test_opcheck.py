@@ -23,5 +23,5 @@ def on_the_cpu() -> Iterator[None]:
 
 @pytest.mark.parametrize("op", op_calls.OPS)
 def test_opcheck(op: str) -> None:
-    for call in op_calls.OPS[op](torch.float32):
+    for call in op_calls.for_gpus(op):
         op_calls.check(ops.TRITON_NAMESPACE, call, op_calls.SCHEMA_TESTS)
