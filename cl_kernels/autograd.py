@@ -83,6 +83,13 @@ def contrastive_loss(problem: Contrast, how: LossOptions) -> Tensor:
     return _run_whole("contrastive_loss", (problem.options(), how, needs, q.dtype), tensors)
 
 
+def loss_of_rows(problem: Contrast, how: LossOptions) -> Tensor:
+    """The loss [] of all rows, in float32, where `dispatch.makes_losses_of_rows`."""
+    backend = dispatch.select("contrastive_forward", problem.q)
+    problem = problem._replace(scale=_scale(problem.scale, problem.q))
+    return _run("loss_of_rows", (problem.options(), False, None, backend, how), problem.tensors())[0]
+
+
 def dimcl_loss(
     z0: Tensor, z1: Tensor, scale: float | Tensor, positive_mask: Tensor | None, mean: bool
 ) -> Tensor:
@@ -327,6 +334,47 @@ class _ContrastiveLoss(_WholeLoss):
         return [reference.whole_loss(bare.with_tensors(tensors), *how)]
 
 
+class _LossOfRows(_Contrastive):
+    """The same by the engine's ops and the arithmetic of rows, written down with its derivatives."""
+
+    users = "the contrastive losses"
+    outputs = 1
+    differentiable = 1
+
+    @staticmethod
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        *_, backend, how = options
+        unit, *reduction = how
+        q, *others = tensors
+        norms: Tensors = ()
+        if unit:
+            q, *norms = dispatch.of_rows("unit_rows", backend, q)
+        lse, lse_cols, *rest, residual = _Contrastive.forward((q, *others), options[:-1])
+        loss, coefs = dispatch.of_rows("row_losses", backend, lse, lse_cols, *rest, *reduction)
+        return loss, coefs, *norms, *((q,) if unit else ()), lse, lse_cols, residual
+
+    @staticmethod
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        return *tensors, *outputs[1:]
+
+    @staticmethod
+    def gradient(
+        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        *_, backend, how = options
+        (q, *others), (coefs, *of_unit) = saved[: len(needs)], saved[len(needs) : -3]
+        of_lse, of_positives = (coefs * grads[0]).unbind()
+        given = (of_unit[-1] if how.unit else q, *others, *saved[-3:])
+        found = _Contrastive.gradient(given, options[:-1], (of_lse, of_lse, of_positives), needs, frozen)
+        if not (how.unit and needs[0]):
+            return found
+        return dispatch.of_rows("unit_rows_gradient", backend, found[0], q, of_unit[0]), *found[1:]
+
+    @staticmethod
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        return [reference.whole_loss(options[0].with_tensors(tensors), *options[-1])]
+
+
 class _DimCLLoss(_WholeLoss):
     users = "dimcl_loss"
     given = (0, 1, 2)
@@ -517,6 +565,7 @@ class _MaskedLogSoftmax(_Op):
 OPS: dict[str, type[_Op]] = {
     "contrastive": _Contrastive,
     "contrastive_loss": _ContrastiveLoss,
+    "loss_of_rows": _LossOfRows,
     "dimcl_loss": _DimCLLoss,
     "key_loss": _KeyLoss,
     "soft_target": _SoftTarget,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .dtypes import accumulate_dtype, full_precision, statistics_dtype
 from .problem import Contrast, SoftTarget, flat
+from .reference import EMPTY_COUNT
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -530,3 +531,42 @@ def masked_log_softmax_backward(grad: Tensor, output: Tensor, mask: Tensor | Non
         part = part.masked_fill((output[rows] == -math.inf).all(1, keepdim=True), 0)
         grad_logits[rows] = part - output[rows].to(acc).exp() * part.sum(1, keepdim=True)
     return grad_logits
+
+
+def row_losses(
+    lse: Tensor,
+    lse_cols: Tensor,
+    total: Tensor,
+    count: Tensor,
+    factor: float,
+    mean: bool,
+    drop: bool,
+    at_least_zero: bool,
+) -> tuple[Tensor, Tensor]:
+    """As triton/row_losses.py has it."""
+    if lse_cols.numel() > 0:
+        lse = torch.lerp(lse, lse_cols, 0.5)
+    if total.numel() == 0:
+        total, count = torch.zeros_like(lse), torch.ones_like(lse)
+    divisor = torch.where(count < EMPTY_COUNT, 1.0, count)
+    empty = (lse == -math.inf) & ~total.isnan()
+    share = torch.where(empty, 0.0, count / divisor)
+    rows = torch.where(empty, 0.0, lse * share - total / divisor)
+    if at_least_zero:
+        rows = rows.clamp(min=0)
+    by = factor / ((count > 0).sum().clamp(min=1) if drop else lse.shape[0]) if mean else factor
+    halved = 0.5 * share if lse_cols.numel() > 0 else share
+    coefs = torch.stack([halved, torch.where(empty, 0.0, -1 / divisor)]) * by
+    return (rows.sum() * by).to(torch.float32), coefs
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As triton/unit_rows.py has it, and below."""
+    norm = x.to(accumulate_dtype(x.dtype)).norm(dim=1)
+    rnorm = torch.where(norm == 0, 0.0, 1 / norm)
+    return (x * rnorm[:, None]).to(x.dtype), rnorm
+
+
+def unit_rows_gradient(grad: Tensor, x: Tensor, rnorm: Tensor) -> Tensor:
+    unit = x * rnorm[:, None]
+    return ((grad - unit * (unit * grad).sum(1, keepdim=True)) * rnorm[:, None]).to(x.dtype)

@@ -170,6 +170,24 @@ def makes_whole_losses(x: Tensor) -> bool:
     return x.device.type == "cpu" and _backend in ("auto", "cpu") and extension.cpu.module is not None
 
 
+def makes_losses_of_rows(x: Tensor) -> bool:
+    """Whether the kernels of a GPU serve tensors like this one, eagerly, and a loss of their statistics."""
+    if torch.compiler.is_compiling():  # Inductor fuses the arithmetic of rows
+        return False
+    on_gpu = x.device.type == "cuda" and x.dtype in _GPU_DTYPES and _backend == "auto"
+    return on_gpu or _backend in ("triton", "cuda")
+
+
+def of_rows(name: str, backend: str, *args: Any) -> Any:
+    """A function of rows by Triton's kernel, or where that cannot serve in plain PyTorch: `row_losses`,
+    `unit_rows`, `unit_rows_gradient`."""
+    x = args[0]
+    if backend == "interpreter" or (x.device.type == "cuda" and ops.has_triton()):
+        with torch.cuda.device_of(x):
+            return triton_op(name)(*args)
+    return getattr(chunked, name)(*args)
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run under its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "") == "1"

@@ -204,11 +204,17 @@ def whole(
     """`factor` times the reduced loss of rows of lse - positive_sum / positive_count, over so many columns,
     by one op; None where there is none. `drop`: the mean counts rows with positives only; `unit`: q's rows
     are taken at unit length."""
-    if columns == 1 or problem.key_bias is not None or not makes_whole_losses(problem.q, reduction):
+    q, k = problem.q, problem.k
+    if reduction == "none" or columns == 1 or problem.key_bias is not None or autograd.in_transform():
         return None
     inside = 1.0 if isinstance(factor, Tensor) else factor
     how = autograd.LossOptions(unit, inside, reduction == "mean", drop, problem.among == "all")
-    loss = autograd.contrastive_loss(problem, how)
+    if dispatch.makes_whole_losses(q):
+        loss = autograd.contrastive_loss(problem, how)
+    elif dispatch.makes_losses_of_rows(q) and (k is None or problem.both_axes or k.requires_grad):
+        loss = autograd.loss_of_rows(problem, how)
+    else:  # frozen keys have their gradient in the forward
+        return None
     return loss if isinstance(factor, float) else (loss * factor).to(loss.dtype)
 
 

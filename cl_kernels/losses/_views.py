@@ -11,7 +11,7 @@ from .. import autograd, dtypes, reference, validation
 from ..autograd import ContrastiveStats
 from ..distributed import Ranks, engine, total
 from ..problem import Contrast
-from ._common import cross_entropy, log_add_any, reduced, settled, warn_of_nothing, whole, wide
+from ._common import cross_entropy, inverse, log_add_any, reduced, settled, warn_of_nothing, whole, wide
 from ._valid import among_valid, of_no_label, of_other_labels, zero_unless
 
 Memory = tuple[Tensor, Tensor]  # keys [K, D] and their labels [K]
@@ -173,7 +173,7 @@ def outside_loss(
     """The reduced "out" loss."""
     mask = given.mask
     simple = given.valid is None and given.ranks is None and given.key_ranks is None and given.memory is None
-    if simple and among == "all" and (mask is None or not mask.is_floating_point()):
+    if simple and among == "all" and (mask is None or mask.dtype in (torch.bool, torch.uint8)):
         problem = with_positives(given) if mask is None else with_mask(given, mask)
         drop = no_positive == "drop" and problem.positive_index is None
         factor = _ratio(temperature, base_temperature, given.rows)
@@ -182,6 +182,30 @@ def outside_loss(
             return loss
     rows, count = outside_rows(given, among)
     return reduce_anchors(given, rows, count, temperature, base_temperature, no_positive, reduction)
+
+
+def loss_of_samples(
+    features: Tensor,  # [B, V, D]
+    labels: Tensor | None,  # [B]
+    temperature: float | Tensor,
+    base_temperature: float | Tensor,
+    no_positive: str,
+    reduction: str,
+) -> Tensor | None:
+    """The reduced "out" loss of all rows as they lie, the views of a sample together: a mean does not mind
+    the order of rows, and nothing is copied. None where there is no op for a whole loss."""
+    batch, views, _ = features.shape
+    n = batch * views
+    problem = Contrast(features.flatten(0, 1), None, inverse(temperature, features), exclude=0)
+    if labels is None and views == 2:
+        problem = problem._replace(positive_index=torch.arange(n, device=features.device) ^ 1)
+    else:
+        if labels is None:
+            labels = torch.arange(batch, device=features.device)
+        ids = validation.label_ids(labels[:, None].expand(batch, views).reshape(n))
+        problem = problem._replace(row_labels=ids, col_labels=ids, label_positives=True)
+    drop = no_positive == "drop" and problem.positive_index is None
+    return whole(problem, reduction, n - 1, _ratio(temperature, base_temperature, features), drop)
 
 
 def _ratio(temperature: float | Tensor, base_temperature: float | Tensor, like: Tensor) -> float | Tensor:

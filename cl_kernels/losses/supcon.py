@@ -17,6 +17,7 @@ from ._valid import weights_of_valid, zero_unless
 from ._views import (
     Anchors,
     Keys,
+    loss_of_samples,
     outside_loss,
     reduce_anchors,
     statistics,
@@ -175,6 +176,15 @@ def supcon_loss(
     validation.option("no_positive", no_positive, NO_POSITIVE)
     validation.option("reduction", reduction, validation.REDUCTIONS)
 
+    if labels is None and mask is None:
+        kept = None
+        if views == 2 and denominator != "only_negatives":
+            summation, denominator = "out", "all"
+    alone = all(x is None for x in (mask, kept, stored, contrasted, valid, ranks)) and reduction != "none"
+    if alone and (contrast_mode, summation, denominator) == ("all", "out", "all"):
+        whole = loss_of_samples(x, labels, tau, base, no_positive, reduction)
+        if whole is not None:
+            return whole
     rows = view_major(zero_unless(valid, x))
     given = Anchors(
         rows,
@@ -188,10 +198,6 @@ def supcon_loss(
         keys=contrasted,
         valid=valid,
     )
-    if labels is None and mask is None:
-        kept = None
-        if views == 2 and denominator != "only_negatives":
-            summation, denominator = "out", "all"
     count: Tensor | None
     if mask is None and (kept is not None or denominator == "one_positive"):
         loss, count = pair_rows(given, kept, summation, denominator)
