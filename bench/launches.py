@@ -28,13 +28,6 @@ import cl_kernels as clk
 from cl_kernels.bench.workloads import Workload
 
 ON_THE_HOST = {"scalar_tensor", "_local_scalar_dense", "detach", "promote_types", "_unsafe_view"}
-    "scalar_tensor",
-    "_local_scalar_dense",
-    "detach",
-    "lift_fresh",
-    "promote_types",
-    "_unsafe_view",
-}
 LOSSES = ("supcon", "nt_xent", "clip", "info_nce", "sce", "dimcl")
 
 

@@ -205,7 +205,7 @@ def whole(
     by one op; None where there is none. `drop`: the mean counts rows with positives only; `unit`: q's rows
     are taken at unit length."""
     q, k = problem.q, problem.k
-    if reduction == "none" or columns == 1 or problem.key_bias is not None or autograd.in_transform():
+    if reduction == "none" or columns <= 1 or problem.key_bias is not None or autograd.in_transform():
         return None
     inside = 1.0 if isinstance(factor, Tensor) else factor
     how = autograd.LossOptions(unit, inside, reduction == "mean", drop, problem.among == "all")

@@ -94,16 +94,15 @@ def dimcl_loss(
         positive_mask=positive_mask,
         reduction=reduction,
     )
-    scale = inverse(tau, z0)
+    scale, others = inverse(tau, z0), 2 * z0.shape[1] - 1
     if ranks is None:
         validation.minimum_rows("z0", z0, 2)
-        if makes_whole_losses(z0, reduction):
+        if others > 1 and makes_whole_losses(z0, reduction):
             return autograd.dimcl_loss(z0, z1, scale, positive_mask, reduction == "mean")
         lse, positive_sum, positive_count = autograd.dimcl(z0, z1, scale, positive_mask)
     else:
         problem, ranks = _share(z0, z1, scale, positive_mask, ranks)
         lse, _, positive_sum, positive_count = engine.contrastive(problem, ranks)
-    others = 2 * z0.shape[1] - 1
     if positive_mask is None:
         return reduced(cross_entropy(lse, positive_sum, others), reduction, z0, ranks=ranks)
     loss = torch.addcdiv(lse, positive_sum, positive_count, value=-1)

@@ -44,7 +44,7 @@ def _row_losses_kernel(
         divisor = tl.where(number < _EMPTY_COUNT, 1.0, number)
         empty = (x == float("-inf")) & (of_row == of_row)
         share = tl.where(empty, 0.0, number / divisor)
-        value = tl.where(empty, 0.0, x * share - of_row / divisor)
+        value = tl.where(empty, 0.0, tl.where(empty, 0.0, x) * share - of_row / divisor)
         if AT_LEAST_ZERO:
             value = tl.where(value < 0, 0.0, value)
         summed += tl.where(i < n, value, 0.0)

@@ -319,9 +319,10 @@ class Engine {
       kept_ = large_empty<T>(tiles * tile_elements());
   }
 
-  // Where a tile's logits stand: among those kept, or in a thread's scratch memory.
+  // Where a tile's logits stand: among those kept, of a symmetric problem those from the diagonal on, or in a
+  // thread's scratch memory.
   T* place(int64_t a, int64_t b, T* scratch) const {
-    if (!kept_.defined()) return scratch;
+    if (!kept_.defined() || (symmetric_ && a > b)) return scratch;
     const int64_t at = symmetric_ ? b * (b + 1) / 2 + a : a * col_blocks() + b;
     return kept_.mutable_data_ptr<T>() + at * tile_elements();
   }

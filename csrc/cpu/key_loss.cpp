@@ -184,7 +184,7 @@ class KeyLossEngine {
   // The loss of the queries from `first` on, and their gradients.
   double block(int64_t first, at::Tensor& grad) {
     const int64_t queries = std::min(block_, n() - first);
-    const int cols = static_cast<int>(round_up(queries, kTileAlign));
+    const int cols = static_cast<int>(round_up(queries, tile_kernels<Mode>().product.panel_width));
     Scratch<T> scratch((kinds() + 2) * tile_elements());
     student_.start(parts_, block_);
     if (target_q_) teacher_.start(parts_, block_);

@@ -232,7 +232,7 @@ def test_the_first_derivative_is_the_op(case: str, monkeypatch: pytest.MonkeyPat
     first = grad(lambda x: CASES[case](clk, x, y, z))(x)
     x.requires_grad_()
     (second,) = torch.autograd.grad(CASES[case](clk, x, y, z), x, create_graph=True)
-    assert torch.equal(first, second)
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)  # one by an op of the whole loss
 
 
 @pytest.mark.parametrize("case", SOME)
