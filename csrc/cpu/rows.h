@@ -86,6 +86,11 @@ T dot(const T* a, const T* b, int64_t d) {
 
 template <typename T>
 void copy_rows(const at::Tensor& x, T* out) {
+  if (x.scalar_type() == at::kDouble && x.is_contiguous()) {  // as statistics and their gradients are
+    const double* from = x.const_data_ptr<double>();
+    std::transform(from, from + x.numel(), out, [](double value) { return static_cast<T>(value); });
+    return;
+  }
   const at::Tensor flat = x.to(at::CppTypeToScalarType<T>::value).contiguous();
   std::copy_n(flat.const_data_ptr<T>(), flat.numel(), out);
 }
@@ -158,6 +163,7 @@ struct UnitRows {
 // scale * (the first d columns of grad [n, >= d]) in the input's type, contiguous.
 inline at::Tensor finish_gradient(at::Tensor grad, int64_t d, double scale, at::ScalarType type) {
   grad.mul_(scale);
+  if (grad.size(1) == d && grad.scalar_type() == type) return grad;
   return grad.narrow(1, 0, d).to(type).contiguous();
 }
 
