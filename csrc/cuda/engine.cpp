@@ -222,36 +222,67 @@ std::pair<at::Tensor, at::Tensor> log_sum_exp(const Problem& p, bool both_axes, 
   return {lse, lse_cols};
 }
 
-// The terms of rows (or columns) for the gradient, and the memory that they lie in.
+// What is given of one side for the gradient.
+struct TermsSource {
+  at::Tensor lse;
+  std::optional<at::Tensor> grad, weight_grad;
+  at::Tensor ids, index, bias;
+};
+
+// The terms of a side, and the memory that they lie in.
 struct TermsMemory {
-  at::Tensor planes, ranges, index_ranges, grad, weight_grad;
+  at::Tensor blocks, grad, weight_grad;
   Terms terms = {};
 };
 
-TermsMemory make_terms(const Problem& p, const at::Tensor& lse, const std::optional<at::Tensor>& grad,
-                       const std::optional<at::Tensor>& weight_grad, const at::Tensor& index,
-                       at::Tensor& bound, const at::Tensor& largest_weight) {
-  const int n = static_cast<int>(lse.size(0));
-  const int64_t padded = round_up(n, kTermsPadding), blocks = padded / kTermsBlock;
+TermsMemory make_memory(const Problem& p, const TermsSource& source, int n) {
   TermsMemory t;
-  t.planes = floats(p, {4, padded});
-  t.ranges = floats(p, {2, blocks});
-  t.index_ranges = at::empty({2, blocks}, p.q.options().dtype(at::kInt));
-  if (grad) t.grad = grad->to(at::kDouble);
-  if (weight_grad) t.weight_grad = weight_grad->to(at::kDouble);
-  float* planes = t.planes.mutable_data_ptr<float>();
-  float* ranges = t.ranges.mutable_data_ptr<float>();
-  int* index_ranges = t.index_ranges.mutable_data_ptr<int>();
-  t.terms = {planes,           planes + padded,        planes + 2 * padded, planes + 3 * padded,
-             ranges,           ranges + blocks,        index_ranges,        index_ranges + blocks,
-             grad.has_value(), weight_grad.has_value()};
-  launch_gradient_terms(
-      {data_of<double>(lse), data_of<double>(std::as_const(t.grad)),
-       data_of<double>(std::as_const(t.weight_grad)), grad ? t.grad.stride(0) : 0,
-       weight_grad ? t.weight_grad.stride(0) : 0, data_of<int>(index), planes, planes + padded,
-       planes + 2 * padded, planes + 3 * padded, ranges, ranges + blocks, index_ranges, index_ranges + blocks,
-       data_of<float>(bound), data_of<float>(largest_weight), n, static_cast<int>(padded)},
-      stream());
+  t.blocks =
+      at::empty({terms_blocks(n), static_cast<int64_t>(sizeof(TermsBlock))}, p.q.options().dtype(at::kByte));
+  if (source.grad) t.grad = source.grad->to(at::kDouble);
+  if (source.weight_grad) t.weight_grad = source.weight_grad->to(at::kDouble);
+  t.terms = {reinterpret_cast<const TermsBlock*>(t.blocks.const_data_ptr()), source.grad.has_value(),
+             source.weight_grad.has_value()};
+  return t;
+}
+
+TermsParams params_of(const TermsSource& source, TermsMemory& t, int n) {
+  return {data_of<double>(source.lse),
+          data_of<double>(std::as_const(t.grad)),
+          data_of<double>(std::as_const(t.weight_grad)),
+          t.terms.softmax ? t.grad.stride(0) : 0,
+          t.terms.positives ? t.weight_grad.stride(0) : 0,
+          data_of<int>(source.ids),
+          data_of<int>(source.index),
+          data_of<float>(source.bias),
+          reinterpret_cast<TermsBlock*>(t.blocks.mutable_data_ptr()),
+          n};
+}
+
+TermsSource row_source(const Problem& p, const at::Tensor& lse, const std::optional<at::Tensor>& grad,
+                       const std::optional<at::Tensor>& weight_grad) {
+  return {lse, grad, weight_grad, p.ids ? p.ids->rows : at::Tensor(), p.index, {}};
+}
+TermsSource column_source(const Problem& p, const at::Tensor& lse, const std::optional<at::Tensor>& grad) {
+  return {lse, grad, {}, p.ids ? p.ids->cols : at::Tensor(), {}, p.bias};
+}
+
+struct BothTerms {
+  TermsMemory rows, columns;
+};
+
+// The terms of rows and of columns, in one launch; of rows alone where the columns are these.
+BothTerms make_terms(const Problem& p, const TermsSource& rows, const std::optional<TermsSource>& columns,
+                     at::Tensor& bound, const at::Tensor& largest_weight) {
+  BothTerms t;
+  t.rows = make_memory(p, rows, p.n());
+  BothTermsParams params{
+      params_of(rows, t.rows, p.n()), {}, data_of<float>(bound), data_of<float>(largest_weight)};
+  if (columns) {
+    t.columns = make_memory(p, *columns, p.m());
+    params.columns = params_of(*columns, t.columns, p.m());
+  }
+  launch_gradient_terms(params, stream());
   return t;
 }
 
@@ -271,11 +302,8 @@ GradientRules rules_of(const Problem& p, const Terms& rows, const Terms& cols, c
           p.scale,
           rows,
           cols,
-          nullptr,
-          data_of<float>(p.bias),
+          p.bias.defined(),
           p.positives,
-          data_of<int>(p.index),
-          nullptr,
           masked ? mask.const_data_ptr<float>() : nullptr,
           masked ? static_cast<int>(mask.size(0)) : 1,
           masked ? static_cast<int>(mask.size(1)) : 1,
@@ -288,8 +316,6 @@ GradientRules transposed(const GradientRules& r) {
   GradientRules t = r;
   t.pairs = transposed(r.pairs);
   std::swap(t.own, t.other);
-  std::swap(t.own_bias, t.other_bias);
-  std::swap(t.own_index, t.other_index);
   return t;
 }
 
@@ -402,8 +428,10 @@ Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
     const at::Tensor ones = at::ones_like(out.lse);
     std::optional<at::Tensor> weights;
     if (p.index.defined()) weights = -ones;
-    const TermsMemory rows = make_terms(p, out.lse, ones, weights, p.index, bound, {});
-    at::Tensor parts = chunk_gradients(p, rules_of(p, rows.terms, {}, bound), true, false).first;
+    const BothTerms both =
+        make_terms(p, row_source(p, out.lse, ones, weights), column_source(p, {}, {}), bound, {});
+    at::Tensor parts =
+        chunk_gradients(p, rules_of(p, both.rows.terms, both.columns.terms, bound), true, false).first;
     const at::Tensor one = at::ones({}, at::kFloat);
     Problem unscaled = p;
     unscaled.scale = scalar_of(one);
@@ -425,12 +453,15 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
   const auto nothing = [&] { return floats(p, {0}); };              // of an op's outputs none may be another
   Gradients out{nothing(), nothing(), nothing(), nothing()};
 
-  const TermsMemory rows =
-      make_terms(p, saved.lse, incoming.lse, incoming.positive_sum, p.index, bound, largest_weight(p));
-  if (p.symmetric && !needs_bias) {
+  const bool mirrored = p.symmetric && !needs_bias;
+  const TermsSource of_rows = row_source(p, saved.lse, incoming.lse, incoming.positive_sum);
+  std::optional<TermsSource> of_columns;
+  if (!mirrored)
+    of_columns = column_source(p, incoming.lse_cols ? saved.lse_cols : at::Tensor(), incoming.lse_cols);
+  const BothTerms terms = make_terms(p, of_rows, of_columns, bound, largest_weight(p));
+  if (mirrored) {
     // G + G^T in one pass.
-    GradientRules both = rules_of(p, rows.terms, rows.terms, bound);
-    both.other_index = both.own_index;
+    const GradientRules both = rules_of(p, terms.rows.terms, terms.rows.terms, bound);
     const at::Tensor parts =
         p.in_registers() ? row_gradients(p, p.features(), both) : chunk_gradients(p, both, true, false).first;
     std::tie(out.q, out.scale) = combine(p, parts, p.q, unit, out_type, 0.5);
@@ -438,9 +469,7 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
     return out;
   }
 
-  TermsMemory cols;
-  if (incoming.lse_cols) cols = make_terms(p, saved.lse_cols, incoming.lse_cols, std::nullopt, {}, bound, {});
-  const GradientRules rules = rules_of(p, rows.terms, cols.terms, bound);
+  const GradientRules rules = rules_of(p, terms.rows.terms, terms.columns.terms, bound);
   const bool into_q = needs_q || !needs_k;  // one of them, for the gradient of the scale
   const bool into_k = p.self_keys ? needs_q : needs_k;
   at::Tensor by_rows, by_cols;

@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) gradient_tiles_kernel(const
   T* out = static_cast<T*>(p.out) - p.first_row * p.out_stride;
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
     float sums[2];
-    gradient_of_tile<Loop::kTiles, false>(c, p.rules, own, first_i, first_j, factor, lift, sums);
+    gradient_of_tile<Loop::kTiles, false>(c, p.rules, own, others_of(p.rules, first_j), first_i, first_j,
+                                          factor, lift, sums);
     store_fragment<T, Loop::kTiles>(c, out, p.out_stride, p.last_row, p.features.m, first_i, first_j);
   };
   Loop::run(p.features, {row, row + 1, column, min(column + kColumnBlocksEach, column_blocks), 0, 0}, false,
@@ -32,7 +33,8 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) gradient_sums_kernel(const 
   const OwnTerms own(p.rules, first_own);
   float sums[2] = {};
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
-    gradient_of_tile<Loop::kTiles, true>(c, p.rules, own, first_i, first_j, factor, lift, sums);
+    gradient_of_tile<Loop::kTiles, true>(c, p.rules, own, others_of(p.rules, first_j), first_i, first_j,
+                                         factor, lift, sums);
   };
   Loop::run(p.features, {row, row + 1, 0, column_blocks, 0, 0}, false, on_tile, [](int) {});
   const Lane lane;

@@ -19,7 +19,7 @@ struct GradientEpilogue {
       : p(p),
         factor(p.rules.scale.value() * kLog2e),
         lift(half_lift(p.rules.bound)),
-        own(p.rules, p.last_row) {}
+        own(p.rules, p.first_row) {}
 
   __device__ __forceinline__ void begin_rows(const Visit&, int first_i) {
     own = OwnTerms(p.rules, p.first_row + first_i);
@@ -32,8 +32,8 @@ struct GradientEpilogue {
 #pragma unroll
     for (int t = 0; t < kTiles; t += kPart) {
       float (&part)[4 * kPart] = *reinterpret_cast<float (*)[4 * kPart]>(&c[4 * t]);
-      gradient_of_tile<kPart, false>(part, p.rules, own, p.first_row + first_i, first_j + 8 * t, factor, lift,
-                                     sums);
+      gradient_of_tile<kPart, false>(part, p.rules, own, others_of(p.rules, first_j + 8 * t),
+                                     p.first_row + first_i, first_j + 8 * t, factor, lift, sums);
     }
     store_fragment<T, kTiles>(c, static_cast<T*>(p.out), p.out_stride, p.last_row - p.first_row, p.features.m,
                               first_i, first_j);

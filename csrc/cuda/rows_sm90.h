@@ -107,23 +107,19 @@ __device__ __forceinline__ int warpgroup_of_thread() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
 }
 
-// One warp brings the owners from first_i on, and all tiles of the range. `touch(first_j)`, by its lanes,
-// reads what else the weights of a tile take, so that the consumers find it in the first cache.
-template <typename Shape, bool kSameValues, typename Touch>
+// One thread brings the owners from first_i on, and all tiles of the range.
+template <typename Shape, bool kSameValues>
 __device__ __forceinline__ void produce(const RowMemory<Shape> memory, const RowMaps& maps, int first_i,
-                                        TileRange tiles, const Touch& touch) {
+                                        TileRange tiles) {
   if (tiles.count == 0) return;
-  const bool leads = threadIdx.x == 0;
-  if (leads) {
-    tma_prefetch(&maps.x);
-    tma_prefetch(&maps.y);
-    if (!kSameValues) tma_prefetch(&maps.v);
-    mbarrier_arrive_expect(memory.owners_full(), Shape::kOwnerBytes);
+  tma_prefetch(&maps.x);
+  tma_prefetch(&maps.y);
+  if (!kSameValues) tma_prefetch(&maps.v);
+  mbarrier_arrive_expect(memory.owners_full(), Shape::kOwnerBytes);
 #pragma unroll
-    for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
-      tma_load(memory.owners() + chunk * Shape::kOwnerChunk, &maps.x, chunk * kBoxColumns, first_i,
-               memory.owners_full());
-  }
+  for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
+    tma_load(memory.owners() + chunk * Shape::kOwnerChunk, &maps.x, chunk * kBoxColumns, first_i,
+             memory.owners_full());
   const int places = kSameValues ? tiles.count : 2 * tiles.count;
   int stage = 0, parity = 1;
 #pragma unroll 1
@@ -132,28 +128,14 @@ __device__ __forceinline__ void produce(const RowMemory<Shape> memory, const Row
     const int j = kSameValues ? place : keys ? (place + 1) / 2 : (place - 1) / 2;
     const int first_j = (tiles.first + j) * Shape::kColumns;
     const TensorMap* map = keys ? &maps.y : &maps.v;
-    if (leads) {
-      mbarrier_wait(memory.empty(stage), parity);
-      mbarrier_arrive_expect(memory.full(stage), Shape::kTileBytes);
+    mbarrier_wait(memory.empty(stage), parity);
+    mbarrier_arrive_expect(memory.full(stage), Shape::kTileBytes);
 #pragma unroll
-      for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
-        tma_load(memory.tile(stage) + chunk * Shape::kTileChunk, map, chunk * kBoxColumns, first_j,
-                 memory.full(stage));
-    }
-    __syncwarp();
-    if (keys) touch(first_j);
+    for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
+      tma_load(memory.tile(stage) + chunk * Shape::kTileChunk, map, chunk * kBoxColumns, first_j,
+               memory.full(stage));
     if (++stage == Shape::kStages) stage = 0, parity ^= 1;
   }
-}
-
-// Reads the lines of 128 bytes that hold a tile's kColumns elements of `array`, one a lane: lanes 4 k .. 4 k
-// + 3 those of the k-th array.
-template <int kColumns>
-__device__ __forceinline__ void touch_lines(const void* array, int first_j, int m) {
-  const int line = threadIdx.x % 4, j = first_j + 32 * line;
-  int found[1] = {0};
-  if (array != nullptr && 32 * line < kColumns && j < m) found[0] = __ldg(static_cast<const int*>(array) + j);
-  wgmma_keep(found);
 }
 
 // One warpgroup's half of the products. `weigh` turns logits into weights:
