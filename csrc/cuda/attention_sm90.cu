@@ -48,7 +48,7 @@ struct WeighBySoftmax {
     }
   }
 
-  __device__ __forceinline__ void tile(float (&c)[kSize], int first_j) {
+  __device__ __forceinline__ void tile(float (&c)[kSize], int first_j, const void*) {
     const bool edge = on_edge(p.pairs, first_i, first_j, 16, kColumns);
     bool hit = false;
 #pragma unroll
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const int warpgroup = warpgroup_of_thread() - 1;
   if (warpgroup < 0) {
     registers_down<40>();
-    if (threadIdx.x == 0) produce<Shape, kSameValues>(memory, params.maps, block_i, tiles);
+    if (threadIdx.x == 0) produce<Shape, kSameValues>(memory, params.maps, nullptr, block_i, tiles);
   } else {
     registers_up<232>();
     const int first_i = block_i + warpgroup * (kOwners / 2) + threadIdx.x % kWarpgroup / kWarp * 16;

@@ -291,6 +291,14 @@ at::Tensor make_bound(const Problem& p) {
   return p.type == Type::kHalf ? at::zeros({1}, p.q.options().dtype(at::kFloat)) : at::Tensor();
 }
 
+// A mask as floats, whose strides are ints.
+at::Tensor weights_of(const at::Tensor& mask) {
+  const at::Tensor weights = mask.to(at::kFloat);
+  return std::max(weights.stride(0), weights.stride(1)) > std::numeric_limits<int>::max()
+             ? weights.contiguous()
+             : weights;
+}
+
 at::Tensor largest_weight(const Problem& p) {
   return p.type == Type::kHalf && p.mask.defined() ? p.mask.abs().amax() : at::Tensor();
 }
@@ -307,8 +315,8 @@ GradientRules rules_of(const Problem& p, const Terms& rows, const Terms& cols, c
           masked ? mask.const_data_ptr<float>() : nullptr,
           masked ? static_cast<int>(mask.size(0)) : 1,
           masked ? static_cast<int>(mask.size(1)) : 1,
-          masked ? mask.stride(0) : 0,
-          masked ? mask.stride(1) : 0,
+          masked ? static_cast<int>(mask.stride(0)) : 0,
+          masked ? static_cast<int>(mask.stride(1)) : 0,
           data_of<float>(bound)};
 }
 
@@ -445,7 +453,7 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
                           std::optional<at::ScalarType> type) {
   const DeviceGuard guard(contrast.q);
   Problem p(contrast);
-  if (p.mask.defined()) p.mask = p.mask.to(at::kFloat);
+  if (p.mask.defined()) p.mask = weights_of(p.mask);
   const auto [needs_q, needs_k, needs_bias] = needs;
   const at::ScalarType out_type = type.value_or(p.q.scalar_type());
   at::Tensor bound = make_bound(p);

@@ -48,7 +48,7 @@ struct GradientRules {
   Positives positives;
   const float* mask;  // weight of owner i and other j at mask[i % rows, j % columns]
   int mask_rows, mask_columns;
-  int64_t mask_row_stride, mask_column_stride;
+  int mask_row_stride, mask_column_stride;
   const float* bound;  // [1] the largest coefficient or weight, for float16, or null
 };
 
@@ -61,7 +61,7 @@ __device__ __forceinline__ float half_lift(const float* bound) {
 
 // What a thread keeps of its two rows.
 struct OwnTerms {
-  float shift[2], coef[2], weight[2], bias[2], low;
+  float shift[2], coef[2], weight[2], low;
   int id[2], index[2];
   __device__ __forceinline__ OwnTerms(const GradientRules& rules, int first_i) : low(-kNothing) {
     const Lane lane;
@@ -73,7 +73,6 @@ struct OwnTerms {
       shift[h] = rules.own.softmax ? block.shift[at] : -kNothing;
       coef[h] = rules.own.softmax ? block.coef[at] : 0.0f;
       weight[h] = rules.own.positives ? block.weight[at] : 0.0f;
-      bias[h] = rules.biased ? block.bias[at] : 0.0f;
       id[h] = block.id[at];
       index[h] = rules.own.positives ? block.index[at] : -1;
       if (coef[h] != 0.0f) low = fminf(low, shift[h]);
@@ -145,7 +144,10 @@ struct Remainder {
     now += step;
     if (now >= period) now -= period;
   }
-  __device__ __forceinline__ int next() const { return now + 1 == period ? 0 : now + 1; }
+  // Of element e of a fragment's tile.
+  __device__ __forceinline__ int of(int e) const {
+    return e % 2 == 0 ? now : now + 1 == period ? 0 : now + 1;
+  }
 };
 
 // Adds the weights of positives by mask: an owner's times the mask at (i, j), another's times that at (j, i).
@@ -158,29 +160,29 @@ __device__ __forceinline__ void add_masked(float (&c)[4 * kTiles], const Gradien
   if (rules.own.positives) {
     const float* rows[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) rows[h] = rules.mask + (i + 8 * h) % rules.mask_rows * rules.mask_row_stride;
+    for (int h = 0; h < 2; ++h)
+      rows[h] = rules.mask + int64_t{(i + 8 * h) % rules.mask_rows} * rules.mask_row_stride;
     Remainder column(rules.mask_columns, j);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t, column.advance())
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         c[4 * t + e] +=
-            own.weight[e / 2] * unit *
-            __ldg(rows[e / 2] + (e % 2 == 0 ? column.now : column.next()) * rules.mask_column_stride);
+            own.weight[e / 2] * unit * __ldg(rows[e / 2] + int64_t{column.of(e)} * rules.mask_column_stride);
   }
   if (rules.other.positives) {
     const float* columns[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      columns[h] = rules.mask + (i + 8 * h) % rules.mask_columns * rules.mask_column_stride;
+      columns[h] = rules.mask + int64_t{(i + 8 * h) % rules.mask_columns} * rules.mask_column_stride;
     Remainder row(rules.mask_rows, j);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t, row.advance()) {
       const float2 weight = load_pair<float2>(others.weight + at + 8 * t);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        c[4 * t + e] += of_pair(weight, e) * unit *
-                        __ldg(columns[e / 2] + (e % 2 == 0 ? row.now : row.next()) * rules.mask_row_stride);
+        c[4 * t + e] +=
+            of_pair(weight, e) * unit * __ldg(columns[e / 2] + int64_t{row.of(e)} * rules.mask_row_stride);
     }
   }
 }
@@ -225,12 +227,15 @@ __device__ __forceinline__ void gradient_of_tile(float (&c)[4 * kTiles], const G
   const int at = (kColumns == kTermsBlock ? 0 : first_j % kTermsBlock) + Lane().column;
 
   if (rules.biased) {
+    const int row = first_i % kTermsBlock + Lane().row;
+    const float* of_rows = rules.own.blocks[first_i / kTermsBlock].bias + row;
+    const float own_bias[2] = {of_rows[0], of_rows[8]};
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const float2 bias = load_pair<float2>(others.bias + at + 8 * t);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        c[4 * t + e] = c[4 * t + e] * factor + (own.bias[e / 2] + of_pair(bias, e)) * kLog2e;
+        c[4 * t + e] = c[4 * t + e] * factor + (own_bias[e / 2] + of_pair(bias, e)) * kLog2e;
     }
     factor = 1.0f;
   }
@@ -245,8 +250,8 @@ __device__ __forceinline__ void gradient_of_tile(float (&c)[4 * kTiles], const G
       const float2 weight = load_pair<float2>(others.weight + at + 8 * t);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float of_both = (own.weight[e / 2] + of_pair(weight, e)) * unit;
-        c[4 * t + e] += own.id[e / 2] == of_pair(id, e) ? of_both : 0.0f;
+        const float of_both = own.weight[e / 2] + of_pair(weight, e);
+        if (own.id[e / 2] == of_pair(id, e)) c[4 * t + e] += of_both * unit;
       }
     }
   }

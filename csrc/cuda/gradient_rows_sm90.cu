@@ -15,7 +15,8 @@ struct GradientKernelParams {
 // Plain problems leave nothing out by label, and have no bias and no mask. The code for all of these takes
 // too many registers to be there twice, as overlapping the products would have it.
 template <int kWidth, bool kPlain>
-using GradientShape = RowShape<kWidth, kWidth <= 128 ? 128 : 64, kPlain>;
+using GradientShape = RowShape<kWidth, kWidth <= 128 ? 128 : 64, kPlain,
+                               (kWidth <= 128 ? 128 : 64) / kTermsBlock * sizeof(TermsBlock)>;
 
 bool is_plain(const GradientRules& rules) {
   return rules.pairs.among == kAll && !rules.biased && rules.positives != kMask;
@@ -40,15 +41,16 @@ struct WeighByGradient {
   int first_i;
   float factor, lift;
 
-  __device__ __forceinline__ void tile(float (&c)[kColumns / 2], int first_j) const {
-    // In parts, to need fewer registers.
-    constexpr int kPart = 64, kSize = kPart / 2;
+  __device__ __forceinline__ void tile(float (&c)[kColumns / 2], int first_j, const void* terms) const {
+    // In the blocks that share a level.
+    constexpr int kPart = kTermsBlock, kSize = kPart / 2;
+    const TermsBlock* others = static_cast<const TermsBlock*>(terms);
 #pragma unroll
     for (int part = 0; part < kColumns / kPart; ++part) {
       float (&of_part)[kSize] = *reinterpret_cast<float (*)[kSize]>(c + part * kSize);
       float sums[2];
-      gradient_of_tile<kPart / 8, false>(of_part, rules, own, others_of(rules, first_j + part * kPart),
-                                         first_i, first_j + part * kPart, factor, lift, sums);
+      gradient_of_tile<kPart / 8, false>(of_part, rules, own, others[part], first_i, first_j + part * kPart,
+                                         factor, lift, sums);
       wgmma_keep(c);
     }
   }
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const int warpgroup = warpgroup_of_thread() - 1;
   if (warpgroup < 0) {
     registers_down<40>();
-    if (threadIdx.x == 0) produce<Shape, true>(memory, p.maps, block_i, tiles);
+    if (threadIdx.x == 0) produce<Shape, true>(memory, p.maps, p.rules.other.blocks, block_i, tiles);
   } else {
     registers_up<232>();
     const int first_i = block_i + warpgroup * (kOwners / 2) + threadIdx.x % kWarpgroup / kWarp * 16;
