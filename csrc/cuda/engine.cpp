@@ -133,7 +133,7 @@ at::Tensor doubles(const Problem& p, int64_t n) {
 }
 
 int online_parts(const Features& f, bool only_untrusted) {
-  return only_untrusted ? 1 : splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), 2);
+  return only_untrusted ? 1 : splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), multiprocessors());
 }
 
 // The log-sum-exps of rows by launch_lse_online: all of them, or the untrusted.
@@ -329,7 +329,7 @@ GradientRules transposed(const GradientRules& r) {
 
 // Parts [splits, n, d] of sum_j G_ij y_j.
 at::Tensor row_gradients(const Problem& p, const Features& f, const GradientRules& rules) {
-  const int parts = splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), 2);
+  const int parts = splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), multiprocessors());
   at::Tensor out = floats(p, {parts, f.n, f.d});
   const GradientRowsParams params{f, rules, parts, out.mutable_data_ptr<float>()};
   if (p.hopper())
@@ -339,32 +339,81 @@ at::Tensor row_gradients(const Problem& p, const Features& f, const GradientRule
   return out;
 }
 
-// (G y, G^T x), [1, n, D] and [1, m, D], by chunks of G and library products; times 2^lift for float16.
-std::pair<at::Tensor, at::Tensor> chunk_gradients(const Problem& p, const GradientRules& rules,
-                                                  bool into_rows, bool into_columns) {
-  const Features f = p.features();
-  const int64_t stride = round_up<int64_t>(f.m, 8), row_bytes = stride * p.q.element_size();
-  const int64_t rows = std::max<int64_t>(kBlock, kChunkBytes / row_bytes / kBlock * kBlock);
-  at::Tensor by_rows, by_columns;
-  if (into_rows) by_rows = floats(p, {1, f.n, f.d});
-  at::Tensor buffer = at::empty({std::min<int64_t>(rows, f.n), stride}, p.q.options());
-  for (int64_t first = 0; first < f.n; first += rows) {
-    const int64_t last = std::min<int64_t>(first + rows, f.n);
-    const GradientTilesParams params{
-        f, rules, static_cast<int>(first), static_cast<int>(last), buffer.mutable_data_ptr(), stride};
+// Chunks of G: `rows` of them at once, from any column on, in one buffer.
+struct Chunks {
+  const Problem& p;
+  const GradientRules& rules;
+  int64_t rows, stride;
+  at::Tensor buffer;
+
+  Chunks(const Problem& p, const GradientRules& rules, int64_t most_rows)
+      : p(p), rules(rules), stride(round_up<int64_t>(p.m(), 8)) {
+    const int64_t fit = kChunkBytes / (stride * p.q.element_size()) / kBlock * kBlock;
+    rows = std::min<int64_t>(std::max<int64_t>(kBlock, std::min(fit, most_rows)), p.n());
+    buffer = at::empty({rows, stride}, p.q.options());
+  }
+
+  // G of the rows [first, last) and the columns from first_column on; times 2^lift for float16.
+  at::Tensor of(int64_t first, int64_t last, int64_t first_column) {
+    const GradientTilesParams params{p.features(),
+                                     rules,
+                                     static_cast<int>(first),
+                                     static_cast<int>(last),
+                                     static_cast<int>(first_column),
+                                     buffer.mutable_data_ptr(),
+                                     stride};
     if (p.hopper())
       launch_gradient_tiles_sm90(params, p.type, stream());
     else
       launch_gradient_tiles(params, p.type, p.precision, stream());
-    const at::Tensor g = buffer.narrow(0, 0, last - first).narrow(1, 0, f.m);
-    if (into_rows) by_rows[0].narrow(0, first, last - first).copy_(product(g, p.k));
-    if (into_columns) {
-      const at::Tensor more = product(g.t(), p.q.narrow(0, first, last - first));
-      by_columns = by_columns.defined() ? by_columns.add_(more) : more;
-    }
+    return buffer.narrow(0, 0, last - first).narrow(1, 0, p.m() - first_column);
   }
-  if (into_columns) by_columns = by_columns.unsqueeze(0);
+
+  // f(first, last) for each chunk.
+  template <typename F>
+  void for_each(F f) const {
+    for (int64_t first = 0; first < p.n(); first += rows) f(first, std::min<int64_t>(first + rows, p.n()));
+  }
+};
+
+// sum += a b, or = where it is the first.
+void accumulate(at::Tensor sum, const at::Tensor& a, const at::Tensor& b, bool first) {
+  if (first)
+    product_into(sum, a, b);
+  else
+    sum.add_(product(a, b));
+}
+
+// (G y, G^T x), [1, n, D] and [1, m, D], by chunks of G and library products; times 2^lift for float16.
+std::pair<at::Tensor, at::Tensor> chunk_gradients(const Problem& p, const GradientRules& rules,
+                                                  bool into_rows, bool into_columns) {
+  Chunks chunks(p, rules, p.n());
+  at::Tensor by_rows, by_columns;
+  if (into_rows) by_rows = floats(p, {1, p.n(), p.d()});
+  if (into_columns) by_columns = floats(p, {1, p.m(), p.d()});
+  chunks.for_each([&](int64_t first, int64_t last) {
+    const at::Tensor g = chunks.of(first, last, 0);
+    if (into_rows) accumulate(by_rows[0].narrow(0, first, last - first), g, p.k, true);
+    if (into_columns) accumulate(by_columns[0], g.t(), p.q.narrow(0, first, last - first), first == 0);
+  });
   return {by_rows, by_columns};
+}
+
+// (G + G^T) q in parts [1 or 2, n, D], of which a chunk's is computed from its diagonal on: what is right of
+// it serves the rows of its columns too, in the second part.
+at::Tensor mirrored_gradients(const Problem& p, const GradientRules& rules) {
+  Chunks chunks(p, rules, mirrored_rows());
+  const int64_t n = p.n();
+  at::Tensor out = floats(p, {chunks.rows < n ? 2 : 1, n, p.d()});
+  if (chunks.rows < n) out[1].narrow(0, 0, chunks.rows).zero_();
+  chunks.for_each([&](int64_t first, int64_t last) {
+    const at::Tensor g = chunks.of(first, last, first);
+    accumulate(out[0].narrow(0, first, last - first), g, p.q.narrow(0, first, n - first), true);
+    if (last == n) return;
+    const at::Tensor right = g.narrow(1, last - first, n - last);
+    accumulate(out[1].narrow(0, last, n - last), right.t(), p.q.narrow(0, first, last - first), first == 0);
+  });
+  return out;
 }
 
 // The gradient of x from its parts, in `type`, and the sum of x . parts: the gradient of the scale.
@@ -390,7 +439,7 @@ Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
   out.residual = floats(p, {0});
   if (save_gradient && p.in_registers()) {
     // An attention over the keys.
-    const int parts = splits(ceil_div(p.n(), kBlock), ceil_div(p.m(), kBlock), 2);
+    const int parts = splits(ceil_div(p.n(), kBlock), ceil_div(p.m(), kBlock), multiprocessors());
     at::Tensor peak = floats(p, {parts, p.n()}), total = floats(p, {parts, p.n()});
     at::Tensor mean = floats(p, {parts, p.n(), p.d()});
     at::Tensor logits = at::zeros({2, p.n()}, p.q.options().dtype(at::kFloat));
@@ -471,7 +520,7 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
     // G + G^T in one pass.
     const GradientRules both = rules_of(p, terms.rows.terms, terms.rows.terms, bound);
     const at::Tensor parts =
-        p.in_registers() ? row_gradients(p, p.features(), both) : chunk_gradients(p, both, true, false).first;
+        p.in_registers() ? row_gradients(p, p.features(), both) : mirrored_gradients(p, both);
     std::tie(out.q, out.scale) = combine(p, parts, p.q, unit, out_type, 0.5);
     if (!needs_q) out.q = nothing();
     return out;

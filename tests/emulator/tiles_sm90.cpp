@@ -240,7 +240,7 @@ void check_gradient(const Case& c, Positives positives, bool both_sides, float s
   const int stride = round_up(c.m, 8), rows = last_row - first_row;
   std::vector<T> out(rows * stride + 8, from_float<T>(NAN));
   T* first = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(out.data()) + 15) / 16 * 16);
-  launch_gradient_tiles_sm90({features_of(x, y), rules, first_row, last_row, first, stride},
+  launch_gradient_tiles_sm90({features_of(x, y), rules, first_row, last_row, 0, first, stride},
                              type_of_element<T>(), nullptr);
   const double lift = std::exp2(half_lift(rules.bound)), unit = std::is_same_v<T, bf16_t> ? 0x1p-8 : 0x1p-11;
   for (int i = first_row; i < last_row; ++i)
