@@ -26,18 +26,21 @@ struct GradientEpilogue {
   }
 
   __device__ __forceinline__ void tile(float (&c)[4 * kTiles], const Visit&, int, int first_i, int first_j) {
-    // In the blocks that share a level.
-    constexpr int kPart = kTermsBlock / 8;
+    // In the blocks that share a level: the same code for both, which leaves the tile in memory.
+    constexpr int kPart = kTermsBlock / 8, kSize = 4 * kPart;
+    static_assert(kTiles == 2 * kPart);
     float sums[2];
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      float part[kSize];
 #pragma unroll
-    for (int t = 0; t < kTiles; t += kPart) {
-      float (&part)[4 * kPart] = *reinterpret_cast<float (*)[4 * kPart]>(&c[4 * t]);
-      const int column = p.first_column + first_j + 8 * t;
+      for (int x = 0; x < kSize; ++x) part[x] = half == 0 ? c[x] : c[kSize + x];
+      const int j = first_j + half * kTermsBlock, column = p.first_column + j;
       gradient_of_tile<kPart, false>(part, p.rules, own, others_of(p.rules, column), p.first_row + first_i,
                                      column, factor, lift, sums);
+      store_fragment<T, kPart>(part, static_cast<T*>(p.out), p.out_stride, p.last_row - p.first_row,
+                               p.features.m - p.first_column, first_i, j);
     }
-    store_fragment<T, kTiles>(c, static_cast<T*>(p.out), p.out_stride, p.last_row - p.first_row,
-                              p.features.m - p.first_column, first_i, first_j);
   }
 
   __device__ __forceinline__ void end_rows(const Visit&, int) {}
