@@ -48,7 +48,7 @@ struct WeighBySoftmax {
     }
   }
 
-  __device__ __forceinline__ void tile(float (&c)[kSize], int first_j) {
+  __device__ __forceinline__ void tile(float (&c)[kSize], int first_j, const void*) {
     const bool edge = on_edge(p.pairs, first_i, first_j, 16, kColumns);
     bool hit = false;
 #pragma unroll
@@ -115,16 +115,10 @@ struct WeighBySoftmax {
       });
     }
     if (p.pairs.among != kAll) {
-      const bool wanted = p.pairs.among == kSame;
-      for_elements<4>(first_i, first_j, [&](int t, int e, int, int j) {
-        if ((ids.of[e / 2] == column_id(p.pairs, j)) != wanted) c[4 * t + e] = negative_infinity();
-      });
+      replace_by_ids<4>(c, ids.of, p.pairs.other_ids + first_j + Lane().column, p.pairs.among == kDifferent,
+                        negative_infinity());
     }
-    if (edge) {
-      for_elements<4>(first_i, first_j, [&](int t, int e, int i, int j) {
-        if (!counts(p.pairs, i, j)) c[4 * t + e] = negative_infinity();
-      });
-    }
+    if (edge) replace_what_does_not_count<4>(c, p.pairs, first_i, first_j, negative_infinity());
     if (hit) {
       for_elements<4>(first_i, first_j, [&](int t, int e, int i, int j) {
         if (index[e / 2] != j) return;
@@ -139,20 +133,6 @@ struct WeighBySoftmax {
     if (!fades) return;
 #pragma unroll
     for (int x = 0; x < kOut; ++x) out[x] *= fade[x / 2 % 2];
-  }
-};
-
-// What the logits of a tile take of its keys.
-template <int kColumns>
-struct TouchKeys {
-  const AttentionParams& p;
-
-  __device__ __forceinline__ void operator()(int first_j) const {
-    const int which = threadIdx.x % kWarp / 4;
-    const void* array = nullptr;
-    if (which == 0) array = p.bias;
-    if (which == 1) array = p.pairs.other_ids;
-    touch_lines<kColumns>(array, first_j, p.pairs.m);
   }
 };
 
@@ -172,8 +152,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const int warpgroup = warpgroup_of_thread() - 1;
   if (warpgroup < 0) {
     registers_down<40>();
-    if (threadIdx.x < kWarp)
-      produce<Shape, kSameValues>(memory, params.maps, block_i, tiles, TouchKeys<Shape::kColumns>{p});
+    if (threadIdx.x == 0) produce<Shape, kSameValues>(memory, params.maps, nullptr, block_i, tiles);
   } else {
     registers_up<232>();
     const int first_i = block_i + warpgroup * (kOwners / 2) + threadIdx.x % kWarpgroup / kWarp * 16;

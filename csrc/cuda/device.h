@@ -113,6 +113,12 @@ __device__ __forceinline__ void store_vec(T* to, const Vec<T>& v) {
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&v);
 }
 
+// Two neighbouring floats or ints, the first at a multiple of 8 bytes.
+template <typename Pair, typename T>
+__device__ __forceinline__ Pair load_pair(const T* from) {
+  return *reinterpret_cast<const Pair*>(from);
+}
+
 template <typename T>
 __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll

@@ -133,7 +133,7 @@ at::Tensor doubles(const Problem& p, int64_t n) {
 }
 
 int online_parts(const Features& f, bool only_untrusted) {
-  return only_untrusted ? 1 : splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), 2);
+  return only_untrusted ? 1 : splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), multiprocessors());
 }
 
 // The log-sum-exps of rows by launch_lse_online: all of them, or the untrusted.
@@ -222,42 +222,81 @@ std::pair<at::Tensor, at::Tensor> log_sum_exp(const Problem& p, bool both_axes, 
   return {lse, lse_cols};
 }
 
-// The terms of rows (or columns) for the gradient, and the memory that they lie in.
+// What is given of one side for the gradient.
+struct TermsSource {
+  at::Tensor lse;
+  std::optional<at::Tensor> grad, weight_grad;
+  at::Tensor ids, index, bias;
+};
+
+// The terms of a side, and the memory that they lie in.
 struct TermsMemory {
-  at::Tensor planes, ranges, index_ranges, grad, weight_grad;
+  at::Tensor blocks, grad, weight_grad;
   Terms terms = {};
 };
 
-TermsMemory make_terms(const Problem& p, const at::Tensor& lse, const std::optional<at::Tensor>& grad,
-                       const std::optional<at::Tensor>& weight_grad, const at::Tensor& index,
-                       at::Tensor& bound, const at::Tensor& largest_weight) {
-  const int n = static_cast<int>(lse.size(0));
-  const int64_t padded = round_up(n, kTermsPadding), blocks = padded / kTermsBlock;
+TermsMemory make_memory(const Problem& p, const TermsSource& source, int n) {
   TermsMemory t;
-  t.planes = floats(p, {4, padded});
-  t.ranges = floats(p, {2, blocks});
-  t.index_ranges = at::empty({2, blocks}, p.q.options().dtype(at::kInt));
-  if (grad) t.grad = grad->to(at::kDouble);
-  if (weight_grad) t.weight_grad = weight_grad->to(at::kDouble);
-  float* planes = t.planes.mutable_data_ptr<float>();
-  float* ranges = t.ranges.mutable_data_ptr<float>();
-  int* index_ranges = t.index_ranges.mutable_data_ptr<int>();
-  t.terms = {planes,           planes + padded,        planes + 2 * padded, planes + 3 * padded,
-             ranges,           ranges + blocks,        index_ranges,        index_ranges + blocks,
-             grad.has_value(), weight_grad.has_value()};
-  launch_gradient_terms(
-      {data_of<double>(lse), data_of<double>(std::as_const(t.grad)),
-       data_of<double>(std::as_const(t.weight_grad)), grad ? t.grad.stride(0) : 0,
-       weight_grad ? t.weight_grad.stride(0) : 0, data_of<int>(index), planes, planes + padded,
-       planes + 2 * padded, planes + 3 * padded, ranges, ranges + blocks, index_ranges, index_ranges + blocks,
-       data_of<float>(bound), data_of<float>(largest_weight), n, static_cast<int>(padded)},
-      stream());
+  t.blocks =
+      at::empty({terms_blocks(n), static_cast<int64_t>(sizeof(TermsBlock))}, p.q.options().dtype(at::kByte));
+  if (source.grad) t.grad = source.grad->to(at::kDouble);
+  if (source.weight_grad) t.weight_grad = source.weight_grad->to(at::kDouble);
+  t.terms = {reinterpret_cast<const TermsBlock*>(t.blocks.const_data_ptr()), source.grad.has_value(),
+             source.weight_grad.has_value()};
+  return t;
+}
+
+TermsParams params_of(const TermsSource& source, TermsMemory& t, int n) {
+  return {data_of<double>(source.lse),
+          data_of<double>(std::as_const(t.grad)),
+          data_of<double>(std::as_const(t.weight_grad)),
+          t.terms.softmax ? t.grad.stride(0) : 0,
+          t.terms.positives ? t.weight_grad.stride(0) : 0,
+          data_of<int>(source.ids),
+          data_of<int>(source.index),
+          data_of<float>(source.bias),
+          reinterpret_cast<TermsBlock*>(t.blocks.mutable_data_ptr()),
+          n};
+}
+
+TermsSource row_source(const Problem& p, const at::Tensor& lse, const std::optional<at::Tensor>& grad,
+                       const std::optional<at::Tensor>& weight_grad) {
+  return {lse, grad, weight_grad, p.ids ? p.ids->rows : at::Tensor(), p.index, {}};
+}
+TermsSource column_source(const Problem& p, const at::Tensor& lse, const std::optional<at::Tensor>& grad) {
+  return {lse, grad, {}, p.ids ? p.ids->cols : at::Tensor(), {}, p.bias};
+}
+
+struct BothTerms {
+  TermsMemory rows, columns;
+};
+
+// The terms of rows and of columns, in one launch; of rows alone where the columns are these.
+BothTerms make_terms(const Problem& p, const TermsSource& rows, const std::optional<TermsSource>& columns,
+                     at::Tensor& bound, const at::Tensor& largest_weight) {
+  BothTerms t;
+  t.rows = make_memory(p, rows, p.n());
+  BothTermsParams params{
+      params_of(rows, t.rows, p.n()), {}, data_of<float>(bound), data_of<float>(largest_weight)};
+  if (columns) {
+    t.columns = make_memory(p, *columns, p.m());
+    params.columns = params_of(*columns, t.columns, p.m());
+  }
+  launch_gradient_terms(params, stream());
   return t;
 }
 
 // What float16 needs to know of the size of G: [1] float, or undefined.
 at::Tensor make_bound(const Problem& p) {
   return p.type == Type::kHalf ? at::zeros({1}, p.q.options().dtype(at::kFloat)) : at::Tensor();
+}
+
+// A mask as floats, whose strides are ints.
+at::Tensor weights_of(const at::Tensor& mask) {
+  const at::Tensor weights = mask.to(at::kFloat);
+  return std::max(weights.stride(0), weights.stride(1)) > std::numeric_limits<int>::max()
+             ? weights.contiguous()
+             : weights;
 }
 
 at::Tensor largest_weight(const Problem& p) {
@@ -271,16 +310,13 @@ GradientRules rules_of(const Problem& p, const Terms& rows, const Terms& cols, c
           p.scale,
           rows,
           cols,
-          nullptr,
-          data_of<float>(p.bias),
+          p.bias.defined(),
           p.positives,
-          data_of<int>(p.index),
-          nullptr,
           masked ? mask.const_data_ptr<float>() : nullptr,
           masked ? static_cast<int>(mask.size(0)) : 1,
           masked ? static_cast<int>(mask.size(1)) : 1,
-          masked ? mask.stride(0) : 0,
-          masked ? mask.stride(1) : 0,
+          masked ? static_cast<int>(mask.stride(0)) : 0,
+          masked ? static_cast<int>(mask.stride(1)) : 0,
           data_of<float>(bound)};
 }
 
@@ -288,14 +324,12 @@ GradientRules transposed(const GradientRules& r) {
   GradientRules t = r;
   t.pairs = transposed(r.pairs);
   std::swap(t.own, t.other);
-  std::swap(t.own_bias, t.other_bias);
-  std::swap(t.own_index, t.other_index);
   return t;
 }
 
 // Parts [splits, n, d] of sum_j G_ij y_j.
 at::Tensor row_gradients(const Problem& p, const Features& f, const GradientRules& rules) {
-  const int parts = splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), 2);
+  const int parts = splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), multiprocessors());
   at::Tensor out = floats(p, {parts, f.n, f.d});
   const GradientRowsParams params{f, rules, parts, out.mutable_data_ptr<float>()};
   if (p.hopper())
@@ -305,32 +339,81 @@ at::Tensor row_gradients(const Problem& p, const Features& f, const GradientRule
   return out;
 }
 
-// (G y, G^T x), [1, n, D] and [1, m, D], by chunks of G and library products; times 2^lift for float16.
-std::pair<at::Tensor, at::Tensor> chunk_gradients(const Problem& p, const GradientRules& rules,
-                                                  bool into_rows, bool into_columns) {
-  const Features f = p.features();
-  const int64_t stride = round_up<int64_t>(f.m, 8), row_bytes = stride * p.q.element_size();
-  const int64_t rows = std::max<int64_t>(kBlock, kChunkBytes / row_bytes / kBlock * kBlock);
-  at::Tensor by_rows, by_columns;
-  if (into_rows) by_rows = floats(p, {1, f.n, f.d});
-  at::Tensor buffer = at::empty({std::min<int64_t>(rows, f.n), stride}, p.q.options());
-  for (int64_t first = 0; first < f.n; first += rows) {
-    const int64_t last = std::min<int64_t>(first + rows, f.n);
-    const GradientTilesParams params{
-        f, rules, static_cast<int>(first), static_cast<int>(last), buffer.mutable_data_ptr(), stride};
+// Chunks of G: `rows` of them at once, from any column on, in one buffer.
+struct Chunks {
+  const Problem& p;
+  const GradientRules& rules;
+  int64_t rows, stride;
+  at::Tensor buffer;
+
+  Chunks(const Problem& p, const GradientRules& rules, int64_t most_rows)
+      : p(p), rules(rules), stride(round_up<int64_t>(p.m(), 8)) {
+    const int64_t fit = kChunkBytes / (stride * p.q.element_size()) / kBlock * kBlock;
+    rows = std::min<int64_t>(std::max<int64_t>(kBlock, std::min(fit, most_rows)), p.n());
+    buffer = at::empty({rows, stride}, p.q.options());
+  }
+
+  // G of the rows [first, last) and the columns from first_column on; times 2^lift for float16.
+  at::Tensor of(int64_t first, int64_t last, int64_t first_column) {
+    const GradientTilesParams params{p.features(),
+                                     rules,
+                                     static_cast<int>(first),
+                                     static_cast<int>(last),
+                                     static_cast<int>(first_column),
+                                     buffer.mutable_data_ptr(),
+                                     stride};
     if (p.hopper())
       launch_gradient_tiles_sm90(params, p.type, stream());
     else
       launch_gradient_tiles(params, p.type, p.precision, stream());
-    const at::Tensor g = buffer.narrow(0, 0, last - first).narrow(1, 0, f.m);
-    if (into_rows) by_rows[0].narrow(0, first, last - first).copy_(product(g, p.k));
-    if (into_columns) {
-      const at::Tensor more = product(g.t(), p.q.narrow(0, first, last - first));
-      by_columns = by_columns.defined() ? by_columns.add_(more) : more;
-    }
+    return buffer.narrow(0, 0, last - first).narrow(1, 0, p.m() - first_column);
   }
-  if (into_columns) by_columns = by_columns.unsqueeze(0);
+
+  // f(first, last) for each chunk.
+  template <typename F>
+  void for_each(F f) const {
+    for (int64_t first = 0; first < p.n(); first += rows) f(first, std::min<int64_t>(first + rows, p.n()));
+  }
+};
+
+// sum += a b, or = where it is the first.
+void accumulate(at::Tensor sum, const at::Tensor& a, const at::Tensor& b, bool first) {
+  if (first)
+    product_into(sum, a, b);
+  else
+    sum.add_(product(a, b));
+}
+
+// (G y, G^T x), [1, n, D] and [1, m, D], by chunks of G and library products; times 2^lift for float16.
+std::pair<at::Tensor, at::Tensor> chunk_gradients(const Problem& p, const GradientRules& rules,
+                                                  bool into_rows, bool into_columns) {
+  Chunks chunks(p, rules, p.n());
+  at::Tensor by_rows, by_columns;
+  if (into_rows) by_rows = floats(p, {1, p.n(), p.d()});
+  if (into_columns) by_columns = floats(p, {1, p.m(), p.d()});
+  chunks.for_each([&](int64_t first, int64_t last) {
+    const at::Tensor g = chunks.of(first, last, 0);
+    if (into_rows) accumulate(by_rows[0].narrow(0, first, last - first), g, p.k, true);
+    if (into_columns) accumulate(by_columns[0], g.t(), p.q.narrow(0, first, last - first), first == 0);
+  });
   return {by_rows, by_columns};
+}
+
+// (G + G^T) q in parts [1 or 2, n, D], of which a chunk's is computed from its diagonal on: what is right of
+// it serves the rows of its columns too, in the second part.
+at::Tensor mirrored_gradients(const Problem& p, const GradientRules& rules) {
+  Chunks chunks(p, rules, mirrored_rows());
+  const int64_t n = p.n();
+  at::Tensor out = floats(p, {chunks.rows < n ? 2 : 1, n, p.d()});
+  if (chunks.rows < n) out[1].narrow(0, 0, chunks.rows).zero_();
+  chunks.for_each([&](int64_t first, int64_t last) {
+    const at::Tensor g = chunks.of(first, last, first);
+    accumulate(out[0].narrow(0, first, last - first), g, p.q.narrow(0, first, n - first), true);
+    if (last == n) return;
+    const at::Tensor right = g.narrow(1, last - first, n - last);
+    accumulate(out[1].narrow(0, last, n - last), right.t(), p.q.narrow(0, first, last - first), first == 0);
+  });
+  return out;
 }
 
 // The gradient of x from its parts, in `type`, and the sum of x . parts: the gradient of the scale.
@@ -356,7 +439,7 @@ Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
   out.residual = floats(p, {0});
   if (save_gradient && p.in_registers()) {
     // An attention over the keys.
-    const int parts = splits(ceil_div(p.n(), kBlock), ceil_div(p.m(), kBlock), 2);
+    const int parts = splits(ceil_div(p.n(), kBlock), ceil_div(p.m(), kBlock), multiprocessors());
     at::Tensor peak = floats(p, {parts, p.n()}), total = floats(p, {parts, p.n()});
     at::Tensor mean = floats(p, {parts, p.n(), p.d()});
     at::Tensor logits = at::zeros({2, p.n()}, p.q.options().dtype(at::kFloat));
@@ -402,8 +485,10 @@ Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
     const at::Tensor ones = at::ones_like(out.lse);
     std::optional<at::Tensor> weights;
     if (p.index.defined()) weights = -ones;
-    const TermsMemory rows = make_terms(p, out.lse, ones, weights, p.index, bound, {});
-    at::Tensor parts = chunk_gradients(p, rules_of(p, rows.terms, {}, bound), true, false).first;
+    const BothTerms both =
+        make_terms(p, row_source(p, out.lse, ones, weights), column_source(p, {}, {}), bound, {});
+    at::Tensor parts =
+        chunk_gradients(p, rules_of(p, both.rows.terms, both.columns.terms, bound), true, false).first;
     const at::Tensor one = at::ones({}, at::kFloat);
     Problem unscaled = p;
     unscaled.scale = scalar_of(one);
@@ -417,7 +502,7 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
                           std::optional<at::ScalarType> type) {
   const DeviceGuard guard(contrast.q);
   Problem p(contrast);
-  if (p.mask.defined()) p.mask = p.mask.to(at::kFloat);
+  if (p.mask.defined()) p.mask = weights_of(p.mask);
   const auto [needs_q, needs_k, needs_bias] = needs;
   const at::ScalarType out_type = type.value_or(p.q.scalar_type());
   at::Tensor bound = make_bound(p);
@@ -425,22 +510,23 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
   const auto nothing = [&] { return floats(p, {0}); };              // of an op's outputs none may be another
   Gradients out{nothing(), nothing(), nothing(), nothing()};
 
-  const TermsMemory rows =
-      make_terms(p, saved.lse, incoming.lse, incoming.positive_sum, p.index, bound, largest_weight(p));
-  if (p.symmetric && !needs_bias) {
+  const bool mirrored = p.symmetric && !needs_bias;
+  const TermsSource of_rows = row_source(p, saved.lse, incoming.lse, incoming.positive_sum);
+  std::optional<TermsSource> of_columns;
+  if (!mirrored)
+    of_columns = column_source(p, incoming.lse_cols ? saved.lse_cols : at::Tensor(), incoming.lse_cols);
+  const BothTerms terms = make_terms(p, of_rows, of_columns, bound, largest_weight(p));
+  if (mirrored) {
     // G + G^T in one pass.
-    GradientRules both = rules_of(p, rows.terms, rows.terms, bound);
-    both.other_index = both.own_index;
+    const GradientRules both = rules_of(p, terms.rows.terms, terms.rows.terms, bound);
     const at::Tensor parts =
-        p.in_registers() ? row_gradients(p, p.features(), both) : chunk_gradients(p, both, true, false).first;
+        p.in_registers() ? row_gradients(p, p.features(), both) : mirrored_gradients(p, both);
     std::tie(out.q, out.scale) = combine(p, parts, p.q, unit, out_type, 0.5);
     if (!needs_q) out.q = nothing();
     return out;
   }
 
-  TermsMemory cols;
-  if (incoming.lse_cols) cols = make_terms(p, saved.lse_cols, incoming.lse_cols, std::nullopt, {}, bound, {});
-  const GradientRules rules = rules_of(p, rows.terms, cols.terms, bound);
+  const GradientRules rules = rules_of(p, terms.rows.terms, terms.columns.terms, bound);
   const bool into_q = needs_q || !needs_k;  // one of them, for the gradient of the scale
   const bool into_k = p.self_keys ? needs_q : needs_k;
   at::Tensor by_rows, by_cols;

@@ -16,33 +16,39 @@ namespace cl_kernels::cuda {
 constexpr int kTermsBlock = 64;     // rows that share a range of shifts
 constexpr int kTermsPadding = 128;  // no tile is wider
 
-// The terms of owners or others (gradient_terms.cu), by row; zeros up to a multiple of kTermsPadding.
+// What the gradient takes of kTermsBlock rows (gradient_terms.cu). Zeros past the last row and where nothing
+// is given, -1 for ids and indices: a tile reads its columns without asking, and a bulk copy takes them
+// whole.
+struct alignas(16) TermsBlock {
+  float level[kTermsBlock];   // coef at the block's highest shift: coef 2^(high - shift)
+  float weight[kTermsBlock];  // of the row's positives
+  int id[kTermsBlock];        // of the row's label
+  int index[kTermsBlock];     // the positive of the row, -1: none
+  float shift[kTermsBlock];
+  float coef[kTermsBlock];
+  float bias[kTermsBlock];  // natural units
+  float high;               // the highest shift; kNothing without any
+  float low;                // the lowest shift whose coefficient counts; -kNothing without any
+  int index_low;            // the first and the last positive's index; INT_MAX and -1 without any
+  int index_high;
+};
+
+// The terms of owners or others.
 struct Terms {
-  const float* shift;
-  const float* coef;
-  const float* weight;  // of the row's positives
-  const float* level;   // coef at the highest shift of its block: coef 2^(high - shift)
-  // [blocks of kTermsBlock rows]
-  const float* high;     // the highest shift; kNothing without any
-  const float* low;      // the lowest shift whose coefficient counts; -kNothing without any
-  const int* index_low;  // the first and the last positive's index; INT_MAX and -1 without any
-  const int* index_high;
-  bool softmax;    // whether any coefficient counts
-  bool positives;  // whether any weight counts
+  const TermsBlock* blocks;  // up to a multiple of kTermsPadding rows
+  bool softmax;              // whether any coefficient counts
+  bool positives;            // whether any weight counts
 };
 
 struct GradientRules {
   PairRules pairs;
   Scalar scale;
   Terms own, other;
-  const float* own_bias;    // [n], natural units, or null
-  const float* other_bias;  // [m]
+  bool biased;
   Positives positives;
-  const int* own_index;    // [n] the positive of an owner, -1: none
-  const int* other_index;  // [m] the positive of another, an owner
-  const float* mask;       // weight of owner i and other j at mask[i % rows, j % columns]
+  const float* mask;  // weight of owner i and other j at mask[i % rows, j % columns]
   int mask_rows, mask_columns;
-  int64_t mask_row_stride, mask_column_stride;
+  int mask_row_stride, mask_column_stride;
   const float* bound;  // [1] the largest coefficient or weight, for float16, or null
 };
 
@@ -56,146 +62,209 @@ __device__ __forceinline__ float half_lift(const float* bound) {
 // What a thread keeps of its two rows.
 struct OwnTerms {
   float shift[2], coef[2], weight[2], low;
-  int index[2];
+  int id[2], index[2];
   __device__ __forceinline__ OwnTerms(const GradientRules& rules, int first_i) : low(-kNothing) {
     const Lane lane;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int i = first_i + lane.row + 8 * h;
-      const bool inside = i < rules.pairs.n;
+      const int i = first_i + lane.row + 8 * h, at = i % kTermsBlock;
+      const TermsBlock& block = rules.own.blocks[i / kTermsBlock];
       // Without a coefficient no exponential may overflow: infinity times zero.
-      shift[h] = inside && rules.own.softmax ? rules.own.shift[i] : -kNothing;
-      coef[h] = inside && rules.own.softmax ? rules.own.coef[i] : 0.0f;
-      weight[h] = inside && rules.own.positives ? rules.own.weight[i] : 0.0f;
-      index[h] = inside && rules.positives == kIndex && rules.own.positives ? rules.own_index[i] : -1;
+      shift[h] = rules.own.softmax ? block.shift[at] : -kNothing;
+      coef[h] = rules.own.softmax ? block.coef[at] : 0.0f;
+      weight[h] = rules.own.positives ? block.weight[at] : 0.0f;
+      id[h] = block.id[at];
+      index[h] = rules.own.positives ? block.index[at] : -1;
       if (coef[h] != 0.0f) low = fminf(low, shift[h]);
     }
   }
 };
 
-// c, products of owners first_i.. and others first_j.., becomes G times 2^lift; sums[h] gains the softmax
-// part of the thread's two rows where kSums.
+// The terms of the others in a tile that starts at first_j.
+__device__ __forceinline__ const TermsBlock& others_of(const GradientRules& rules, int first_j) {
+  return rules.other.blocks[first_j / kTermsBlock];
+}
+
+// What element e of a fragment's tile takes of its two columns.
+__device__ __forceinline__ float of_pair(const float2& pair, int e) {
+  return e % 2 == 0 ? pair.x : pair.y;
+}
+__device__ __forceinline__ int of_pair(const int2& pair, int e) {
+  return e % 2 == 0 ? pair.x : pair.y;
+}
+
+// c, products times `factor`, becomes the softmax part of G times 2^lift. `at` is the thread's first column
+// in the others' block.
 //
 // No logit that counts exceeds `top`, the highest shift of the others' block, so where no shift of either
 // side lies further below it than 2^60, one exponential 2^(S - top) serves both: what underflows then is
-// below 2^-66 of any row.
-template <int kTiles, bool kSums>
-__device__ __forceinline__ void gradient_of_tile(float (&c)[4 * kTiles], const GradientRules& rules,
-                                                 const OwnTerms& own, int first_i, int first_j, float factor,
-                                                 float lift, float (&sums)[2]) {
-  constexpr int kColumns = 8 * kTiles;
-  static_assert(kColumns <= kTermsBlock, "a level refers to the highest shift of its own block");
-  const PairRules& pairs = rules.pairs;
-  const int column = first_j + Lane().column;
-
-  if (rules.own_bias != nullptr || rules.other_bias != nullptr) {
-    for_elements<kTiles>(first_i, first_j, [&](int t, int e, int i, int j) {
-      float bias = rules.own_bias != nullptr && i < pairs.n ? __ldg(rules.own_bias + i) : 0.0f;
-      if (rules.other_bias != nullptr && j < pairs.m) bias += __ldg(rules.other_bias + j);
-      c[4 * t + e] = c[4 * t + e] * factor + bias * kLog2e;
-    });
-    factor = 1.0f;
-  }
-
-  if (rules.other.softmax) {
-    float top = kNothing, low = own.low;
+// below 2^-66 of any row. Where the others have no softmax an owner's shift takes the place of `top`.
+template <int kTiles>
+__device__ __forceinline__ void softmax_of_tile(float (&c)[4 * kTiles], const OwnTerms& own,
+                                                const TermsBlock& others, bool others_count, int at,
+                                                float factor, float lift) {
+  const float top = others.high;
+  if (!others_count || top - fminf(own.low, others.low) <= 60.0f) {
+    float base[2], own_level[2];
 #pragma unroll
-    for (int block = first_j / kTermsBlock; block <= (first_j + kColumns - 1) / kTermsBlock; ++block) {
-      if (block * kTermsBlock >= pairs.m) break;
-      top = fmaxf(top, __ldg(rules.other.high + block));
-      low = fminf(low, __ldg(rules.other.low + block));
+    for (int h = 0; h < 2; ++h) {
+      const float reference = others_count ? top : own.shift[h];
+      base[h] = lift - reference;
+      own_level[h] = own.coef[h] * exp2_fast(fminf(reference - own.shift[h], 60.0f));
     }
-    if (top - low <= 60.0f) {
-      float own_level[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) own_level[h] = own.coef[h] * exp2_fast(fminf(top - own.shift[h], 60.0f));
+    for (int t = 0; t < kTiles; ++t) {
+      const float2 level = load_pair<float2>(others.level + at + 8 * t);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        const float2 level = __ldg(reinterpret_cast<const float2*>(rules.other.level + column + 8 * t));
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          c[4 * t + e] = exp2_fast(c[4 * t + e] * factor + (lift - top)) *
-                         (own_level[e / 2] + (e % 2 == 0 ? level.x : level.y));
-      }
-    } else {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        const float2 shift = __ldg(reinterpret_cast<const float2*>(rules.other.shift + column + 8 * t));
-        const float2 coef = __ldg(reinterpret_cast<const float2*>(rules.other.coef + column + 8 * t));
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float s = c[4 * t + e] * factor + lift;
-          c[4 * t + e] = exp2_fast(s - own.shift[e / 2]) * own.coef[e / 2] +
-                         exp2_fast(s - (e % 2 == 0 ? shift.x : shift.y)) * (e % 2 == 0 ? coef.x : coef.y);
-        }
-      }
+      for (int e = 0; e < 4; ++e)
+        c[4 * t + e] =
+            exp2_fast(c[4 * t + e] * factor + base[e / 2]) * (own_level[e / 2] + of_pair(level, e));
     }
   } else {
 #pragma unroll
-    for (int x = 0; x < 4 * kTiles; ++x)
-      c[x] = exp2_fast(c[x] * factor + (lift - own.shift[x / 2 % 2])) * own.coef[x / 2 % 2];
+    for (int t = 0; t < kTiles; ++t) {
+      const float2 shift = load_pair<float2>(others.shift + at + 8 * t);
+      const float2 coef = load_pair<float2>(others.coef + at + 8 * t);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float s = c[4 * t + e] * factor + lift;
+        c[4 * t + e] = exp2_fast(s - own.shift[e / 2]) * own.coef[e / 2] +
+                       exp2_fast(s - of_pair(shift, e)) * of_pair(coef, e);
+      }
+    }
   }
+}
 
-  const bool edge = on_edge(pairs, first_i, first_j, 16, kColumns);
-  if (pairs.among != kAll) {
-    const RowIds ids(pairs, first_i);
-    const bool wanted = pairs.among == kSame;
-    for_elements<kTiles>(first_i, first_j, [&](int t, int e, int, int j) {
-      if ((ids.of[e / 2] == column_id(pairs, j)) != wanted) c[4 * t + e] = 0.0f;
-    });
+// j % period as j goes up by 8, or by 1 from there.
+struct Remainder {
+  int period, step, now;
+  __device__ __forceinline__ Remainder(int period, int j)
+      : period(period), step(8 % period), now(j % period) {}
+  __device__ __forceinline__ void advance() {
+    now += step;
+    if (now >= period) now -= period;
   }
-  if (edge) {
-    for_elements<kTiles>(first_i, first_j, [&](int t, int e, int i, int j) {
-      if (!counts(pairs, i, j)) c[4 * t + e] = 0.0f;
-    });
+  // Of element e of a fragment's tile.
+  __device__ __forceinline__ int of(int e) const {
+    return e % 2 == 0 ? now : now + 1 == period ? 0 : now + 1;
   }
+};
+
+// Adds the weights of positives by mask: an owner's times the mask at (i, j), another's times that at (j, i).
+template <int kTiles>
+__device__ __forceinline__ void add_masked(float (&c)[4 * kTiles], const GradientRules& rules,
+                                           const OwnTerms& own, const TermsBlock& others, int at, int first_i,
+                                           int first_j, float unit) {
+  const Lane lane;
+  const int i = first_i + lane.row, j = first_j + lane.column;
+  if (rules.own.positives) {
+    const float* rows[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      rows[h] = rules.mask + int64_t{(i + 8 * h) % rules.mask_rows} * rules.mask_row_stride;
+    Remainder column(rules.mask_columns, j);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t, column.advance())
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        c[4 * t + e] +=
+            own.weight[e / 2] * unit * __ldg(rows[e / 2] + int64_t{column.of(e)} * rules.mask_column_stride);
+  }
+  if (rules.other.positives) {
+    const float* columns[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      columns[h] = rules.mask + int64_t{(i + 8 * h) % rules.mask_columns} * rules.mask_column_stride;
+    Remainder row(rules.mask_rows, j);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t, row.advance()) {
+      const float2 weight = load_pair<float2>(others.weight + at + 8 * t);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        c[4 * t + e] +=
+            of_pair(weight, e) * unit * __ldg(columns[e / 2] + int64_t{row.of(e)} * rules.mask_row_stride);
+    }
+  }
+}
+
+// Adds the weights of positives by index, in the few tiles that have any.
+template <int kTiles>
+__device__ __forceinline__ void add_indexed(float (&c)[4 * kTiles], const GradientRules& rules,
+                                            const OwnTerms& own, const TermsBlock& others, int at,
+                                            int first_i, int first_j, float unit) {
+  const int column = first_j + Lane().column;
+  bool hit = false;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) hit |= own.index[h] >= first_j && own.index[h] < first_j + 8 * kTiles;
+  if (__any_sync(0xffffffffu, hit)) {
+#pragma unroll
+    for (int x = 0; x < 4 * kTiles; ++x)
+      if (own.index[x / 2 % 2] == column + x / 4 * 8 + x % 2) c[x] += own.weight[x / 2 % 2] * unit;
+  }
+  if (!rules.other.positives || others.index_low >= first_i + 16 || others.index_high < first_i) return;
+  const int i = first_i + Lane().row;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    const int2 index = load_pair<int2>(others.index + at + 8 * t);
+    const float2 weight = load_pair<float2>(others.weight + at + 8 * t);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (of_pair(index, e) == i + e / 2 * 8) c[4 * t + e] += of_pair(weight, e) * unit;
+  }
+}
+
+// c, products of owners first_i.. and others first_j.., becomes G times 2^lift. With kSums it is the softmax
+// part alone, of which sums[h] gains that of the thread's two rows. `others` are the terms of the block that
+// first_j lies in. Weights are added first and taken back where a pair does not count: so there is nothing to
+// ask of an element but in tiles on an edge.
+template <int kTiles, bool kSums>
+__device__ __forceinline__ void gradient_of_tile(float (&c)[4 * kTiles], const GradientRules& rules,
+                                                 const OwnTerms& own, const TermsBlock& others, int first_i,
+                                                 int first_j, float factor, float lift, float (&sums)[2]) {
+  constexpr int kColumns = 8 * kTiles;
+  static_assert(kTermsBlock % kColumns == 0, "a level refers to the highest shift of its own block");
+  const PairRules& pairs = rules.pairs;
+  const int at = (kColumns == kTermsBlock ? 0 : first_j % kTermsBlock) + Lane().column;
+
+  if (rules.biased) {
+    const int row = first_i % kTermsBlock + Lane().row;
+    const float* of_rows = rules.own.blocks[first_i / kTermsBlock].bias + row;
+    const float own_bias[2] = {of_rows[0], of_rows[8]};
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const float2 bias = load_pair<float2>(others.bias + at + 8 * t);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        c[4 * t + e] = c[4 * t + e] * factor + (own_bias[e / 2] + of_pair(bias, e)) * kLog2e;
+    }
+    factor = 1.0f;
+  }
+  softmax_of_tile<kTiles>(c, own, others, rules.other.softmax, at, factor, lift);
+  if (pairs.among != kAll) replace_by_ids<kTiles>(c, own.id, others.id + at, pairs.among == kDifferent, 0.0f);
+
+  const float unit = exp2_fast(lift);
+  if (!kSums && rules.positives == kLabels) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const int2 id = load_pair<int2>(others.id + at + 8 * t);
+      const float2 weight = load_pair<float2>(others.weight + at + 8 * t);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float of_both = own.weight[e / 2] + of_pair(weight, e);
+        if (own.id[e / 2] == of_pair(id, e)) c[4 * t + e] += of_both * unit;
+      }
+    }
+  }
+  if (!kSums && rules.positives == kMask)
+    add_masked<kTiles>(c, rules, own, others, at, first_i, first_j, unit);
+  if (on_edge(pairs, first_i, first_j, 16, kColumns))
+    replace_what_does_not_count<kTiles>(c, pairs, first_i, first_j, 0.0f);
+  // A positive by index counts even where it is excluded.
+  if (!kSums && rules.positives == kIndex)
+    add_indexed<kTiles>(c, rules, own, others, at, first_i, first_j, unit);
   if constexpr (kSums) {
 #pragma unroll
     for (int x = 0; x < 4 * kTiles; ++x) sums[x / 2 % 2] += c[x];
-  }
-
-  if (rules.positives == kNoPositives) return;
-  const float unit = exp2_fast(lift);
-  const float own_weight[2] = {own.weight[0] * unit, own.weight[1] * unit};
-  auto other_weight = [&](int j) {
-    return rules.other.positives ? __ldg(rules.other.weight + j) * unit : 0.0f;
-  };
-  if (rules.positives == kLabels) {
-    const RowIds ids(pairs, first_i);
-    for_elements<kTiles>(first_i, first_j, [&](int t, int e, int i, int j) {
-      if (ids.of[e / 2] == column_id(pairs, j) && (!edge || counts(pairs, i, j)))
-        c[4 * t + e] += own_weight[e / 2] + other_weight(j);
-    });
-  } else if (rules.positives == kMask) {
-    auto weight = [&](int row, int column) {
-      return __ldg(rules.mask + row % rules.mask_rows * rules.mask_row_stride +
-                   column % rules.mask_columns * rules.mask_column_stride);
-    };
-    for_elements<kTiles>(first_i, first_j, [&](int t, int e, int i, int j) {
-      if (edge && !counts(pairs, i, j)) return;
-      if (rules.own.positives) c[4 * t + e] += own_weight[e / 2] * weight(i, j);
-      if (rules.other.positives) c[4 * t + e] += other_weight(j) * weight(j, i);
-    });
-  } else {
-    if (rules.own.positives) {
-#pragma unroll
-      for (int x = 0; x < 4 * kTiles; ++x)
-        if (own.index[x / 2 % 2] == column + x / 4 * 8 + x % 2) c[x] += own_weight[x / 2 % 2];
-    }
-    if (rules.other.positives) {
-      bool hit = false;
-#pragma unroll
-      for (int block = first_j / kTermsBlock; block <= (first_j + kColumns - 1) / kTermsBlock; ++block) {
-        if (block * kTermsBlock >= pairs.m) break;
-        hit |= __ldg(rules.other.index_low + block) < first_i + 16 &&
-               __ldg(rules.other.index_high + block) >= first_i;
-      }
-      if (hit) {
-        for_elements<kTiles>(first_i, first_j, [&](int t, int e, int i, int j) {
-          if (j < pairs.m && __ldg(rules.other_index + j) == i) c[4 * t + e] += other_weight(j);
-        });
-      }
-    }
   }
 }
 

@@ -12,15 +12,14 @@ __device__ __forceinline__ GradientRules known(const GradientRules& given) {
   if constexpr (kPlain) {
     rules.pairs.among = kAll;
     rules.pairs.above = false;
-    rules.own_bias = rules.other_bias = nullptr;
+    rules.biased = false;
     if (rules.positives == kMask) rules.positives = kNoPositives;
   }
   return rules;
 }
 
 bool is_plain(const GradientRules& rules) {
-  return rules.pairs.among == kAll && !rules.pairs.above && rules.own_bias == nullptr &&
-         rules.other_bias == nullptr && rules.positives != kMask;
+  return rules.pairs.among == kAll && !rules.pairs.above && !rules.biased && rules.positives != kMask;
 }
 
 // The plain kernel leaves registers for one more block of a multiprocessor.
@@ -34,8 +33,8 @@ __global__ void __launch_bounds__(Loop::kThreads, kPlain ? Loop::kBlocks : 2)
   float sums[Loop::kSums] = {}, softmax[2] = {};
   Loop::template run<true>(p.features, nullptr, 0, 0, p.splits,
                            [&](float (&c)[4 * Loop::kTiles], const unsigned char* y, int first_j) {
-                             gradient_of_tile<Loop::kTiles, false>(c, rules, own, first_i, first_j, factor,
-                                                                   lift, softmax);
+                             gradient_of_tile<Loop::kTiles, false>(c, rules, own, others_of(rules, first_j),
+                                                                   first_i, first_j, factor, lift, softmax);
                              Loop::add_product(sums, c, y);
                            });
   float* out = p.out + static_cast<int64_t>(blockIdx.y) * p.features.n * p.features.d;

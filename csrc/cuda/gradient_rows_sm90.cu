@@ -15,11 +15,11 @@ struct GradientKernelParams {
 // Plain problems leave nothing out by label, and have no bias and no mask. The code for all of these takes
 // too many registers to be there twice, as overlapping the products would have it.
 template <int kWidth, bool kPlain>
-using GradientShape = RowShape<kWidth, kWidth <= 128 ? 128 : 64, kPlain>;
+using GradientShape = RowShape<kWidth, kWidth <= 128 ? 128 : 64, kPlain,
+                               (kWidth <= 128 ? 128 : 64) / kTermsBlock * sizeof(TermsBlock)>;
 
 bool is_plain(const GradientRules& rules) {
-  return rules.pairs.among == kAll && rules.own_bias == nullptr && rules.other_bias == nullptr &&
-         rules.positives != kMask;
+  return rules.pairs.among == kAll && !rules.biased && rules.positives != kMask;
 }
 
 template <bool kPlain>
@@ -28,7 +28,7 @@ __device__ __forceinline__ GradientRules known_rules(const GradientRules& given)
   rules.pairs.above = false;
   if (kPlain) {
     rules.pairs.among = kAll;
-    rules.own_bias = rules.other_bias = nullptr;
+    rules.biased = false;
     if (rules.positives == kMask) rules.positives = kNoPositives;
   }
   return rules;
@@ -41,50 +41,21 @@ struct WeighByGradient {
   int first_i;
   float factor, lift;
 
-  __device__ __forceinline__ void tile(float (&c)[kColumns / 2], int first_j) const {
-    // In parts, to need fewer registers.
-    constexpr int kPart = 64, kSize = kPart / 2;
+  __device__ __forceinline__ void tile(float (&c)[kColumns / 2], int first_j, const void* terms) const {
+    // In the blocks that share a level.
+    constexpr int kPart = kTermsBlock, kSize = kPart / 2;
+    const TermsBlock* others = static_cast<const TermsBlock*>(terms);
 #pragma unroll
     for (int part = 0; part < kColumns / kPart; ++part) {
       float (&of_part)[kSize] = *reinterpret_cast<float (*)[kSize]>(c + part * kSize);
       float sums[2];
-      gradient_of_tile<kPart / 8, false>(of_part, rules, own, first_i, first_j + part * kPart, factor, lift,
-                                         sums);
+      gradient_of_tile<kPart / 8, false>(of_part, rules, own, others[part], first_i, first_j + part * kPart,
+                                         factor, lift, sums);
       wgmma_keep(c);
     }
   }
   template <int kSize>
   __device__ __forceinline__ void rescale(float (&)[kSize]) const {}
-};
-
-// The others' terms in a tile.
-template <int kColumns>
-struct TouchTerms {
-  const GradientRules& rules;
-
-  __device__ __forceinline__ void operator()(int first_j) const {
-    const Terms& other = rules.other;
-    const bool softmax = other.softmax, index = rules.positives == kIndex && other.positives;
-    const void* array = nullptr;
-    switch (threadIdx.x % kWarp / 4) {
-      case 0:
-        if (softmax) array = other.level;
-        break;
-      case 1:
-        if (other.positives) array = other.weight;
-        break;
-      case 2:
-        array = rules.pairs.other_ids;
-        break;
-      case 3:
-        if (index) array = rules.other_index;
-        break;
-      case 4:
-        array = rules.other_bias;
-        break;
-    }
-    touch_lines<kColumns>(array, first_j, rules.pairs.m);
-  }
 };
 
 template <typename T, int kWidth, bool kPlain>
@@ -100,8 +71,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const int warpgroup = warpgroup_of_thread() - 1;
   if (warpgroup < 0) {
     registers_down<40>();
-    if (threadIdx.x < kWarp)
-      produce<Shape, true>(memory, p.maps, block_i, tiles, TouchTerms<Shape::kColumns>{p.rules});
+    if (threadIdx.x == 0) produce<Shape, true>(memory, p.maps, p.rules.other.blocks, block_i, tiles);
   } else {
     registers_up<232>();
     const int first_i = block_i + warpgroup * (kOwners / 2) + threadIdx.x % kWarpgroup / kWarp * 16;

@@ -9,15 +9,16 @@ namespace {
 template <typename Loop>
 __global__ void __launch_bounds__(Loop::kThreads, 2) gradient_tiles_kernel(const GradientTilesParams p) {
   const int row = p.first_row / kBlock + static_cast<int>(blockIdx.y),
-            column = blockIdx.x * kColumnBlocksEach;
+            column = p.first_column / kBlock + static_cast<int>(blockIdx.x) * kColumnBlocksEach;
   const int column_blocks = ceil_div(p.features.m, kBlock);
   const float factor = p.rules.scale.value() * kLog2e, lift = half_lift(p.rules.bound);
   const OwnTerms own(p.rules, row * kBlock + static_cast<int>(threadIdx.x) / kWarp * 16);
   using T = typename Loop::Element;
-  T* out = static_cast<T*>(p.out) - p.first_row * p.out_stride;
+  T* out = static_cast<T*>(p.out) - (p.first_row * p.out_stride + p.first_column);
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
     float sums[2];
-    gradient_of_tile<Loop::kTiles, false>(c, p.rules, own, first_i, first_j, factor, lift, sums);
+    gradient_of_tile<Loop::kTiles, false>(c, p.rules, own, others_of(p.rules, first_j), first_i, first_j,
+                                          factor, lift, sums);
     store_fragment<T, Loop::kTiles>(c, out, p.out_stride, p.last_row, p.features.m, first_i, first_j);
   };
   Loop::run(p.features, {row, row + 1, column, min(column + kColumnBlocksEach, column_blocks), 0, 0}, false,
@@ -32,7 +33,8 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) gradient_sums_kernel(const 
   const OwnTerms own(p.rules, first_own);
   float sums[2] = {};
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
-    gradient_of_tile<Loop::kTiles, true>(c, p.rules, own, first_i, first_j, factor, lift, sums);
+    gradient_of_tile<Loop::kTiles, true>(c, p.rules, own, others_of(p.rules, first_j), first_i, first_j,
+                                         factor, lift, sums);
   };
   Loop::run(p.features, {row, row + 1, 0, column_blocks, 0, 0}, false, on_tile, [](int) {});
   const Lane lane;
@@ -48,7 +50,7 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) gradient_sums_kernel(const 
 
 void launch_gradient_tiles(const GradientTilesParams& p, Type type, Precision precision,
                            cudaStream_t stream) {
-  const dim3 grid(ceil_div(ceil_div(p.features.m, kBlock), kColumnBlocksEach),
+  const dim3 grid(ceil_div(ceil_div(p.features.m - p.first_column, kBlock), kColumnBlocksEach),
                   ceil_div(p.last_row - p.first_row, kBlock));
   dispatch_loop(type, precision, [&](auto loop) {
     using Loop = decltype(loop);

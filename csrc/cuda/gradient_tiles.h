@@ -10,7 +10,8 @@ struct GradientTilesParams {
   Features features;  // x: owners, y: others
   GradientRules rules;
   int first_row, last_row;  // of the chunk; first_row a multiple of kBlock
-  void* out;                // [last_row - first_row, m], G 2^lift
+  int first_column;         // a multiple of kBlock
+  void* out;                // [last_row - first_row, m - first_column], G 2^lift
   int64_t out_stride;       // a multiple of 8
 };
 void launch_gradient_tiles(const GradientTilesParams&, Type, Precision, cudaStream_t);

@@ -5,7 +5,7 @@
 namespace cl_kernels::cuda {
 namespace {
 
-// Rows of the loop are those of the chunk.
+// Rows and columns of the loop are those of the chunk.
 template <typename Loop>
 struct GradientEpilogue {
   static constexpr bool kUnrolled = false;
@@ -19,24 +19,28 @@ struct GradientEpilogue {
       : p(p),
         factor(p.rules.scale.value() * kLog2e),
         lift(half_lift(p.rules.bound)),
-        own(p.rules, p.last_row) {}
+        own(p.rules, p.first_row) {}
 
   __device__ __forceinline__ void begin_rows(const Visit&, int first_i) {
     own = OwnTerms(p.rules, p.first_row + first_i);
   }
 
   __device__ __forceinline__ void tile(float (&c)[4 * kTiles], const Visit&, int, int first_i, int first_j) {
-    // In the blocks that share a level.
-    constexpr int kPart = kTermsBlock / 8;
+    // In the blocks that share a level: the same code for both, which leaves the tile in memory.
+    constexpr int kPart = kTermsBlock / 8, kSize = 4 * kPart;
+    static_assert(kTiles == 2 * kPart);
     float sums[2];
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      float part[kSize];
 #pragma unroll
-    for (int t = 0; t < kTiles; t += kPart) {
-      float (&part)[4 * kPart] = *reinterpret_cast<float (*)[4 * kPart]>(&c[4 * t]);
-      gradient_of_tile<kPart, false>(part, p.rules, own, p.first_row + first_i, first_j + 8 * t, factor, lift,
-                                     sums);
+      for (int x = 0; x < kSize; ++x) part[x] = half == 0 ? c[x] : c[kSize + x];
+      const int j = first_j + half * kTermsBlock, column = p.first_column + j;
+      gradient_of_tile<kPart, false>(part, p.rules, own, others_of(p.rules, column), p.first_row + first_i,
+                                     column, factor, lift, sums);
+      store_fragment<T, kPart>(part, static_cast<T*>(p.out), p.out_stride, p.last_row - p.first_row,
+                               p.features.m - p.first_column, first_i, j);
     }
-    store_fragment<T, kTiles>(c, static_cast<T*>(p.out), p.out_stride, p.last_row - p.first_row, p.features.m,
-                              first_i, first_j);
   }
 
   __device__ __forceinline__ void end_rows(const Visit&, int) {}
@@ -60,6 +64,8 @@ void launch_gradient_tiles_sm90(const GradientTilesParams& p, Type type, cudaStr
   Features chunk = p.features;
   chunk.x = static_cast<const unsigned char*>(chunk.x) + p.first_row * chunk.x_stride * 2;
   chunk.n = p.last_row - p.first_row;
+  chunk.y = static_cast<const unsigned char*>(chunk.y) + p.first_column * chunk.y_stride * 2;
+  chunk.m -= p.first_column;
   const Schedule tiles = schedule(chunk.n, chunk.m, false, multiprocessors_here());
   dispatch_hopper_loop(chunk, type, [&](auto loop, const TensorMaps& maps) {
     using Loop = decltype(loop);

@@ -41,19 +41,16 @@ __device__ __forceinline__ void logits_of_tile(float (&c)[4 * kTiles], const Pai
   }
   if (pairs.among != kAll) {
     const RowIds ids(pairs, first_i);
-    const bool wanted = pairs.among == kSame;
-    const int* of_columns = pairs.other_ids + column;
-    for_columns([&](int x, int t) {
-      const int id = column + 8 * t + x < pairs.m ? __ldg(of_columns + (8 * t + x)) : -2;
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if ((ids.of[h] == id) != wanted) c[4 * t + 2 * h + x] = negative_infinity();
-    });
+    replace_by_ids<kTiles>(c, ids.of, pairs.other_ids + column, pairs.among == kDifferent,
+                           negative_infinity());
   }
   if (on_edge(pairs, first_i, first_j, 16, 8 * kTiles)) {
-    for_elements<kTiles>(first_i, first_j, [&](int t, int e, int i, int j) {
-      if (!counts(pairs, i, j)) c[4 * t + e] = negative_infinity();
-    });
+    // In parts whose columns' bits fill a register.
+    constexpr int kPart = kTiles < 8 ? kTiles : 8;
+#pragma unroll
+    for (int t = 0; t < kTiles; t += kPart)
+      replace_what_does_not_count<kPart>(*reinterpret_cast<float (*)[4 * kPart]>(&c[4 * t]), pairs, first_i,
+                                         first_j + 8 * t, negative_infinity());
   }
 }
 
@@ -111,7 +108,7 @@ __device__ __forceinline__ void add_positives(const float (&s)[4 * kTiles], cons
   if (p.kind == kLabels) {
     const RowIds ids(pairs, first_i);
     auto weight = [&](int e, int i, int j) {
-      return ids.of[e / 2] == column_id(pairs, j) && counts(pairs, i, j) ? 1.0f : 0.0f;
+      return ids.of[e / 2] == __ldg(pairs.other_ids + j) && counts(pairs, i, j) ? 1.0f : 0.0f;
     };
     sum_rows(weight);
     if (pairs.above) sum_columns(weight);

@@ -10,14 +10,16 @@ namespace cl_kernels::cuda {
 enum Among { kAll, kSame, kDifferent };
 enum Positives { kNoPositives, kLabels, kIndex, kMask };
 
+constexpr int kIdsPadding = 128;  // ids lie in whole tiles: -1 past the last
+
 struct PairRules {
   int n, m;       // owners, others
   bool excludes;  // other i + offset is left out of owner i
   int offset;
   bool above;            // only others after the owner count: tiles that are mirrored
   Among among;           // others with any, equal or different labels
-  const int* own_ids;    // [n] of labels, or null
-  const int* other_ids;  // [m]
+  const int* own_ids;    // [n, padded] of labels, or null
+  const int* other_ids;  // [m, padded]
 };
 
 #ifdef CL_KERNELS_DEVICE
@@ -44,6 +46,40 @@ __device__ __forceinline__ bool counts(const PairRules& rules, int i, int j) {
   return i < rules.n && j < rules.m && !(rules.above && j <= i) && !(rules.excludes && j == i + rules.offset);
 }
 
+// Which of a thread's 2 kTiles columns count for row i, as bits: of bit 2 t + x the column is `column` + 8 t
+// + x.
+template <int kTiles>
+__device__ __forceinline__ uint32_t columns_that_count(const PairRules& rules, int i, int column) {
+  static_assert(kTiles < 16, "a bit a column");
+  if (i >= rules.n) return 0;
+  // Those of the first `columns` columns.
+  auto first = [](int columns) {
+    const int inside = max(0, min(columns, 8 * kTiles));
+    return (1u << (inside / 8 * 2 + min(inside % 8, 2))) - 1;
+  };
+  uint32_t bits = first(rules.m - column);
+  if (rules.above) bits &= ~first(i + 1 - column);
+  const int excluded = i + rules.offset - column;
+  if (rules.excludes && excluded >= 0 && excluded < 8 * kTiles && excluded % 8 < 2)
+    bits &= ~(1u << (excluded / 8 * 2 + excluded % 8));
+  return bits;
+}
+
+// Elements of pairs that do not count become `value`, in a tile that is on_edge.
+template <int kTiles>
+__device__ __forceinline__ void replace_what_does_not_count(float (&c)[4 * kTiles], const PairRules& rules,
+                                                            int first_i, int first_j, float value) {
+  const Lane lane;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t bits =
+        columns_that_count<kTiles>(rules, first_i + lane.row + 8 * h, first_j + lane.column);
+#pragma unroll
+    for (int x = 0; x < 2 * kTiles; ++x)
+      if ((bits >> x & 1) == 0) c[4 * (x / 2) + 2 * h + x % 2] = value;
+  }
+}
+
 // f(t, e, i, j) for each element of a fragment whose warp starts at row first_i and column first_j.
 template <int kTiles, typename F>
 __device__ __forceinline__ void for_elements(int first_i, int first_j, F f) {
@@ -55,22 +91,28 @@ __device__ __forceinline__ void for_elements(int first_i, int first_j, F f) {
       f(t, e, first_i + lane.row + e / 2 * 8, first_j + 8 * t + lane.column + e % 2);
 }
 
-// The labels' ids of a fragment's pairs: those of the thread's two rows are kept, those of its columns loaded
-// where they are used. An id is not negative; what lies outside has ids that equal no other.
+// The ids of the thread's two rows; those of its columns are loaded where they are used.
 struct RowIds {
   int of[2];
-  __device__ __forceinline__ RowIds(const PairRules& rules, int first_i) {
-    const Lane lane;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int i = first_i + lane.row + 8 * h;
-      of[h] = rules.own_ids != nullptr && i < rules.n ? __ldg(rules.own_ids + i) : -1;
-    }
+  __device__ __forceinline__ RowIds(const PairRules& rules, int first_i) : of{-1, -1} {
+    if (rules.own_ids == nullptr) return;
+    const int* ids = rules.own_ids + first_i + Lane().row;
+    of[0] = __ldg(ids), of[1] = __ldg(ids + 8);
   }
 };
 
-__device__ __forceinline__ int column_id(const PairRules& rules, int j) {
-  return j < rules.m ? __ldg(rules.other_ids + j) : -2;
+// Elements of pairs whose ids are equal, or with `equal` false are not, become `value`. `column_ids` are
+// those of the thread's columns.
+template <int kTiles>
+__device__ __forceinline__ void replace_by_ids(float (&c)[4 * kTiles], const int (&row_ids)[2],
+                                               const int* column_ids, bool equal, float value) {
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    const int2 ids = load_pair<int2>(column_ids + 8 * t);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if ((row_ids[e / 2] == (e % 2 == 0 ? ids.x : ids.y)) == equal) c[4 * t + e] = value;
+  }
 }
 
 // Sum over the lanes that hold a row of a fragment; over those that hold its columns.

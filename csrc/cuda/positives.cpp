@@ -72,6 +72,14 @@ at::Tensor class_prototypes(const at::Tensor& k, const LabelIds& ids) {
   return sums;
 }
 
+// [n] int32 in the memory of whole tiles, -1 past the end.
+at::Tensor padded_ids(const at::Tensor& labels, int64_t n) {
+  const int64_t padded = round_up<int64_t>(n, kIdsPadding);
+  at::Tensor ids = empty_like_device(labels, {padded}, at::kInt);
+  if (padded > n) ids.narrow(0, n, padded - n).fill_(-1);
+  return ids.narrow(0, 0, n);
+}
+
 }  // namespace
 
 LabelIds label_ids(const at::Tensor& row_labels, const at::Tensor& col_labels) {
@@ -80,7 +88,7 @@ LabelIds label_ids(const at::Tensor& row_labels, const at::Tensor& col_labels) {
   const auto [sorted, order] = at::sort(col_labels, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   LabelIds ids;
   ids.order = order.contiguous();
-  ids.cols = empty_like_device(col_labels, {m}, at::kInt);
+  ids.cols = padded_ids(col_labels, m);
   ids.sorted = empty_like_device(col_labels, {m}, at::kInt);
   at::Tensor counts = empty_like_device(col_labels, {m}, at::kDouble);
   const at::Tensor labels = sorted.contiguous();
@@ -94,7 +102,7 @@ LabelIds label_ids(const at::Tensor& row_labels, const at::Tensor& col_labels) {
     ids.counts = counts;
     return ids;
   }
-  ids.rows = empty_like_device(row_labels, {n}, at::kInt);
+  ids.rows = padded_ids(row_labels, n);
   ids.counts = empty_like_device(row_labels, {n}, at::kDouble);
   const at::Tensor rows = row_labels.contiguous();
   launch_classes(

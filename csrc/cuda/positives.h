@@ -13,8 +13,8 @@ namespace cl_kernels::cuda {
 
 // The classes of labels. A class goes by the place of its first column among the columns sorted by label.
 struct LabelIds {
-  at::Tensor rows;    // [N] int32; M where no column has the row's label
-  at::Tensor cols;    // [M] int32
+  at::Tensor rows;    // [N] int32; M where no column has the row's label; padded as PairRules has it
+  at::Tensor cols;    // [M] int32, padded
   at::Tensor order;   // [M] int64: the columns sorted by label
   at::Tensor sorted;  // [M] int32: cols in that order
   at::Tensor counts;  // [N] double: how many columns have the row's label

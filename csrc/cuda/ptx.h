@@ -135,6 +135,14 @@ __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int col
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
+// `bytes` in a row, a multiple of 16 as both addresses are; they arrive at the barrier.
+__device__ __forceinline__ void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
 __device__ __forceinline__ void tma_prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -6,7 +6,8 @@
 // of the rows. A consumer issues the product of tile j with x and then that of tile j - 1's weights with its
 // values, so that the second runs while the warpgroup turns the first into weights; between the two
 // warpgroups the products take turns. Where the values are y itself, one tile in shared memory serves both
-// products, along its rows in the first and across them in the second.
+// products, along its rows in the first and across them in the second, and with it comes what else the
+// weights take of its rows.
 #pragma once
 
 #include "launch.h"
@@ -33,18 +34,24 @@ struct RowMaps {
   TensorMap x, y, v;
 };
 
-template <int kWidth_, int kColumns_, bool kOverlaps_>
+template <int kWidth_, int kColumns_, bool kOverlaps_, int kTermBytes_ = 0>
 struct RowShape {
   static constexpr int kWidth = kWidth_, kColumns = kColumns_;
   static constexpr bool kOverlaps = kOverlaps_;
+  static constexpr int kTermBytes = kTermBytes_;  // of what else a tile's rows bring
   static constexpr int kChunks = kWidth / kBoxColumns;
-  static constexpr int kStages = kWidth == 64 ? 6 : 5;
   static constexpr int kOwnerChunk = kOwners * 128;  // bytes of 64 features
   static constexpr int kTileChunk = kColumns * 128;
   static constexpr int kOwnerBytes = kChunks * kOwnerChunk;
   static constexpr int kTileBytes = kChunks * kTileChunk;
+  static constexpr int kStageBytes = kTileBytes + kTermBytes;
+  static constexpr int kMostShared = 227 * 1024, kMostStages = kWidth == 64 ? 6 : 5;
+  static constexpr int kFit = (kMostShared - kOwnerBytes - 128) / kStageBytes;
+  static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
   static constexpr int kBarriers = 2 * kStages + 3;
-  static constexpr size_t kShared = kOwnerBytes + kStages * kTileBytes + kBarriers * sizeof(uint64_t);
+  static_assert(kTermBytes % 16 == 0);
+  static_assert(kBarriers * sizeof(uint64_t) <= 128, "more barriers than there is room for");
+  static constexpr size_t kShared = kOwnerBytes + kStages * kStageBytes + kBarriers * sizeof(uint64_t);
   // Taking turns pays where the exponentials take about as long as the products.
   static constexpr bool kTurns = kWidth <= 128;
 
@@ -59,7 +66,7 @@ struct RowShape {
   }
 };
 
-// Shared memory: the owners, the ring of tiles, and barriers.
+// Shared memory: the owners, the ring of tiles, that of their terms, and barriers.
 template <typename Shape>
 struct RowMemory {
   unsigned char* base;
@@ -67,8 +74,11 @@ struct RowMemory {
   __device__ __forceinline__ unsigned char* tile(int stage) const {
     return base + Shape::kOwnerBytes + stage * Shape::kTileBytes;
   }
+  __device__ __forceinline__ unsigned char* terms(int stage) const {
+    return tile(Shape::kStages) + stage * Shape::kTermBytes;
+  }
   __device__ __forceinline__ uint64_t* barriers() const {
-    return reinterpret_cast<uint64_t*>(base + Shape::kOwnerBytes + Shape::kStages * Shape::kTileBytes);
+    return reinterpret_cast<uint64_t*>(terms(Shape::kStages));
   }
   __device__ __forceinline__ uint64_t* full(int stage) const { return barriers() + stage; }
   __device__ __forceinline__ uint64_t* empty(int stage) const { return barriers() + Shape::kStages + stage; }
@@ -107,23 +117,20 @@ __device__ __forceinline__ int warpgroup_of_thread() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
 }
 
-// One warp brings the owners from first_i on, and all tiles of the range. `touch(first_j)`, by its lanes,
-// reads what else the weights of a tile take, so that the consumers find it in the first cache.
-template <typename Shape, bool kSameValues, typename Touch>
-__device__ __forceinline__ void produce(const RowMemory<Shape> memory, const RowMaps& maps, int first_i,
-                                        TileRange tiles, const Touch& touch) {
+// One thread brings the owners from first_i on, and all tiles of the range. `terms`: kTermBytes a tile, each
+// at a multiple of 16 bytes.
+template <typename Shape, bool kSameValues>
+__device__ __forceinline__ void produce(const RowMemory<Shape> memory, const RowMaps& maps, const void* terms,
+                                        int first_i, TileRange tiles) {
   if (tiles.count == 0) return;
-  const bool leads = threadIdx.x == 0;
-  if (leads) {
-    tma_prefetch(&maps.x);
-    tma_prefetch(&maps.y);
-    if (!kSameValues) tma_prefetch(&maps.v);
-    mbarrier_arrive_expect(memory.owners_full(), Shape::kOwnerBytes);
+  tma_prefetch(&maps.x);
+  tma_prefetch(&maps.y);
+  if (!kSameValues) tma_prefetch(&maps.v);
+  mbarrier_arrive_expect(memory.owners_full(), Shape::kOwnerBytes);
 #pragma unroll
-    for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
-      tma_load(memory.owners() + chunk * Shape::kOwnerChunk, &maps.x, chunk * kBoxColumns, first_i,
-               memory.owners_full());
-  }
+  for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
+    tma_load(memory.owners() + chunk * Shape::kOwnerChunk, &maps.x, chunk * kBoxColumns, first_i,
+             memory.owners_full());
   const int places = kSameValues ? tiles.count : 2 * tiles.count;
   int stage = 0, parity = 1;
 #pragma unroll 1
@@ -132,33 +139,23 @@ __device__ __forceinline__ void produce(const RowMemory<Shape> memory, const Row
     const int j = kSameValues ? place : keys ? (place + 1) / 2 : (place - 1) / 2;
     const int first_j = (tiles.first + j) * Shape::kColumns;
     const TensorMap* map = keys ? &maps.y : &maps.v;
-    if (leads) {
-      mbarrier_wait(memory.empty(stage), parity);
-      mbarrier_arrive_expect(memory.full(stage), Shape::kTileBytes);
+    mbarrier_wait(memory.empty(stage), parity);
+    mbarrier_arrive_expect(memory.full(stage), Shape::kStageBytes);
+    if constexpr (Shape::kTermBytes > 0)
+      bulk_load(memory.terms(stage),
+                static_cast<const unsigned char*>(terms) + int64_t{tiles.first + j} * Shape::kTermBytes,
+                Shape::kTermBytes, memory.full(stage));
 #pragma unroll
-      for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
-        tma_load(memory.tile(stage) + chunk * Shape::kTileChunk, map, chunk * kBoxColumns, first_j,
-                 memory.full(stage));
-    }
-    __syncwarp();
-    if (keys) touch(first_j);
+    for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
+      tma_load(memory.tile(stage) + chunk * Shape::kTileChunk, map, chunk * kBoxColumns, first_j,
+               memory.full(stage));
     if (++stage == Shape::kStages) stage = 0, parity ^= 1;
   }
 }
 
-// Reads the lines of 128 bytes that hold a tile's kColumns elements of `array`, one a lane: lanes 4 k .. 4 k
-// + 3 those of the k-th array.
-template <int kColumns>
-__device__ __forceinline__ void touch_lines(const void* array, int first_j, int m) {
-  const int line = threadIdx.x % 4, j = first_j + 32 * line;
-  int found[1] = {0};
-  if (array != nullptr && 32 * line < kColumns && j < m) found[0] = __ldg(static_cast<const int*>(array) + j);
-  wgmma_keep(found);
-}
-
 // One warpgroup's half of the products. `weigh` turns logits into weights:
-//   weigh.tile(c, first_j)   c, products with the tile of rows first_j.. of y, become its weights
-//   weigh.rescale(out)       out, the sum over earlier tiles, is brought to the reference of the last tile
+//   weigh.tile(c, first_j, terms)   c, products with the tile of rows first_j.. of y, become its weights
+//   weigh.rescale(out)              out, the sum over earlier tiles, is brought to the reference of the last
 template <typename T, typename Shape, bool kSameValues, typename Weigh>
 __device__ __forceinline__ void consume(const RowMemory<Shape> memory, int warpgroup, TileRange tiles,
                                         Weigh& weigh, float (&out)[Shape::kWidth / 2]) {
@@ -195,7 +192,6 @@ __device__ __forceinline__ void consume(const RowMemory<Shape> memory, int warpg
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
       wgmma_registers<T, Shape::kWidth>(out, weights[step], values + 2048 * step / 16, true);
-    wgmma_commit();
   };
   auto take_weights = [&] {
 #pragma unroll
@@ -208,8 +204,53 @@ __device__ __forceinline__ void consume(const RowMemory<Shape> memory, int warpg
     for (int step = 0; step < kSteps; ++step) wgmma_keep(weights[step]);
   };
 
+  auto weigh_tile = [&](int j, int place) {
+    weigh.tile(c, (tiles.first + j) * kColumns, memory.terms(place % Shape::kStages));
+  };
+
   mbarrier_wait(memory.owners_full(), 0);
-  if constexpr (!Shape::kOverlaps) {
+  if constexpr (Shape::kOverlaps) {
+    // The first tile goes through the same code as all others, with nothing beside its product with the keys:
+    // twice the code would not stay in the instruction caches.
+#pragma unroll 1
+    for (int j = 0; j < tiles.count; ++j) {
+      const int keys = place_of_keys<kSameValues>(j),
+                values = place_of_values<kSameValues>(j - 1, tiles.count);
+      wait_for(keys);
+      if (!kSameValues && j > 0) wait_for(values);
+      if (Shape::kTurns) mbarrier_wait(memory.turn(warpgroup), (j + warpgroup + 1) % 2);
+      __syncwarp();
+      wgmma_keep(c);
+      wgmma_keep(out);
+      keep_weights();
+      wgmma_fence();
+      multiply_keys(keys);
+      if (j > 0) multiply_values(values);
+      wgmma_commit();
+      if (Shape::kTurns && threadIdx.x % kWarp == 0) mbarrier_arrive(memory.turn(warpgroup ^ 1));
+      wgmma_wait<1>();
+      wgmma_keep(c);
+      if (!kSameValues) release(keys);
+      weigh_tile(j, keys);
+      wgmma_wait<0>();
+      wgmma_keep(c);
+      wgmma_keep(out);
+      if (j > 0) release(values);
+      weigh.rescale(out);
+      take_weights();
+    }
+    const int last = place_of_values<kSameValues>(tiles.count - 1, tiles.count);
+    if (!kSameValues) wait_for(last);
+    __syncwarp();
+    wgmma_keep(out);
+    keep_weights();
+    wgmma_fence();
+    multiply_values(last);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_keep(out);
+  } else {
+#pragma unroll 1
     for (int j = 0; j < tiles.count; ++j) {
       const int keys = place_of_keys<kSameValues>(j), values = place_of_values<kSameValues>(j, tiles.count);
       wait_for(keys);
@@ -220,7 +261,7 @@ __device__ __forceinline__ void consume(const RowMemory<Shape> memory, int warpg
       wgmma_wait<0>();
       wgmma_keep(c);
       if (!kSameValues) release(keys);
-      weigh.tile(c, (tiles.first + j) * kColumns);
+      weigh_tile(j, keys);
       weigh.rescale(out);
       take_weights();
       if (!kSameValues) wait_for(values);
@@ -229,57 +270,12 @@ __device__ __forceinline__ void consume(const RowMemory<Shape> memory, int warpg
       keep_weights();
       wgmma_fence();
       multiply_values(values);
+      wgmma_commit();
       wgmma_wait<0>();
       wgmma_keep(out);
       release(values);
     }
-    return;
   }
-
-  wait_for(0);
-  __syncwarp();
-  wgmma_fence();
-  multiply_keys(0);
-  wgmma_wait<0>();
-  wgmma_keep(c);
-  if (!kSameValues) release(0);
-  weigh.tile(c, tiles.first * kColumns);
-  take_weights();
-
-  for (int j = 1; j < tiles.count; ++j) {
-    const int keys = place_of_keys<kSameValues>(j), values = place_of_values<kSameValues>(j - 1, tiles.count);
-    wait_for(keys);
-    if (!kSameValues) wait_for(values);
-    if (Shape::kTurns) mbarrier_wait(memory.turn(warpgroup), (j + warpgroup) % 2);
-    __syncwarp();
-    wgmma_keep(c);
-    wgmma_keep(out);
-    keep_weights();
-    wgmma_fence();
-    multiply_keys(keys);
-    multiply_values(values);
-    if (Shape::kTurns && threadIdx.x % kWarp == 0) mbarrier_arrive(memory.turn(warpgroup ^ 1));
-    wgmma_wait<1>();
-    wgmma_keep(c);
-    if (!kSameValues) release(keys);
-    weigh.tile(c, (tiles.first + j) * kColumns);
-    wgmma_wait<0>();
-    wgmma_keep(c);
-    wgmma_keep(out);
-    release(values);
-    weigh.rescale(out);
-    take_weights();
-  }
-
-  const int last = place_of_values<kSameValues>(tiles.count - 1, tiles.count);
-  if (!kSameValues) wait_for(last);
-  __syncwarp();
-  wgmma_keep(out);
-  keep_weights();
-  wgmma_fence();
-  multiply_values(last);
-  wgmma_wait<0>();
-  wgmma_keep(out);
 }
 
 // out [64, kWidth] of a warpgroup times `unit` of each row, to rows [n, width] of floats.
@@ -287,21 +283,22 @@ template <int kWidth>
 __device__ __forceinline__ void store_rows(float* rows, const float (&out)[kWidth / 2], float unit,
                                            int first_i, int n, int width) {
   const int column = threadIdx.x % 4 * 2;
-  const bool pairs = width % 2 == 0;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int i = first_i + threadIdx.x % kWarp / 4 + 8 * h;
     if (i >= n) continue;
-    float* row = rows + static_cast<int64_t>(i) * width;
+    float* row = rows + static_cast<int64_t>(i) * width + column;
+    const int left = width - column;
+    auto value = [&](int t, int x) { return out[4 * t + 2 * h + x] * unit; };
+    if (width % 2 == 0) {
 #pragma unroll
-    for (int t = 0; t < kWidth / 8; ++t) {
-      const int at = 8 * t + column;
-      const float2 pair = {out[4 * t + 2 * h] * unit, out[4 * t + 2 * h + 1] * unit};
-      if (pairs) {
-        if (at < width) *reinterpret_cast<float2*>(row + at) = pair;
-      } else {
-        if (at < width) row[at] = pair.x;
-        if (at + 1 < width) row[at + 1] = pair.y;
+      for (int t = 0; t < kWidth / 8; ++t)
+        if (8 * t < left) *reinterpret_cast<float2*>(row + 8 * t) = {value(t, 0), value(t, 1)};
+    } else {
+#pragma unroll
+      for (int t = 0; t < kWidth / 8; ++t) {
+        if (8 * t < left) row[8 * t] = value(t, 0);
+        if (8 * t + 1 < left) row[8 * t + 1] = value(t, 1);
       }
     }
   }

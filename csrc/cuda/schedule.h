@@ -73,4 +73,21 @@ inline Schedule schedule(int n, int m, bool mirrored, int processors) {
   }
 }
 
+// Into how many parts to cut the column blocks of programs that each own a block of rows: what takes the
+// fewest steps, of rounds of programs with a tile's time each to begin and another to leave its part, and of
+// equals the fewest parts, which are added up afterwards.
+inline int splits(int row_blocks, int column_blocks, int processors) {
+  constexpr int kOverhead = 2, kMostRounds = 4;
+  auto ceil = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
+  const int most = std::min(column_blocks, std::max(1, kMostRounds * processors / std::max(row_blocks, 1)));
+  int best = 1;
+  int64_t fewest = 0;
+  for (int wanted = 1; wanted <= most; ++wanted) {
+    const int each = ceil(column_blocks, wanted), parts = ceil(column_blocks, each);
+    const int64_t steps = int64_t{each + kOverhead} * ceil(int64_t{row_blocks} * parts, processors);
+    if (fewest == 0 || steps < fewest) fewest = steps, best = parts;
+  }
+  return best;
+}
+
 }  // namespace cl_kernels::cuda

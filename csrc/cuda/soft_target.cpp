@@ -227,7 +227,7 @@ class SoftTargetEngine {
     for (size_t i = 0; i < k_.size(); ++i) {
       if (k_[i].size(0) == 0) continue;
       const int blocks = static_cast<int>(ceil_div<int64_t>(k_[i].size(0), kBlock));
-      parts[i] = splits(static_cast<int>(ceil_div<int64_t>(n(), kBlock)), blocks, 2);
+      parts[i] = splits(static_cast<int>(ceil_div<int64_t>(n(), kBlock)), blocks, multiprocessors());
       slots += parts[i];
     }
     at::Tensor sums = floats({4, slots, n()}), means = floats({2, slots, n(), d()}),

@@ -53,6 +53,10 @@ inline int architecture() {
   const char* given = std::getenv("CL_KERNELS_EMULATED_ARCHITECTURE");
   return given != nullptr ? std::stoi(given) : 80;
 }
+// Rows of a symmetric G at once: a block, so that small problems have several chunks.
+inline int mirrored_rows() {
+  return 128;
+}
 inline bool is_small(int64_t) {
   return std::getenv("CL_KERNELS_EMULATED_SMALL") != nullptr;
 }
@@ -63,6 +67,10 @@ struct DeviceGuard {
 };
 inline cudaStream_t stream() {
   return c10::cuda::getCurrentCUDAStream();
+}
+// Rows of a symmetric G at once: as few as still fill the device with a product's tiles.
+inline int mirrored_rows() {
+  return 4096;
 }
 // Problems, by N M D, whose time is that of their launches.
 inline bool is_small(int64_t products) {
@@ -121,15 +129,18 @@ inline bool is_same(const at::Tensor& a, const at::Tensor& b) {
   return a.const_data_ptr() == b.const_data_ptr() && a.sizes() == b.sizes() && a.strides() == b.strides();
 }
 
-// Into how many parts to cut `serial` steps, of which `parallel` run side by side, to fill the device about
-// `waves` times.
-inline int splits(int parallel, int serial, int waves) {
-  const int wanted = ceil_div(waves * multiprocessors(), std::max(parallel, 1));
-  const int each = ceil_div(serial, std::max(1, std::min(wanted, serial)));
-  return ceil_div(serial, each);
+// out = a b in float32, sums too, of matrices of one type.
+inline void product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+#ifndef CL_KERNELS_EMULATED
+  if (a.scalar_type() != at::kFloat) {
+    at::mm_out(out, a, b, at::kFloat);
+    return;
+  }
+#endif
+  at::mm_out(out, a.to(at::kFloat), b.to(at::kFloat));
 }
 
-// a b in float32, sums too, of matrices of one type.
+// The same in memory of its own.
 inline at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
 #ifndef CL_KERNELS_EMULATED
   if (a.scalar_type() != at::kFloat) return at::mm(a, b, at::kFloat);

@@ -81,3 +81,31 @@ def test_memory_and_parallelism_of_any_size(library: ctypes.CDLL, n: int, m: int
     assert plan["programs"] >= min(132, tiles) // 2
     # Partial sums: a float for each row and group of columns, and the other way round.
     assert plan["column_groups"] * n + plan["row_groups"] * m <= 2 * 96 * (n + m) + 2**20
+
+
+def steps(rows: int, columns: int, processors: int, parts: int) -> int:
+    return -(-rows * parts // processors) * (-(-columns // parts) + 2)
+
+
+@given(
+    rows=st.integers(1, 2000), columns=st.integers(1, 2000), processors=st.sampled_from([1, 3, 108, 132])
+)  # fmt: skip
+def test_parts_of_rows_fit_the_device(library: ctypes.CDLL, rows: int, columns: int, processors: int) -> None:
+    parts = library.make_splits(rows, columns, processors)
+    assert 1 <= parts <= columns
+    assert (parts - 1) * -(-columns // parts) < columns  # none is empty
+    assert rows * parts <= max(rows, 4 * processors)
+    found = steps(rows, columns, processors, parts)
+    assert all(
+        found <= steps(rows, columns, processors, other)
+        for other in (1, min(columns, max(1, processors // rows)))
+    )
+
+
+@pytest.mark.parametrize(("blocks", "parts"), [(16, 8), (32, 4), (64, 2), (96, 4), (256, 1)])
+def test_most_of_a_device_is_busy(library: ctypes.CDLL, blocks: int, parts: int) -> None:
+    """On 132 multiprocessors a batch of 4096 rows and more keeps nine in ten of them at work."""
+    assert library.make_splits(blocks, blocks, 132) == parts
+    rounds = -(-blocks * parts // 132)
+    if blocks >= 32:
+        assert blocks**2 >= 0.9 * 132 * rounds * -(-blocks // parts)

@@ -163,6 +163,18 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) {
   });
 }
 
+inline void bytes_arrive(uint64_t* barrier, int bytes) {
+  BarrierState state = BarrierState::of(barrier);
+  state.bytes -= bytes;
+  state.store(barrier);
+}
+inline void start_transfer(uint64_t* barrier, std::function<void()> copy) {
+  if (emulator::early_copies)
+    copy();
+  else
+    emulator::block.transfers.emplace_back(barrier, std::move(copy));
+}
+
 // The box of `map` whose first element is (column, row), 128-byte rows swizzled, zeros outside the matrix.
 inline void tma_load(void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
   if (reinterpret_cast<uintptr_t>(to) % 1024 != 0)
@@ -176,14 +188,19 @@ inline void tma_load(void* to, const TensorMap* map, int column, int row, uint64
         const int at = r * 128 + 2 * c;
         std::memcpy(static_cast<unsigned char*>(to) + (at ^ (at >> 7 & 7) << 4), &value, 2);
       }
-    BarrierState state = BarrierState::of(barrier);
-    state.bytes -= map->box_rows * 128;
-    state.store(barrier);
+    bytes_arrive(barrier, map->box_rows * 128);
   };
-  if (emulator::early_copies)
-    copy();
-  else
-    emulator::block.transfers.emplace_back(barrier, copy);
+  start_transfer(barrier, copy);
+}
+// `bytes` in a row.
+inline void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
+  for (const uintptr_t x : {reinterpret_cast<uintptr_t>(to), reinterpret_cast<uintptr_t>(from)})
+    if ((x | static_cast<uintptr_t>(bytes)) % 16 != 0)
+      emulator::fail("a bulk copy is not aligned to 16 bytes");
+  start_transfer(barrier, [=] {
+    std::memcpy(to, from, bytes);
+    bytes_arrive(barrier, bytes);
+  });
 }
 inline void tma_prefetch(const TensorMap*) {}
 

@@ -11,6 +11,10 @@ extern "C" void make_schedule(int n, int m, int mirrored, int processors, int64_
   for (int i = 0; i < 5; ++i) schedule[i] = values[i];
 }
 
+extern "C" int make_splits(int row_blocks, int column_blocks, int processors) {
+  return cl_kernels::cuda::splits(row_blocks, column_blocks, processors);
+}
+
 // groups [programs, 6]: first and last row block, first and last column block, groups of rows and of columns.
 extern "C" void make_groups(int n, int m, int mirrored, int processors, int* groups) {
   const Schedule s = cl_kernels::cuda::schedule(n, m, mirrored != 0, processors);

@@ -169,31 +169,51 @@ void check_similarity(int n, int m, int d, bool normalised, int stride, int shif
 
 // The terms of n rows, at random.
 struct RandomTerms {
-  std::vector<float> shift, coef, weight, level, high, low;
-  std::vector<int> index, index_low, index_high;
+  std::vector<TermsBlock> blocks;
 
-  RandomTerms(int n, int m, float spread) {
-    const int padded = round_up(n, kTermsPadding), blocks = padded / kTermsBlock;
-    shift = numbers(padded, 3, 3 + spread), coef = numbers(padded, 0, 1), weight = numbers(padded, -1, 0);
-    for (int i = 0; i < padded; ++i) {
-      index.push_back(i < n ? static_cast<int>(generator() % (m + 1)) - 1 : -1);
-      if (i >= n) shift[i] = coef[i] = weight[i] = 0;
+  RandomTerms(int n, int m, float spread, const std::vector<int>& ids, const std::vector<float>& biases) {
+    blocks.resize(round_up(n, kTermsPadding) / kTermsBlock);
+    const std::vector<float> shift = numbers(n, 3, 3 + spread), coef = numbers(n, 0, 1),
+                             weight = numbers(n, -1, 0);
+    for (TermsBlock& block : blocks) {
+      block = {};
+      block.high = kNothing, block.low = -kNothing, block.index_low = INT_MAX, block.index_high = -1;
+      std::fill_n(block.id, kTermsBlock, -1), std::fill_n(block.index, kTermsBlock, -1);
     }
-    level.resize(padded), high.assign(blocks, kNothing), low.assign(blocks, -kNothing);
-    index_low.assign(blocks, INT_MAX), index_high.assign(blocks, -1);
     for (int i = 0; i < n; ++i) {
-      const int block = i / kTermsBlock;
-      high[block] = std::max(high[block], shift[i]), low[block] = std::min(low[block], shift[i]);
-      if (index[i] < 0) continue;
-      index_low[block] = std::min(index_low[block], index[i]);
-      index_high[block] = std::max(index_high[block], index[i]);
+      TermsBlock& block = blocks[i / kTermsBlock];
+      const int at = i % kTermsBlock, index = static_cast<int>(generator() % (m + 1)) - 1;
+      block.shift[at] = shift[i], block.coef[at] = coef[i], block.weight[at] = weight[i];
+      block.id[at] = ids[i], block.bias[at] = biases.empty() ? 0 : biases[i], block.index[at] = index;
+      block.high = std::max(block.high, shift[i]), block.low = std::min(block.low, shift[i]);
+      if (index < 0) continue;
+      block.index_low = std::min(block.index_low, index);
+      block.index_high = std::max(block.index_high, index);
     }
-    for (int i = 0; i < n; ++i)
-      level[i] = coef[i] * std::exp2(std::min(high[i / kTermsBlock] - shift[i], 120.0f));
+    for (TermsBlock& block : blocks)
+      for (int at = 0; at < kTermsBlock; ++at)
+        block.level[at] = block.coef[at] * std::exp2(std::min(block.high - block.shift[at], 120.0f));
   }
-  Terms terms(bool softmax, bool positives) const {
-    return {shift.data(), coef.data(),      weight.data(),     level.data(), high.data(),
-            low.data(),   index_low.data(), index_high.data(), softmax,      positives};
+
+  // Without a softmax or positives their numbers are zeros.
+  Terms terms(bool softmax, bool positives) {
+    for (TermsBlock& block : blocks) {
+      if (!softmax)
+        for (float* x : {block.shift, block.coef, block.level}) std::fill_n(x, kTermsBlock, 0.0f);
+      if (!softmax) block.high = kNothing, block.low = -kNothing;
+      if (!positives) std::fill_n(block.weight, kTermsBlock, 0.0f);
+    }
+    return {blocks.data(), softmax, positives};
+  }
+
+  struct Row {
+    float shift, coef, weight, bias;
+    int id, index;
+  };
+  Row operator[](int i) const {
+    const TermsBlock& block = blocks[i / kTermsBlock];
+    const int at = i % kTermsBlock;
+    return {block.shift[at], block.coef[at], block.weight[at], block.bias[at], block.id[at], block.index[at]};
   }
 };
 
@@ -201,19 +221,18 @@ template <typename T>
 void check_gradient(const Case& c, Positives positives, bool both_sides, float spread, int first_row,
                     int last_row) {
   Matrix<T> x(c.n, c.d, 1), y(c.m, c.d, 1);
-  const std::vector<int> own_ids = labels(c.n), other_ids = labels(c.m);
-  const RandomTerms own(c.n, c.m, spread), other(c.m, c.n, spread);
-  const std::vector<float> bias = numbers(c.m, -0.5, 0.5), mask = numbers(c.n * c.m, 0, 1);
+  const std::vector<float> bias = c.biased ? numbers(c.m, -0.5, 0.5) : std::vector<float>();
+  const std::vector<float> mask = numbers(c.n * c.m, 0, 1);
+  RandomTerms own(c.n, c.m, spread, labels(c.n), {}), other(c.m, c.n, spread, labels(c.m), bias);
   const float bound = 3;
   GradientRules rules{};
-  rules.pairs = {c.n,   c.m,     c.offset != INT_MAX, c.offset == INT_MAX ? 0 : c.offset,
-                 false, c.among, own_ids.data(),      other_ids.data()};
+  rules.pairs = {c.n,     c.m,    c.offset != INT_MAX, c.offset == INT_MAX ? 0 : c.offset, false, c.among,
+                 nullptr, nullptr};
   rules.scale = {nullptr, c.scale};
   rules.own = own.terms(true, true);
   rules.other = other.terms(both_sides, both_sides && positives != kMask);
-  rules.other_bias = c.biased ? bias.data() : nullptr;
+  rules.biased = c.biased;
   rules.positives = positives;
-  rules.own_index = own.index.data(), rules.other_index = other.index.data();
   rules.mask = mask.data(), rules.mask_rows = c.n, rules.mask_columns = c.m;
   rules.mask_row_stride = c.m, rules.mask_column_stride = 1;
   rules.bound = std::is_same_v<T, half_t> ? &bound : nullptr;
@@ -221,26 +240,27 @@ void check_gradient(const Case& c, Positives positives, bool both_sides, float s
   const int stride = round_up(c.m, 8), rows = last_row - first_row;
   std::vector<T> out(rows * stride + 8, from_float<T>(NAN));
   T* first = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(out.data()) + 15) / 16 * 16);
-  launch_gradient_tiles_sm90({features_of(x, y), rules, first_row, last_row, first, stride},
+  launch_gradient_tiles_sm90({features_of(x, y), rules, first_row, last_row, 0, first, stride},
                              type_of_element<T>(), nullptr);
   const double lift = std::exp2(half_lift(rules.bound)), unit = std::is_same_v<T, bf16_t> ? 0x1p-8 : 0x1p-11;
   for (int i = first_row; i < last_row; ++i)
     for (int j = 0; j < c.m; ++j) {
-      const double s = (dot(x, i, y, j) * c.scale + (c.biased ? bias[j] : 0)) / kLn2;
+      const RandomTerms::Row row = own[i], column = other[j];
+      const double s = (dot(x, i, y, j) * c.scale + column.bias) / kLn2;
       double want = 0, size = 0;
       auto add = [&](double term) { want += term * lift, size += std::fabs(term * lift); };
       if (counts(rules.pairs, i, j)) {
-        if (among_counts(c.among, own_ids[i], other_ids[j])) {
-          add(own.coef[i] * std::exp2(s - own.shift[i]));
-          if (rules.other.softmax) add(other.coef[j] * std::exp2(s - other.shift[j]));
+        if (among_counts(c.among, row.id, column.id)) {
+          add(row.coef * std::exp2(s - row.shift));
+          if (rules.other.softmax) add(column.coef * std::exp2(s - column.shift));
         }
-        const bool alike = own_ids[i] == other_ids[j];
-        if (positives == kLabels && alike) add(own.weight[i]);
-        if (positives == kLabels && alike && rules.other.positives) add(other.weight[j]);
-        if (positives == kMask) add(own.weight[i] * mask[i * c.m + j]);
+        const bool alike = row.id == column.id;
+        if (positives == kLabels && alike) add(row.weight);
+        if (positives == kLabels && alike && rules.other.positives) add(column.weight);
+        if (positives == kMask) add(row.weight * mask[i * c.m + j]);
       }
-      if (positives == kIndex && own.index[i] == j) add(own.weight[i]);
-      if (positives == kIndex && rules.other.positives && other.index[j] == i) add(other.weight[j]);
+      if (positives == kIndex && row.index == j) add(row.weight);
+      if (positives == kIndex && rules.other.positives && column.index == i) add(column.weight);
       compare("gradient " + c.name() + " positives " + std::to_string(positives),
               to_float(first[(i - first_row) * stride + j]), want,
               unit * std::fabs(want) + 2e-6 * (1 + c.scale) * size + 1e-7, "element", i * c.m + j);
