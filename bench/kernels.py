@@ -29,7 +29,11 @@ TRITON = (
 
 # Kernel, case and width of what the issue slots are told of.
 SLOTS = (
-    *(("lse._lse_kernel", f"contrastive {case}", 128) for case in issue_slots.MAIN),
+    # That of labels is that without positives.
+    *(
+        ("lse._lse_kernel", f"contrastive {case}", 128)
+        for case in ("self", "self, labels", "keys", "both axes")
+    ),
     ("lse._lse_kernel", "contrastive self", 64),
     ("lse._lse_kernel", "contrastive self", 256),
     ("lse._lse_kernel", "contrastive self", 512),
