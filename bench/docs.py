@@ -14,6 +14,7 @@ A block between `<!-- figures: NAME ARGUMENTS -->` and `<!-- end -->` is generat
     gain FILE:LIBRARY   times and memory of one library's losses
     run FILE            on what bench/gloo.py or bench/adapters.py ran, when, by which command
     kernels triton      registers and memory of Triton's kernels, from gates; likewise kernels cuda
+    kernels slots       clocks of their tiles by what is used up
 """
 
 from __future__ import annotations

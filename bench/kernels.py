@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 GATES = Path(__file__).resolve().parents[1] / "gates"
+sys.path.append(str(GATES))
+
+import issue_slots  # noqa: E402
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MISSING = "–"
 
@@ -20,6 +25,23 @@ TRITON = (
     ("`gradient_rows` 256, the same", "gradient_rows._gradient_rows_kernel", "contrastive self", 256),
     ("`gradient_tiles`, any width", "gradient_chunks._gradient_tiles_kernel", "contrastive self", 512),
     ("`lse_frozen` 128", "lse_frozen._frozen_kernel", "contrastive keys, frozen", 128),
+)
+
+# Kernel, case and width of what the issue slots are told of.
+SLOTS = (
+    # That of labels is that without positives.
+    *(
+        ("lse._lse_kernel", f"contrastive {case}", 128)
+        for case in ("self", "self, labels", "keys", "both axes")
+    ),
+    ("lse._lse_kernel", "contrastive self", 64),
+    ("lse._lse_kernel", "contrastive self", 256),
+    ("lse._lse_kernel", "contrastive self", 512),
+    *(("gradient_rows._gradient_rows_kernel", f"contrastive {case}", 128) for case in issue_slots.MAIN),
+    ("gradient_rows._gradient_rows_kernel", "contrastive self", 64),
+    ("gradient_rows._gradient_rows_kernel", "contrastive self", 256),
+    ("lse_frozen._frozen_kernel", "contrastive keys, frozen", 128),
+    ("soft_target_means._soft_target_means_kernel", "soft_target shared keys, frozen", 256),
 )
 
 
@@ -78,6 +100,61 @@ def _launch(line: Mapping[str, str]) -> str:
     return f"{line['tile'].replace('x', '×')}, {warps}, {line['registers']}, {shared}"
 
 
+def counted(kernel: str, case: str, width: int) -> dict[str, str]:
+    """The line of a kernel's loop in the narrowest row of the table for so many features; of several, as for
+    the gradients of queries and of keys, that with the longest hot path."""
+    lines = [
+        line
+        for line in recorded("triton.tsv")
+        if line["hot"] != "-" and line["kernel"] == kernel and line["case"] == case
+    ]
+    wide = [line for line in lines if _reach(line) >= width] or lines
+    nearest = min(_reach(line) for line in wide)
+    return max((line for line in wide if _reach(line) == nearest), key=lambda line: int(line["hot"]))
+
+
+def _reach(line: Mapping[str, str]) -> int:
+    """The features that a launch is for: those of its tile, unless that walks them in chunks."""
+    block_d = line["tile"].split("x")[2:]
+    return int(line["row"].split()[-1]) if line["inner"] != "0" or not block_d else int(block_d[0])
+
+
+def issue_clocks(kernel: str, case: str, width: int) -> float:
+    """Issue clocks of a pair on a multiprocessor of sm_90."""
+    made = issue_slots.clocks(counted(kernel, case, width), width)
+    assert made is not None
+    return made.issue / made.pairs
+
+
+def slots() -> str:
+    """Instructions and clocks of a tile of main kernels on sm_90 in half precision."""
+    rows = []
+    for kernel, case, width in SLOTS:
+        line = counted(kernel, case, width)
+        made = issue_slots.clocks(line)
+        assert made is not None
+        bound = issue_slots.wanted(line)
+        met = MISSING if bound is None else f"{bound}, {'met' if made.ratio <= bound else 'not met'}"
+        name = kernel.partition(".")[0]
+        rows.append(
+            [
+                f"`{name}` {width}, {case.removeprefix('contrastive ').removeprefix('soft_target ')}",
+                line["tile"].replace("x", "×"),
+                line["launch"].split("x")[0],
+                line["hot"] + (f", {line['inner']} a chunk" if line["inner"] != "0" else ""),
+                line["loop"],
+                *(f"{clocks:.0f}" for clocks in made[:3]),
+                f"{made.ratio:.2f}",
+                met,
+            ]
+        )
+    header = [
+        "kernel, features, case", "tile", "warps", "hot path", "loop", "issue clocks", "product clocks",
+        "exponential clocks", "ratio", "wanted",
+    ]  # fmt: skip
+    return table(header, rows, numbers=True)
+
+
 def cuda() -> str:
     """Over the instances of each kernel: registers by architecture, and what its machine code has."""
     kernels: dict[tuple[str, str], list[dict[str, str]]] = {}
@@ -92,8 +169,14 @@ def cuda() -> str:
         ]
         counts = [_range(int(line[column]) for line in lines) for column in ("HMMA", "HGMMA", "MUFU.EX2")]
         static = _range(int(line["shared"]) for line in lines)
-        rows.append([f"`{file}`: `{name}`", *by_architecture, *counts, static])
-    header = ["kernel", "registers sm_80", "sm_90a", "HMMA", "HGMMA", "exponentials", "static shared bytes"]
+        loops = [
+            _range(int(line[column]) for line in lines if line[column] != "-") for column in ("hot", "loop")
+        ]
+        rows.append([f"`{file}`: `{name}`", *by_architecture, *counts, *loops, static])
+    header = [
+        "kernel", "registers sm_80", "sm_90a", "HMMA", "HGMMA", "exponentials", "hot path", "loop",
+        "static shared bytes",
+    ]  # fmt: skip
     return table(header, rows, numbers=True) + total("cuda.tsv", "spills")
 
 
@@ -104,4 +187,4 @@ def _range(numbers: Iterable[int]) -> str:
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-TABLES = {"triton": triton, "cuda": cuda}
+TABLES = {"triton": triton, "slots": slots, "cuda": cuda}

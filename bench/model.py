@@ -1,7 +1,8 @@
 """Times that the GPU kernels should take on an H200, on paper: the table in docs/performance.md.
 
-For each workload the operations, exponentials and bytes of the schemes that the kernels follow, and the time
-that each takes at the chip's rate alone. The largest of the three is the floor of the scheme.
+For each workload the operations, exponentials and bytes of the schemes that the kernels follow, the
+instructions that Triton's kernels issue for their tiles (gates/triton.tsv), and the time that each takes at
+the chip's rate alone. The largest of the four is the floor of the scheme.
 `python bench/model.py` prints the table.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import kernels
 
 PRODUCTS = 790e12  # bf16 FLOP/s of a plain 8192^3 product
 MEMORY = 4.3e12  # bytes/s of a copy, read and written
@@ -26,6 +29,7 @@ class Estimate:
     backward: float
     bytes: float  # through device memory
     exponentials: float
+    issues: float = 0.0  # clocks of multiprocessors
 
     @property
     def times(self) -> dict[str, float]:
@@ -34,6 +38,7 @@ class Estimate:
             "products": (self.forward + self.backward) / PRODUCTS,
             "memory": self.bytes / MEMORY,
             "exponentials": self.exponentials / (PROCESSORS * EXPONENTIALS * CLOCK),
+            "issue slots": self.issues / (PROCESSORS * CLOCK),
         }
 
 
@@ -45,35 +50,51 @@ def streamed(rows: float, keys: float, width: float) -> float:
     return HALF * rows * width + passes * size
 
 
-def self_similarity(id: str, name: str, n: float, d: float) -> Estimate:
+def log_sum_exps(pairs: float, case: str, width: int) -> float:
+    """Issue clocks of the tiles of so many pairs."""
+    return pairs * kernels.issue_clocks("lse._lse_kernel", f"contrastive {case}", width)
+
+
+def gradients(pairs: float, case: str, width: int) -> float:
+    """Issue clocks of the fused kernel; wider, those of a tile are few beside its products."""
+    if width > 256:
+        return 0.0
+    return pairs * kernels.issue_clocks("gradient_rows._gradient_rows_kernel", f"contrastive {case}", width)
+
+
+def self_similarity(id: str, name: str, n: int, d: int, case: str = "self") -> Estimate:
     """The triangle for the log-sum-exp, N^2 D. Then each row's gradient from whole rows, 4 N^2 D: fused up to
     a width of 256, beyond it the final G is written in half precision and multiplied by a library."""
     pairs = n * n
     matrix = 2 * HALF * pairs if d > 256 else 0  # G, written and read
-    features = 2 * streamed(n, n, d) + HALF * n * d  # and the gradient
-    return Estimate(
-        id, f"{name} {n}² × {d}", pairs * d, 4 * pairs * d, features + matrix + 4 * STATISTIC * n, 1.5 * pairs
-    )
+    moved = 2 * streamed(n, n, d) + HALF * n * d + matrix + 4 * STATISTIC * n  # features and the gradient
+    issues = log_sum_exps(pairs / 2, case, d) + gradients(pairs, case, d)
+    return Estimate(id, f"{name} {n}² × {d}", pairs * d, 4 * pairs * d, moved, 1.5 * pairs, issues)
 
 
-def one_axis(id: str, name: str, n: float, m: float, d: float) -> Estimate:
+def one_axis(id: str, name: str, n: int, m: int, d: int) -> Estimate:
     """2 NMD for the log-sum-exp, 4 NMD for each of the two gradients."""
+    pairs = n * m
     moved = 3 * streamed(n, m, d) + HALF * d * (n + m) + 4 * STATISTIC * n
-    return Estimate(id, f"{name} {n} × {m} × {d}", 2 * n * m * d, 8 * n * m * d, moved, 3 * n * m)
+    issues = log_sum_exps(pairs, "keys", d) + 2 * gradients(pairs, "keys", d)
+    return Estimate(id, f"{name} {n} × {m} × {d}", 2 * pairs * d, 8 * pairs * d, moved, 3 * pairs, issues)
 
 
-def frozen_keys(id: str, name: str, n: float, m: float, d: float) -> Estimate:
+def frozen_keys(id: str, name: str, n: int, m: int, d: int) -> Estimate:
     """The log-sum-exp and the mean of the keys, which is the gradient, in one pass, 4 NMD; then O(ND)."""
+    pairs = n * m
     moved = streamed(n, m, d) + 2 * (4 + HALF) * n * d + 4 * STATISTIC * n
-    return Estimate(id, f"{name} {n} × {m} × {d}, frozen keys", 4 * n * m * d, 0, moved, n * m)
+    issues = pairs * kernels.issue_clocks("lse_frozen._frozen_kernel", "contrastive keys, frozen", d)
+    return Estimate(id, f"{name} {n} × {m} × {d}, frozen keys", 4 * pairs * d, 0, moved, pairs, issues)
 
 
-def both_axes(id: str, name: str, n: float, d: float) -> Estimate:
+def both_axes(id: str, name: str, n: int, d: int) -> Estimate:
     """One pass for the log-sum-exps of both axes, 2 N^2 D; then 6 N^2 D by the final G in half precision,
-    written once and read by the products of both gradients."""
+    written once and read by the products of both gradients. Tiles as those of the triangle."""
     pairs = n * n
     moved = 2 * streamed(n, n, d) + 2 * HALF * n * d + 3 * HALF * pairs + 8 * STATISTIC * n
-    return Estimate(id, f"{name} {n}² × {d}", 2 * pairs * d, 6 * pairs * d, moved, 2 * pairs)
+    issues = log_sum_exps(pairs, "self", d) + gradients(pairs, "self", d)
+    return Estimate(id, f"{name} {n}² × {d}", 2 * pairs * d, 6 * pairs * d, moved, 2 * pairs, issues)
 
 
 def sce(id: str, n: int, m: int, d: int, calls: int = 1) -> Estimate:
@@ -83,7 +104,9 @@ def sce(id: str, n: int, m: int, d: int, calls: int = 1) -> Estimate:
     rows = n * (HALF * d + 2 * 4 * d + 4 * STATISTIC)  # the teacher's, two float32 means, statistics
     moved = calls * (streamed(n, m, d) + rows)
     times = f"{calls} × " if calls > 1 else ""
-    return Estimate(id, f"SCE {times}{n} × {m} × {d}", 8 * pairs * d, 0, moved, 2 * pairs)
+    kernel, case = "soft_target_means._soft_target_means_kernel", "soft_target shared keys, frozen"
+    issues = pairs * kernels.issue_clocks(kernel, case, d)
+    return Estimate(id, f"SCE {times}{n} × {m} × {d}", 8 * pairs * d, 0, moved, 2 * pairs, issues)
 
 
 def similarity(n: int, d: int) -> Estimate:
@@ -100,10 +123,10 @@ def log_softmax(n: int) -> Estimate:
 
 
 def estimates() -> Iterator[Estimate]:
-    yield self_similarity("A", "SupCon", 2048, 128)
-    yield self_similarity("C", "SelfCon", 4096, 128)
-    yield self_similarity("E", "SupCon", 8192, 128)
-    yield self_similarity("F", "SupCon", 12288, 128)
+    yield self_similarity("A", "SupCon", 2048, 128, "self, labels")
+    yield self_similarity("C", "SelfCon", 4096, 128, "self, labels")
+    yield self_similarity("E", "SupCon", 8192, 128, "self, labels")
+    yield self_similarity("F", "SupCon", 12288, 128, "self, labels")
     yield sce("G", 512, 65537, 256)
     yield sce("H", 256, 65537, 256, calls=10)
     yield sce("I", 256, 4097, 128)
@@ -138,8 +161,8 @@ def duration(seconds: float) -> str:
 def table() -> str:
     lines = [
         "| id | work | forward FLOPs | backward FLOPs | bytes | exponentials | products µs | memory µs "
-        "| exponentials µs | binding | measured |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---|",
+        "| exponentials µs | issue slots µs | binding | measured |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     for estimate in estimates():
         times = estimate.times

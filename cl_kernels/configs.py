@@ -46,14 +46,16 @@ _INTERPRETED = Shape(32, 16, 32, 1, 1)
 Key = tuple[str, str, str]  # kernel, architecture, kind of dtype
 
 TABLE: dict[Key, dict[int, Shape]] = {
-    # Log-sum-exps, "lse_pairs" with labels or a mask. At 128 registers two programs of 8 warps share a
-    # multiprocessor, at 168 three of 4. What takes its last register spills with another release of Triton:
-    # wide rows with a mask (DimCL's above all) have more than that.
+    # Log-sum-exps, "lse_pairs" with labels or a mask. A thread holds its share of a tile of S and, where
+    # columns are summed up too, as many sums: the larger, the fewer instructions a pair for all that comes on
+    # top. Two programs share a multiprocessor at 255 registers with 4 warps and at 128 with 8, three at 168
+    # with 4. What takes its last register spills with another release of Triton: wide rows with a mask
+    # (DimCL's above all) have more than that.
     ("lse", "sm_80", "half"): {
-        32: Shape(128, 64, 32, 8, 3, 128),
-        64: Shape(128, 64, 64, 8, 3, 128),
-        128: Shape(128, 32, 128, 8, 2, 128),
-        256: Shape(128, 32, 256, 8, 2, 128),
+        32: Shape(64, 64, 32, 4, 3),
+        64: Shape(64, 64, 64, 4, 3),
+        128: Shape(64, 64, 128, 4, 2),
+        256: Shape(64, 64, 256, 4, 2),
         512: Shape(128, 128, 64, 8, 2),
     },
     ("lse_pairs", "sm_80", "half"): {
@@ -66,10 +68,10 @@ TABLE: dict[Key, dict[int, Shape]] = {
     ("lse", "sm_80", "float32"): {32: Shape(128, 32, 32, 8, 3)},
     ("lse_pairs", "sm_80", "float32"): {32: Shape(64, 32, 32, 8, 3)},
     ("lse", "sm_90", "half"): {
-        32: Shape(128, 64, 32, 8, 3, 128),
-        64: Shape(128, 64, 64, 8, 3, 128),
-        128: Shape(128, 64, 128, 8, 3, 128),
-        256: Shape(128, 32, 256, 8, 2, 128),
+        32: Shape(64, 128, 32, 4, 3),
+        64: Shape(64, 128, 64, 4, 3),
+        128: Shape(64, 128, 128, 4, 2),
+        256: Shape(64, 64, 256, 4, 2),
         512: Shape(128, 128, 64, 8, 3),
     },
     ("lse_pairs", "sm_90", "half"): {
@@ -85,7 +87,7 @@ TABLE: dict[Key, dict[int, Shape]] = {
         32: Shape(128, 32, 32, 8, 3, 240),
         64: Shape(128, 32, 64, 8, 3, 240),
         128: Shape(128, 32, 128, 8, 3, 240),
-        256: Shape(128, 32, 256, 8, 3, 240),
+        256: Shape(128, 32, 256, 8, 2, 240),
         512: Shape(128, 32, 64, 8, 3, 240),
     },
     ("lse_pairs", "sm_100", "half"): {

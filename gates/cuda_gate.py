@@ -3,7 +3,9 @@ and to the figures recorded in gates/cuda.tsv.
 
 For each kernel: registers, static shared memory, spills and stack (a few bytes at most), and how often its
 machine code has tensor-core products (HGMMA of Hopper, HMMA), exponentials (MUFU.EX2) and accesses to local
-memory (LDL, STL). Warnings of the assembler, such as serialised wgmma or an ignored setmaxnreg, are faults.
+memory (LDL, STL); and the instructions of its loop over tiles: on the hot path, of those in a loop inside,
+and in all (machine_code.py). Warnings of the assembler, such as serialised wgmma or an ignored setmaxnreg,
+are faults.
 
 Compiled are the files whose text, or a header's, is not that recorded. Without nvcc, or with another than the
 file's, texts are compared; figures only where nvcc is the same. `make compile-gate` runs it.
@@ -22,6 +24,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import issue_slots
+import machine_code
 import recorded
 
 from cl_kernels import cuda_build
@@ -30,10 +34,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90a")
 FLAGS = ["-std=c++20", *cuda_build.flags([])["nvcc"], "-Xptxas", "-v"]
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
 INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU.EX2", "LDL", "STL", "BPT.TRAP")
+LOOP = ("hot", "inner", "loop")
+# Files whose loops do not fit the instruction caches, and the bound that holds them where they are.
+LONG_LOOPS = {
+    "gradient_rows.cu": 8000, "gradient_rows_sm90.cu": 16000, "gradient_tiles.cu": 9200,
+    "gradient_tiles_sm90.cu": 18000, "lse.cu": 13500, "lse_sm90.cu": 5100,
+}  # fmt: skip
 RECORDED = recorded.FOLDER / "cuda.tsv"
-COLUMNS = ("file", "architecture", "kernel", "registers", "shared", "stack", "spills", *INSTRUCTIONS)
+COLUMNS = ("file", "architecture", "kernel", "registers", "shared", "stack", "spills", *INSTRUCTIONS, *LOOP)
 WHAT = COLUMNS.index("kernel") + 1
 
 
@@ -51,6 +60,7 @@ class Kernel:
     stack: int = 0
     spills: int = 0
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(INSTRUCTIONS, 0))
+    loop: tuple[str, str, str] = machine_code.cells(None)
 
     def faults(self) -> list[str]:
         hopper = self.file.endswith("_sm90.cu")
@@ -60,6 +70,10 @@ class Kernel:
         if max(self.spills, self.stack) > recorded.SPILLS_ALLOWED:
             found.append(f"{self.spills} bytes of spills, {self.stack} of stack")
             found.append(f"{self.counts['LDL']} LDL, {self.counts['STL']} STL")
+        size = self.loop[LOOP.index("loop")]
+        longest = LONG_LOOPS.get(self.file, issue_slots.LONGEST_LOOP)
+        if size != "-" and int(size) > longest:
+            found.append(f"a loop of {size} instructions, over {longest}")
         if hopper and not self.counts["HGMMA"]:
             found.append("no HGMMA")
         portable_product = "TileLoop" in self.name or self.file in ("gradient_rows.cu", "attention.cu")
@@ -74,14 +88,17 @@ class Kernel:
     @property
     def cells(self) -> recorded.Cells:
         numbers = (self.registers, self.shared, self.stack, self.spills)
-        return tuple(map(str, (*numbers, *(self.counts[name] for name in INSTRUCTIONS))))
+        return (*map(str, (*numbers, *(self.counts[name] for name in INSTRUCTIONS))), *self.loop)
 
     @staticmethod
     def of(what: recorded.Cells, cells: recorded.Cells) -> Kernel:
         file, architecture, name = what
-        registers, shared, stack, spills, *counts = map(int, cells)
-        by_name = dict(zip(INSTRUCTIONS, counts, strict=True))
-        return Kernel(name, file, architecture.removeprefix("sm_"), registers, shared, stack, spills, by_name)
+        *numbers, hot, inner, loop = cells
+        registers, shared, stack, spills, *counts = map(int, numbers)
+        by_name, where = dict(zip(INSTRUCTIONS, counts, strict=True)), architecture.removeprefix("sm_")
+        return Kernel(
+            name, file, where, registers, shared, stack, spills, by_name, (hot, inner, loop)
+        )  # fmt: skip
 
 
 def tool(name: str) -> str | None:
@@ -156,13 +173,11 @@ def compile_file(path: Path, architecture: str, folder: Path) -> tuple[list[Kern
             current.registers = int(match[1])
             if shared := re.search(r"(\d+) bytes smem", line):
                 current.shared = int(shared[1])
-    current = None
-    for line in run(cuobjdump, "--dump-sass", str(out)).splitlines() if kernels else ():
-        if match := re.search(r"Function : (\S+)", line):
-            current = kernels.get(match[1])
-        elif current is not None and (match := INSTRUCTION.search(line)):
+    for mangled, code in machine_code.functions(run(cuobjdump, "--dump-sass", str(out)) if kernels else ""):
+        if kernel := kernels.get(mangled):
             for name in INSTRUCTIONS:
-                current.counts[name] += match[1] == name or match[1].startswith(name + ".")
+                kernel.counts[name] = sum(f"{one.name}.".startswith(f"{name}.") for one in code)
+            kernel.loop = machine_code.cells(machine_code.tile_loop(code))
     found = list(kernels.values())
     for kernel, name in zip(found, demangled([kernel.name for kernel in found]), strict=True):
         kernel.name = name

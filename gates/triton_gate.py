@@ -18,11 +18,14 @@ One line a compiled kernel:
     matrix   matrix instructions in the assembly: wgmma, mma (mma.sync), tcgen05 and mfma
     exp      exponential instructions (ex2.approx, v_exp_f32) in the assembly times threads, over the elements
              of a tile: exponentials an element where each branch of the assembly is taken once a tile
+    hot      instructions on the hot path of the loop over tiles, of those in a loop inside, and in the whole
+             loop (machine_code.py), of the kernels that issue_slots.counted names
 
 It exits with 1 if a kernel spills more than a few bytes to memory (where wide loads are aligned), takes more
-registers or shared memory than the chip has, or lacks the matrix instructions of its architecture, recorded
-figures or new ones; if one does not compile; if the file is not what was found; if no op uses a row of the
-table; or if an op has no Triton implementation.
+registers or shared memory than the chip has, lacks the matrix instructions of its architecture, or has a loop
+over tiles of more issue slots or instructions than issue_slots.py allows, recorded figures or new ones; if
+one does not compile; if the file is not what was found; if no op uses a row of the table; or if an op has no
+Triton implementation.
 """
 
 from __future__ import annotations
@@ -51,6 +54,8 @@ from unittest import mock
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
+import issue_slots
+import machine_code
 import op_cases
 import recorded
 import torch
@@ -97,7 +102,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 RECORDED = recorded.FOLDER / "triton.tsv"
 COLUMNS = (
     "architecture", "row", "kernel", "tile", "launch", "flags", "case", "digest",
-    "registers", "spilled", "scalars", "shared", "matrix", "exponentials",
+    "registers", "spilled", "scalars", "shared", "matrix", "exponentials", "hot", "inner", "loop",
 )  # fmt: skip
 WHAT = COLUMNS.index("digest") + 1
 
@@ -203,6 +208,7 @@ class Figures:
     matrix: dict[str, int]
     exponentials: int  # instructions
     multiplies: bool  # whether the kernel has products of tiles
+    tiles: machine_code.Loop | None = None  # where the machine code is known and has such a loop
 
     @property
     def instructions(self) -> str:
@@ -212,14 +218,16 @@ class Figures:
     @property
     def cells(self) -> recorded.Cells:
         numbers = (self.registers, self.spilled, self.scalars_spilled, self.shared)
-        return (*map(str, numbers), self.instructions, str(self.exponentials))
+        tiles = machine_code.cells(self.tiles)
+        return (*map(str, numbers), self.instructions, str(self.exponentials), *tiles)
 
     @staticmethod
     def of(cells: recorded.Cells) -> Figures:
-        *numbers, instructions, exponentials = cells
+        *numbers, instructions, exponentials, hot, inner, loop = cells
         words = instructions.split()
         matrix = {name: int(count) for count, name in zip(words[::2], words[1::2], strict=False)}
-        return Figures(*map(int, numbers), matrix, int(exponentials), instructions != "-")
+        tiles = None if loop == "-" else machine_code.Loop(int(hot), int(inner), int(loop))
+        return Figures(*map(int, numbers), matrix, int(exponentials), instructions != "-", tiles)
 
 
 # What a kernel's code is made from.
@@ -424,21 +432,30 @@ def _cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers and local memory by cuobjdump: REG, STACK, LOCAL and more."""
+def _dump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [_cuobjdump(), f"--dump-{what}", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers and local memory by cuobjdump: REG, STACK, LOCAL and more."""
+    text = _dump(cubin, "resource-usage")
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+
+
+def _tile_loop(cubin: bytes) -> machine_code.Loop | None:
+    ((_, code),) = machine_code.functions(_dump(cubin, "sass"))
+    return machine_code.tile_loop(code)
 
 
 def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
-def figures(compiled: Any) -> Figures:
+def figures(compiled: Any, counted: bool) -> Figures:
     assembly, shared = compiled.asm, compiled.metadata.shared
     multiplies = "tt.dot" in assembly["ttir"]
     if "cubin" in assembly:
@@ -450,7 +467,8 @@ def figures(compiled: Any) -> Figures:
         }
         spilled = resources["STACK"] + resources["LOCAL"]
         exponentials = _count(r"\bex2\.approx", ptx)
-        return Figures(resources["REG"], spilled, 0, shared, matrix, exponentials, multiplies)
+        tiles = _tile_loop(assembly["cubin"]) if counted else None
+        return Figures(resources["REG"], spilled, 0, shared, matrix, exponentials, multiplies, tiles)
     amdgcn = assembly["amdgcn"]
 
     def metadata(name: str) -> int:
@@ -485,7 +503,8 @@ def faults(found: Launch, measured: Figures) -> list[str]:
     wanted = wanted_instructions(found)
     if measured.multiplies and not any(measured.matrix.get(name) for name in wanted):
         reasons.append(f"no {' or '.join(wanted)}")
-    return reasons
+    row = dict(zip(COLUMNS, (*found.what, *measured.cells), strict=True))
+    return reasons + issue_slots.faults(row)
 
 
 def _name(found: Launch) -> str:
@@ -514,7 +533,8 @@ def line(found: Launch, measured: Figures, reasons: list[str]) -> str:
         exponentials = [f"exp {measured.exponentials * threads / (found.tile[0] * found.tile[1]):.2f}"]
     scalars = f"+{measured.scalars_spilled}s" if measured.scalars_spilled else ""
     figure = f"reg {measured.registers} spill {measured.spilled}{scalars} shared {measured.shared}"
-    shown = " | ".join([_name(found), figure, f"matrix {measured.instructions}", *exponentials])
+    hot = [f"hot {' '.join(machine_code.cells(measured.tiles))}"] if measured.tiles else []
+    shown = " | ".join([_name(found), figure, f"matrix {measured.instructions}", *exponentials, *hot])
     return shown + (f"   <-- FAIL: {', '.join(reasons)}" if reasons else "")
 
 
@@ -529,7 +549,8 @@ def _compile(index: int) -> Figures | str:
     source = ASTSource(found.kernel, found.signature, found.constants, found.attributes)
     try:
         target = CHIPS[found.architecture].target
-        return figures(triton.compile(source, target=target, options=found.options.__dict__))
+        compiled = triton.compile(source, target=target, options=found.options.__dict__)
+        return figures(compiled, issue_slots.counted(found.architecture, found.row[1], found.source))
     except Exception as error:
         return _message(error)
 

@@ -1,22 +1,22 @@
 """The log-sum-exp engine: row (and column) log-sum-exps of scale q k^T, and sums over positives.
 
 The blocks of rows and of columns are gathered in groups. A program takes one group of each, walks their
-tiles, and writes partial statistics of the rows (kept in registers along a row of tiles) and, where columns
-count too, of the columns (kept in memory that no other program touches) into its slot. A second kernel
-combines the slots, in a fixed order: no atomics, and the same bits each time.
+tiles, and writes partial statistics of the rows and, where columns count too, of the columns into its slot. A
+second kernel combines the slots, in a fixed order: no atomics, and the same bits each time.
 
 With keys equal to queries the pairs above the diagonal stand for all: a tile's exponentials are added to its
 rows and to its columns, N^2 D operations in all. One shift must then serve a tile's rows and columns. It
-comes from a bound of the tile's logits, |scale| times the largest norms of its rows and of its keys: none is
-needed while that is at most 2^100, which keeps every sum in range. Past it the shift is what exceeds, and
-where a sum came out too small, one maximum for each row and each column is taken instead.
+comes from a bound of the logits, |scale| times the largest norms of the rows and of the keys: none is needed
+while that is at most 2^100, which keeps every sum in range. A program all of whose logits are so takes plain
+sums (`_plain_sums`). Otherwise the shift is what exceeds, tile by tile, and where a sum came out too small,
+one maximum for each row and each column is taken instead.
 
 A partial statistic is a shift and a sum of 2^(S - shift), in base 2; sums over positives by label or mask,
-and their counts, are two further planes. In float32 the whole parts of the positives' logits, which add up
-exactly, have a third, and the fractions that are left keep their digits: so the sum over positives shares
-each logit's rounding with the log-sum-exp, and it cancels in a converged row. Shifts that are no maxima are
-whole numbers for the same reason. The logits of positives given by index the second kernel computes itself,
-from products of the same precision.
+and their counts, are two further planes, but for labels of half rows (class_sums.py). In float32 the whole
+parts of the positives' logits, which add up exactly, have a third, and the fractions that are left keep their
+digits: so the sum over positives shares each logit's rounding with the log-sum-exp, and it cancels in a
+converged row. Shifts that are no maxima are whole numbers for the same reason. The logits of positives given
+by index the second kernel computes itself, from products of the same precision.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ from torch import Tensor
 from .. import configs
 from ..problem import Contrast
 from . import launch
+from .class_sums import by_class_sums, class_positives
 from .pairs import counted, mask_arguments, mask_tile, on_edge
 from .tiles import LN2, LOG2E, NOTHING, Matrix, dot, load_rows, product, scalar
 
-MOST_GROUPS = 96  # of rows; their square fills any device, and they times N floats stay small
+MOST_GROUPS = 128  # of rows or of columns: they times N floats stay small
+MOST_BLOCKS = 32  # of rows, in a program, but for many rows
+RESIDENT = 2  # programs at a time on a multiprocessor
+OVERHEAD = 1  # of a column of tiles, in tiles
 # Arguments whose values should not make kernels of their own.
 SIZES = ["n", "m", "exclude", "groups_q", "groups_k", "blocks_q", "blocks_k"]
 SAFE = tl.constexpr(100.0)  # |base-2 logits| up to which sums of 2^S neither overflow nor lose digits
@@ -103,6 +107,67 @@ def _counted(i, j, sizes, MIRRORED: tl.constexpr):
     return counted(i, j, sizes)
 
 
+@triton.jit
+def _largest(norms, first, last):
+    """The largest of norms[first:last]."""
+    found = 0.0
+    for block in range(first, last):
+        found = tl.maximum(found, tl.load(norms + block))
+    return found
+
+
+@triton.jit
+def _plain_sums(
+    q, k, factor, labels, rows, cols, sizes, d, span,
+    MIRRORED: tl.constexpr, AMONG: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Sums of 2^S over rows and columns, of logits that need no shift. Down a column of tiles a thread adds
+    up its own exponentials, which are reduced over lanes and warps once, at the end; a row's lie in one warp.
+    """
+    n, m = sizes[0], sizes[1]
+    begin_i, last_i, begin_j, last_j = span
+    i_d = tl.arange(0, BLOCK_D)
+    for block_j in range(begin_j, last_j):
+        first_j = block_j * BLOCK_N
+        j = first_j + tl.arange(0, BLOCK_N)
+        if WHOLE:
+            b_k = load_rows(k, j, j < m, i_d, i_d < d, EVEN_D)
+        if AMONG != "all":
+            b_col_label = tl.load(labels[1] + j, mask=j < m, other=0)
+        end_i = last_i
+        if MIRRORED:
+            end_i = tl.minimum(last_i, tl.cdiv(first_j + BLOCK_N - 1, BLOCK_M))
+        if block_j != begin_j:
+            tl.debug_barrier()  # what the column of tiles before wrote, by other threads
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for block_i in tl.range(begin_i, end_i, disable_licm=True):
+            first_i = block_i * BLOCK_M
+            i = first_i + tl.arange(0, BLOCK_M)
+            if WHOLE:
+                b_q = load_rows(q, i, i < n, i_d, i_d < d, EVEN_D)
+                s = dot(b_q, tl.trans(b_k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            else:
+                s = product(q, k, i, i < n, j, j < m, d, BLOCK_D, EVEN_D, PRECISION)
+            e = tl.exp2(s * factor)
+            if AMONG != "all":
+                b_row_label = tl.load(labels[0] + i, mask=i < n, other=0)
+                same = b_row_label[:, None] == b_col_label[None, :]
+                e = tl.where(same if AMONG == "same" else ~same, e, 0.0)
+            if on_edge(first_i, first_j, sizes, BLOCK_M, BLOCK_N):
+                e = tl.where(_counted(i, j, sizes, MIRRORED), e, 0.0)
+            total += e
+            part = tl.sum(e, 1)
+            first_block = tl.maximum(begin_j, first_i // BLOCK_N) if MIRRORED else begin_j
+            if block_j == first_block:
+                tl.store(rows + i, tl.zeros((BLOCK_M,), tl.float32), mask=i < n)
+            else:
+                part += tl.load(rows + n + i, mask=i < n, other=0.0)
+            tl.store(rows + n + i, part, mask=i < n)
+        tl.store(cols + j, tl.zeros((BLOCK_N,), tl.float32), mask=j < m)
+        tl.store(cols + m + j, tl.sum(total, 0), mask=j < m)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _lse_kernel(
     q, k, scale, bias, row_labels, col_labels, mask, norms, rows, cols,
@@ -120,10 +185,16 @@ def _lse_kernel(
     q, k, mask = Matrix(q, *q_strides), Matrix(k, *k_strides), Matrix(mask, *mask_strides)
     group = tl.program_id(0)
     if MIRRORED:
-        # Each unordered pair of groups once: (g, g + step), around the circle.
-        one = group % groups_q
-        two = (one + group // groups_q) % groups_q
-        g, h = tl.minimum(one, two), tl.maximum(one, two)
+        # A group of rows meets those of columns from its diagonal on; the first and the last one together
+        # meet as many as the second and the last but one.
+        skipped = blocks_q * BLOCK_M // (blocks_k * BLOCK_N)  # groups of columns by a group of rows
+        together = 2 * groups_k - (groups_q - 1) * skipped
+        g, h = group // together, group % together
+        h += g * skipped
+        if h >= groups_k:
+            h -= groups_k
+            g = groups_q - 1 - g
+            h += g * skipped
     else:
         g, h = group // groups_k, group % groups_k
     factor = scalar(scale) * LOG2E
@@ -133,6 +204,16 @@ def _lse_kernel(
     q_blocks = tl.cdiv(n, BLOCK_M)
     last_i = tl.minimum((g + 1) * blocks_q, q_blocks)
     last_j = tl.minimum((h + 1) * blocks_k, tl.cdiv(m, BLOCK_N))
+    if (MIRRORED or COLUMNS) and (not SUMS) and (bias is None):
+        bound = _largest(norms, g * blocks_q, last_i)
+        bound *= _largest(norms + q_blocks, h * blocks_k, last_j) * tl.abs(factor)
+        if bound <= SAFE:
+            _plain_sums(
+                q, k, factor, (row_labels, col_labels), rows, cols, sizes, d,
+                (g * blocks_q, last_i, h * blocks_k, last_j),
+                MIRRORED, AMONG, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE,
+            )  # fmt: skip
+            last_i = g * blocks_q
 
     # What does not change from a row of tiles to the next is computed anew: kept, it fills the registers.
     for block_i in tl.range(g * blocks_q, last_i, disable_licm=True):
@@ -250,10 +331,10 @@ def _lse_kernel(
             tl.store(rows + 5 * n + i, base, mask=i < n)
 
 
-@triton.jit(do_not_specialize=["n", "m", "slots", "group_rows"])
+@triton.jit(do_not_specialize=["n", "m", "slots", "mirrored_slots", "group_rows", "mirrored_rows"])
 def _lse_combine_kernel(
     parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count,
-    n, m, d, slots, group_rows, q_strides, k_strides,
+    n, m, d, slots, mirrored_slots, group_rows, mirrored_rows, q_strides, k_strides,
     MIRRORED: tl.constexpr, POSITIVES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -264,13 +345,16 @@ def _lse_combine_kernel(
     count = tl.zeros((BLOCK_M,), tl.float64)
     for half in tl.static_range(2 if MIRRORED else 1):
         part = mirrored if half == 1 else parts
-        for first in range(0, slots, BLOCK_SLOTS):
+        count_slots = mirrored_slots if half == 1 else slots
+        for first in range(0, count_slots, BLOCK_SLOTS):
             slot = first + tl.arange(0, BLOCK_SLOTS)[:, None]
-            m_slot = (slot < slots) & (i < n)[None, :]
+            m_slot = (slot < count_slots) & (i < n)[None, :]
             if MIRRORED:
                 # By rows the tiles right of the diagonal, by columns those above it.
-                own = (i // group_rows)[None, :]
-                m_slot = m_slot & ((slot >= own) if half == 0 else (slot <= own))
+                if half == 0:
+                    m_slot = m_slot & (slot >= (i // group_rows)[None, :])
+                else:
+                    m_slot = m_slot & (slot <= (i // mirrored_rows)[None, :])
             at = part + slot.to(tl.int64) * PLANES * n + i[None, :]
             b_peak = tl.load(at, mask=m_slot, other=NOTHING)
             b_sum = tl.load(at + n, mask=m_slot, other=0.0)
@@ -302,8 +386,38 @@ def _lse_combine_kernel(
         tl.store(positive_count + i, count, mask=i < n)
 
 
+def _groups(
+    row_blocks: int, col_blocks: int, tile: configs.Shape, q: Tensor, mirrored: bool
+) -> tuple[int, int, int]:
+    """Blocks of rows and of columns that a program visits where both are summed up, and how many programs.
+    Few columns, and of rows, since a column's sum is reduced once for all of them, those with the least waves
+    of programs times tiles of a program. A group of rows has whole groups of columns."""
+    blocks_k = 1
+    while blocks_k * MOST_GROUPS < col_blocks:
+        blocks_k *= 2
+    whole = max(1, blocks_k * tile.block_n // tile.block_m)
+    least = launch.cdiv(launch.cdiv(row_blocks, MOST_GROUPS), whole) * whole
+    together = RESIDENT * configs.device_of(q).processors
+
+    def programs(blocks_q: int) -> int:
+        groups_q, groups_k = launch.cdiv(row_blocks, blocks_q), launch.cdiv(col_blocks, blocks_k)
+        # Of the groups of columns each group of rows leaves out so many more than the one before.
+        skipped = blocks_q * tile.block_m // (blocks_k * tile.block_n) if mirrored else 0
+        return groups_q * groups_k - skipped * (groups_q * (groups_q - 1) // 2)
+
+    def cost(blocks_q: int) -> int:
+        return launch.cdiv(programs(blocks_q), together) * (blocks_q + OVERHEAD)
+
+    blocks_q = min(range(least, max(least, MOST_BLOCKS) + 1, whole), key=cost)
+    return blocks_q, blocks_k, programs(blocks_q)
+
+
 def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """lse [N], lse_cols [M] | [0], positive_sum [N] | [0], positive_count [N] | [0], float64."""
+    if by_class_sums(problem):
+        alone = problem._replace(row_labels=None, col_labels=None, label_positives=False)
+        lse, lse_cols, _, _ = log_sum_exp(alone)
+        return lse, lse_cols, *class_positives(problem)
     q, k = problem.q, problem.keys
     (n, d), m = q.shape, k.shape[0]
     positives = problem.positives
@@ -313,17 +427,12 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mirrored = problem.mirrored and problem.exclude == 0 and positives != "mask"
     columns = problem.both_axes
     row_blocks, col_blocks = launch.cdiv(n, tile.block_m), launch.cdiv(m, tile.block_n)
-    if mirrored:
-        blocks_q = launch.cdiv(row_blocks, MOST_GROUPS)
-        blocks_k = blocks_q * tile.block_m // tile.block_n
-        groups_q = groups_k = launch.cdiv(row_blocks, blocks_q)
-    elif columns:
-        blocks_q, blocks_k = (launch.cdiv(blocks, MOST_GROUPS) for blocks in (row_blocks, col_blocks))
-        groups_q, groups_k = launch.cdiv(row_blocks, blocks_q), launch.cdiv(col_blocks, blocks_k)
+    if mirrored or columns:
+        blocks_q, blocks_k, programs = _groups(row_blocks, col_blocks, tile, q, mirrored)
     else:
-        blocks_q, groups_q = 1, row_blocks
-        groups_k = launch.splits(row_blocks, col_blocks, q)
-        blocks_k = launch.cdiv(col_blocks, groups_k)
+        blocks_q, blocks_k = 1, launch.cdiv(col_blocks, launch.splits(row_blocks, col_blocks, q))
+        programs = row_blocks * launch.cdiv(col_blocks, blocks_k)
+    groups_q, groups_k = launch.cdiv(row_blocks, blocks_q), launch.cdiv(col_blocks, blocks_k)
     norms = None
     if mirrored or columns:
         norms = q.new_empty(row_blocks + col_blocks, dtype=torch.float32)
@@ -335,7 +444,6 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     planes = 4 + wholes if sums else 2  # as the kernel has it
     rows = q.new_empty((groups_k, planes, n), dtype=torch.float32)
     cols = q.new_empty((groups_q, planes, m), dtype=torch.float32) if mirrored or columns else rows
-    programs = groups_q * (groups_q + 1) // 2 if mirrored else groups_q * groups_k
     mask, mask_sizes, mask_strides = mask_arguments(problem.positive_mask)
     _lse_kernel[(programs,)](
         q, k, launch.scalar(problem.scale), problem.key_bias,
@@ -349,7 +457,7 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )  # fmt: skip
 
     lse, positive_sum, positive_count = combine_parts(
-        rows, problem, mirrored=cols if mirrored else None, group_rows=blocks_q * tile.block_m
+        rows, problem, cols if mirrored else None, (blocks_k * tile.block_n, blocks_q * tile.block_m)
     )
     lse_cols = combine_parts(cols)[0] if columns else q.new_empty(0, dtype=torch.float64)
     return lse, lse_cols, positive_sum, positive_count
@@ -359,10 +467,11 @@ def combine_parts(
     parts: Tensor,  # [slots, 2, 4 or 5, n]
     problem: Contrast | None = None,  # whose positives are asked for, None: no positives
     mirrored: Tensor | None = None,  # as parts, where columns stand for rows too
-    group_rows: int = 1,
+    group_rows: tuple[int, int] = (1, 1),  # rows that a slot of parts and one of mirrored are of
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, positive_sum, positive_count, float64 [n] ([0] what was not asked for)."""
     slots, planes, n = parts.shape
+    mirrored_slots = 0 if mirrored is None else mirrored.shape[0]
     positives = "none" if problem is None else problem.positives
     lse = parts.new_empty(n, dtype=torch.float64)
     positive_sum = parts.new_empty(n if positives != "none" else 0, dtype=torch.float64)
@@ -375,7 +484,7 @@ def combine_parts(
         q_strides, k_strides, scale = q.stride(), k.stride(), launch.scalar(problem.scale)
     _lse_combine_kernel[(launch.cdiv(n, 32),)](
         parts, mirrored, q, k, scale, index, lse, positive_sum, positive_count,
-        n, m, d, slots, group_rows, q_strides, k_strides,
+        n, m, d, slots, mirrored_slots, *group_rows, q_strides, k_strides,
         MIRRORED=mirrored is not None, POSITIVES=positives, PLANES=planes, PRECISION=precision,
         BLOCK_SLOTS=32, BLOCK_M=32, BLOCK_D=32, num_warps=4,
     )  # fmt: skip
