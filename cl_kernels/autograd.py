@@ -75,11 +75,9 @@ def contrastive(problem: Contrast, first_positive: int | None = None) -> Contras
 
 def contrastive_loss(problem: Contrast, how: LossOptions) -> Tensor:
     """The loss [] of all rows, in the accumulation dtype, where `dispatch.makes_whole_losses`."""
-    q, mask, scale = problem.q, problem.positive_mask, _scale(problem.scale, problem.q)
-    if mask is not None:
-        mask = mask.to(dtypes.accumulate_dtype(q.dtype))
+    q, scale = problem.q, _scale(problem.scale, problem.q)
     needs = _gradients_needed(q, problem.k, scale)
-    tensors = problem._replace(scale=scale, positive_mask=mask).tensors()
+    tensors = problem._replace(scale=scale).tensors()
     return _run_whole("contrastive_loss", (problem.options(), how, needs, q.dtype), tensors)
 
 
@@ -103,7 +101,7 @@ def key_loss(problem: KeyLoss, mean: bool) -> Tensor | None:
     """The loss [] of all rows, as above; None where more than queries and scale needs a gradient."""
     q, target_q, scale = problem.q, problem.target_q, _scale(problem.scale, problem.q)
     of_target = (x for x in (problem.target_scale, problem.coeff) if isinstance(x, Tensor))
-    if _needs_gradient(*problem.k, target_q, problem.own, *of_target):
+    if torch.is_grad_enabled() and _needs_gradient(*problem.k, target_q, problem.own, *of_target):
         return None
     if target_q is not None:
         target_scale, coeff = _scale(problem.target_scale, q), _scale(problem.coeff, q)
@@ -292,7 +290,8 @@ class LossOptions(NamedTuple):
 class _WholeLoss(_Op):
     """A loss whose gradients come with the forward: the backward multiplies them.
 
-    The last options are which gradients the op is to give, and the dtype of the features.
+    The last options are which gradients the op is to give, and the dtype of the features. The tensors are
+    saved for a second derivative alone; frozen keys stand beside, and may be changed before the backward.
     """
 
     outputs = 1
@@ -300,19 +299,27 @@ class _WholeLoss(_Op):
     given: tuple[int, ...]  # of which of the tensors the op gives gradients, the scale last
 
     @staticmethod
+    def keys(options: Options, count: int) -> Sequence[int]:
+        """Which of so many tensors are frozen keys."""
+        return ()
+
+    @staticmethod
     def frozen(options: Options, needs: Sequence[bool]) -> bool:
         return True
 
-    @staticmethod
-    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
-        return outputs[1:]
+    @classmethod
+    def saved(cls, tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        if torch.compiler.is_compiling():  # there is no second derivative
+            return *[None] * len(tensors), *outputs[1:]
+        beside = cls.keys(options, len(tensors))
+        return *(None if i in beside else x for i, x in enumerate(tensors)), *outputs[1:]
 
     @classmethod
     def gradient(
         cls, saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
     ) -> Tensors:
         found: list[Tensor | None] = [None] * len(needs)
-        for i, x in zip(cls.given, saved, strict=True):
+        for i, x in zip(cls.given, saved[len(needs) :], strict=True):
             if needs[i]:
                 grad = x * grads[0]
                 found[i] = grad if i == cls.given[-1] else grad.to(options[-1])
@@ -324,9 +331,18 @@ class _ContrastiveLoss(_WholeLoss):
     given = (0, 1, 2)
 
     @staticmethod
+    def keys(options: Options, count: int) -> Sequence[int]:
+        _, needs_k, _ = options[-2]
+        return () if needs_k else (1,)
+
+    @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
-        bare, how, needs, _ = options
-        return torch.ops.cl_kernels.contrastive_loss.default(*bare.with_tensors(tensors), *how, needs)
+        bare, how, needs, dtype = options
+        problem = bare.with_tensors(tensors)
+        if problem.positive_mask is not None:
+            acc = dtypes.accumulate_dtype(dtype)
+            problem = problem._replace(positive_mask=problem.positive_mask.to(acc))
+        return torch.ops.cl_kernels.contrastive_loss.default(*problem, *how, needs)
 
     @staticmethod
     def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
@@ -394,6 +410,10 @@ class _DimCLLoss(_WholeLoss):
 class _KeyLoss(_WholeLoss):
     users = "info_nce_loss and sce_loss"
     given = (0, 2)
+
+    @staticmethod
+    def keys(options: Options, count: int) -> Sequence[int]:
+        return 1, 5, *range(7, count)  # the target's queries, the positives, the segments
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
@@ -617,7 +637,7 @@ class _Kept:
                 self.places.append(i)
                 self._held.append(x)
                 self._refs.append(weakref.ref(x))
-                self._versions.append(None if x.is_inference() else x._version)
+                self._versions.append(_version(x))
 
     def let_go(self) -> None:
         """After a backward that is not differentiated, as autograd frees what it saved: the keys of a step do
@@ -701,10 +721,7 @@ class _Value(torch.autograd.Function):
             if frozen and not torch.compiler.is_compiling():
                 ctx.kept.let_go()
             return None, None, *op.gradient(saved, options, grads, needs, frozen)
-        tensors: list[Tensor | None] = [None] * len(needs)
-        if not issubclass(op, _WholeLoss):
-            tensors = list(saved[: len(needs)])
-        usable = True
+        tensors, usable = list(saved[: len(needs)]), True
         if frozen:
             usable = ctx.kept.as_they_were
             for i, x in zip(ctx.kept.places, ctx.kept.tensors, strict=True):
@@ -715,15 +732,17 @@ class _Value(torch.autograd.Function):
 
 
 class _WholeValue(_Value):
-    """The same for a whole loss, of which nothing but the gradients is saved."""
+    """The same for a whole loss, with less around it."""
 
     @staticmethod
     def forward(ctx: Any, name: str, options: Options, *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
-        loss, *gradients = OPS[name].forward(tensors, options)
-        ctx.save_for_backward(*gradients)
-        ctx.kept = _Kept(tensors)
+        op = OPS[name]
+        outputs = op.forward(tensors, options)
+        saved = op.saved(tensors, options, outputs, True)
+        ctx.save_for_backward(*saved)
+        ctx.kept = _Kept([None if x is y else x for x, y in zip(tensors, saved, strict=False)])
         ctx.call = (name, options, True)
-        return loss
+        return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

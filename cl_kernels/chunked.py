@@ -549,7 +549,7 @@ def row_losses(
     if total.numel() == 0:
         total, count = torch.zeros_like(lse), torch.ones_like(lse)
     divisor = torch.where(count < EMPTY_COUNT, 1.0, count)
-    empty = (lse == -math.inf) & ~total.isnan()
+    empty = (lse == -math.inf) & total.isfinite()
     share = torch.where(empty, 0.0, count / divisor)
     rows = torch.where(empty, 0.0, lse * share - total / divisor)
     if at_least_zero:

@@ -256,7 +256,9 @@ def _contrastive_backward(
 @_fake_loss
 @flat(Contrast)
 def _contrastive_loss(problem: Contrast, *options: Any) -> tuple[Tensor, ...]:
-    return _loss_and_gradients([problem.q, problem.keys], options[-1])
+    needs_q, needs_k, needs_scale = options[-1]
+    needs = needs_q, needs_k and problem.k is not None, needs_scale
+    return _loss_and_gradients([problem.q, problem.keys], needs)
 
 
 @_fake_loss

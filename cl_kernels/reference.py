@@ -151,7 +151,7 @@ def whole_loss(
     if problem.positives == "none":
         total, count = torch.zeros_like(lse), torch.ones_like(lse)
     divisor = count.masked_fill(count < EMPTY_COUNT, 1.0)
-    empty = (lse == -INF) & ~total.isnan()
+    empty = (lse == -INF) & total.isfinite()
     rows = lse.masked_fill(empty, 0.0) * (count / divisor) - total / divisor
     rows = rows.masked_fill(empty, 0.0)
     if at_least_zero:

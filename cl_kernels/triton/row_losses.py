@@ -42,7 +42,7 @@ def _row_losses_kernel(
             of_row = tl.load(total + i, mask=i < n, other=0.0)
             number = tl.load(count + i, mask=i < n, other=1.0)
         divisor = tl.where(number < _EMPTY_COUNT, 1.0, number)
-        empty = (x == float("-inf")) & (of_row == of_row)
+        empty = (x == float("-inf")) & (tl.abs(of_row) < float("inf"))
         share = tl.where(empty, 0.0, number / divisor)
         value = tl.where(empty, 0.0, tl.where(empty, 0.0, x) * share - of_row / divisor)
         if AT_LEAST_ZERO:

@@ -147,14 +147,15 @@ class Engine {
     positive_sum_.clear();
     const RowLosses rows(lse, lse_cols, sum, count, options);
     const at::TensorOptions type = q_.tensor().options().dtype(sum_type<Mode>());
-    const at::Tensor none = at::empty({0}, type), loss = at::scalar_tensor(rows.loss, type);
-    if (!any) return {loss, none, none, none};
+    const at::Tensor loss = at::scalar_tensor(rows.loss, type);
+    auto none = [&] { return at::empty({0}, type); };
+    if (!any) return {loss, none(), none(), none()};
     gradient_type_ = sum_type<Mode>();
     ContrastIncoming incoming{rows.grad_lse, std::nullopt, std::nullopt};
     if (problem_.both_axes) incoming.lse_cols = rows.grad_lse_cols;
     if (has_positives()) incoming.positive_sum = rows.grad_positive_sum;
     auto [grad_q, grad_k, grad_scale, grad_bias] =
-        gradient(incoming, {lse, lse_cols, none}, {options.needs[0], options.needs[1], false});
+        gradient(incoming, {lse, lse_cols, none()}, {options.needs[0], options.needs[1], false});
     return {loss, grad_q, grad_k, grad_scale};
   }
 
@@ -315,8 +316,8 @@ class Engine {
   // Keeps the logits of the first pass over the tiles for the second, where they fit the budget.
   void keep_logits() {
     const int64_t tiles = symmetric_ ? row_blocks() * (row_blocks() + 1) / 2 : row_blocks() * col_blocks();
-    if (n() * m() * static_cast<int64_t>(sizeof(T)) <= keep_budget())
-      kept_ = large_empty<T>(tiles * tile_elements());
+    const int64_t elements = tiles * tile_elements();
+    if (elements * static_cast<int64_t>(sizeof(T)) <= keep_budget()) kept_ = large_empty<T>(elements);
   }
 
   // Where a tile's logits stand: among those kept, of a symmetric problem those from the diagonal on, or in a
@@ -679,8 +680,9 @@ void check(const Contrast& problem) {
       "row_labels and col_labels must be given together, and where labels decide which pairs count");
   TORCH_CHECK_VALUE(problem.row_labels || problem.among == "all" || !problem.both_axes,
                     "denominators by positive_mask are those of rows, both_axes is for the others");
-  TORCH_CHECK_VALUE(!problem.positive_mask || problem.positive_mask->dim() == 2,
-                    "positive_mask must be [R, C]");
+  TORCH_CHECK_VALUE(
+      !problem.positive_mask || (problem.positive_mask->dim() == 2 && problem.positive_mask->numel() > 0),
+      "positive_mask must be [R, C] and not empty");
   TORCH_CHECK_VALUE(problem.label_positives + problem.positive_index.has_value() +
                             problem.positive_mask.has_value() + problem.key_bias.has_value() <=
                         1,
@@ -694,6 +696,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(cons
                                                                             bool unit,
                                                                             const LossOptions& options) {
   check(problem);
+  TORCH_CHECK_VALUE(!problem.key_bias, "key_bias is not for a whole loss");
+  TORCH_CHECK_TYPE(at::isFloatingType(problem.q.scalar_type()), "q must be floating, got ",
+                   problem.q.scalar_type());
   if (unit) {
     TORCH_CHECK_VALUE(!problem.k, "unit is for queries that are the keys");
     return with_mode(problem.q.scalar_type(), [&](auto mode) {
@@ -706,7 +711,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(cons
       return found;
     });
   }
-  TORCH_CHECK_VALUE(!problem.key_bias, "key_bias is not for a whole loss");
   TORCH_CHECK_VALUE(!problem.both_axes || !problem.k || problem.k->size(0) == problem.q.size(0),
                     "a loss over both axes has as many columns as rows");
   return with_mode(problem.q.scalar_type(),

@@ -113,9 +113,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dimcl_loss(
   of_columns.needs = {need_z0 || need_z1, false, need_scale};
   auto [loss, grad, none, grad_scale] =
       contrastive_loss(column_problem(x, scale, positive_mask), false, of_columns);
-  if (!need_z0 && !need_z1) return {loss, grad, grad, grad_scale};
+  if (!need_z0 && !need_z1) return {loss, grad, none, grad_scale};
   const at::Tensor out = through_moments(grad, x, rnorm);
-  auto of_view = [&](int64_t view, bool needed) { return needed ? out[view].contiguous() : none; };
+  auto of_view = [&](int64_t view, bool needed) {
+    return needed ? out[view].clone(at::MemoryFormat::Contiguous) : at::empty({0}, grad.options());
+  };
   return {loss, of_view(0, need_z0), of_view(1, need_z1), grad_scale};
 }
 

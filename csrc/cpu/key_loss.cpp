@@ -1,7 +1,8 @@
 // Losses over keys that get no gradient, as queues and momentum encoders have them: InfoNCE and SCE.
 //
 // Tiles stand on their side, [keys, queries]: a product reads keys as they lie, row by row, and the softmax
-// of a query runs down a column, over whole vectors of queries. Nothing as large as the keys is made. The
+// of a query runs down a column, over whole vectors of queries. Nothing as large as the keys is made: those
+// that are not rows of the dtype of products, of a width of whole panels, are packed a tile at a time. The
 // first pass over the keys leaves the log-sum-exps and keeps the logits of as many queries as fit the budget;
 // the second makes one gradient of both softmaxes and multiplies it once.
 
@@ -25,9 +26,8 @@ constexpr int64_t kParts = 32;         // tasks of a pass, whatever the number o
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-double log_add(double x, double y) {
-  const double high = std::max(x, y), low = std::min(x, y);
-  return high == -kInfinity ? high : high + std::log1p(std::exp(low - high));
+double softplus(double x) {
+  return (x > 0 ? x : 0) + std::log1p(std::exp(-std::abs(x)));
 }
 
 double sigmoid(double x) {
@@ -95,12 +95,16 @@ class KeyLossEngine {
     if (problem.own) own_ = problem.own->to(sum_type<Mode>()).contiguous();
     int64_t first = 0;
     for (const at::Tensor& part : problem.k) {
-      Operand<Mode>& keys = segments_.emplace_back(part);
-      keys.make_rows();
-      if (gradient && !keys.rows_are_panels()) keys.make_row_panels();
-      for (int64_t row = 0; row < keys.n(); row += kKeys)
-        tiles_.push_back({&keys, row, first + row, static_cast<int>(std::min(kKeys, keys.n() - row))});
-      first += keys.n();
+      const int64_t keys = part.size(0);
+      Operand<Mode>* as_they_lie = nullptr;
+      if (part.scalar_type() == element_type<Mode>() && part.is_contiguous() && q_.rows_are_panels()) {
+        as_they_lie = &segments_.emplace_back(part);
+        as_they_lie->make_rows();
+      }
+      for (int64_t row = 0; row < keys; row += kKeys)
+        tiles_.push_back(
+            {part, as_they_lie, row, first + row, static_cast<int>(std::min(kKeys, keys - row))});
+      first += keys;
     }
     parts_ = std::min<int64_t>(kParts, tiles_.size());
     set_block();
@@ -113,16 +117,22 @@ class KeyLossEngine {
     double loss = 0;
     for (int64_t first = 0; first < n(); first += block_) loss += block(first, grad);
     const at::Tensor value = at::scalar_tensor(loss * factor_, options);
-    if (!gradient_) return {value, none, none};
+    if (!gradient_) return {value, none, at::empty({0}, options)};
     const at::Tensor grad_scale = contraction<T>(sum_rows(q_), grad);
     return {value, needs[0] ? finish_gradient(grad, q_.d(), scale_, sum_type<Mode>()) : none, grad_scale};
   }
 
  private:
   struct Tile {
-    Operand<Mode>* keys;
-    int64_t row, column;  // of its first key: in the segment, in the problem
+    at::Tensor part;             // the segment of its keys
+    Operand<Mode>* as_they_lie;  // all of it, or null: a tile's keys are converted and packed for each pass
+    int64_t row, column;         // of its first key: in the segment, in the problem
     int rows;
+  };
+  // A tile's keys, from `row` of an operand on.
+  struct Keys {
+    const Operand<Mode>& operand;
+    int64_t row;
   };
 
   int64_t n() const { return q_.n(); }
@@ -143,21 +153,31 @@ class KeyLossEngine {
 
   int64_t flops() const { return 2 * kinds() * kKeys * block_ * q_.d() * ceil_div(tiles_.size(), parts_); }
 
-  // f(part, tile, its logits of the student, and of the teacher or null) for every tile.
+  // f(part, tile, its keys, its logits of the student, and of the teacher or null) for every tile.
   template <typename F>
   void for_tiles(Scratch<T>& scratch, F f) {
     run_tasks(parts_, flops(), [&](int64_t part) {
       for (int64_t b = first_tile(part); b < first_tile(part + 1); ++b) {
+        const Tile& tile = tiles_[b];
         T* s = keeps_ ? kept_.mutable_data_ptr<T>() + b * kinds() * tile_elements() : scratch.get();
-        f(part, tiles_[b], s, target_q_ ? s + tile_elements() : nullptr);
+        T* t = target_q_ ? s + tile_elements() : nullptr;
+        if (tile.as_they_lie) {
+          f(part, tile, Keys{*tile.as_they_lie, tile.row}, s, t);
+          continue;
+        }
+        Operand<Mode> own(tile.part.narrow(0, tile.row, tile.rows));
+        own.make_rows();
+        if (gradient_) own.make_row_panels();
+        f(part, tile, Keys{own, 0}, s, t);
       }
     });
   }
 
-  void logits(const Tile& tile, const Operand<Mode>& q, int64_t first, double scale, T* s) const {
+  void logits(const Tile& tile, const Keys& keys, const Operand<Mode>& q, int64_t first, double scale,
+              T* s) const {
     const auto& product = tile_kernels<Mode>().product;
     const int panels = static_cast<int>(ceil_div(std::min(block_, n() - first), product.panel_width));
-    product.dot(tile.keys->row(tile.row), q.depth(), tile.rows, q.col_panels(first), q.depth(), panels,
+    product.dot(keys.operand.row(keys.row), q.depth(), tile.rows, q.col_panels(first), q.depth(), panels,
                 static_cast<T>(scale * kLog2e), s, ld());
   }
 
@@ -172,11 +192,11 @@ class KeyLossEngine {
     }
   }
 
-  void logits_of_both(const Tile& tile, int64_t first, T* s, T* t) {
-    logits(tile, q_, first, scale_, s);
+  void logits_of_both(const Tile& tile, const Keys& keys, int64_t first, T* s, T* t) {
+    logits(tile, keys, q_, first, scale_, s);
     for_positives(tile, first, [&](int64_t j, int64_t at) { positive_sum_[j] = s[at] * kLn2; });
     if (!t) return;
-    logits(tile, *target_q_, first, target_scale_, t);
+    logits(tile, keys, *target_q_, first, target_scale_, t);
     const T value = problem_.positive_is_zero ? T(0) : -std::numeric_limits<T>::infinity();
     for_positives(tile, first, [&](int64_t, int64_t at) { t[at] = value; });
   }
@@ -190,8 +210,8 @@ class KeyLossEngine {
     if (target_q_) teacher_.start(parts_, block_);
     positive_sum_.assign(block_, 0);
     positive_coef_.assign(block_, T(0));
-    for_tiles(scratch, [&](int64_t part, const Tile& tile, T* s, T* t) {
-      logits_of_both(tile, first, s, t);
+    for_tiles(scratch, [&](int64_t part, const Tile& tile, const Keys& keys, T* s, T* t) {
+      logits_of_both(tile, keys, first, s, t);
       auto online = [&](const T* x, const T* crossed, Columns<T>& of) {
         const int64_t at = part * block_;
         tile_kernels<Mode>().row.online_columns(x, crossed, ld(), tile.rows, cols, of.max.data() + at,
@@ -206,15 +226,15 @@ class KeyLossEngine {
 
     const int64_t d = q_.padded_d();
     at::Tensor parts = at::zeros({parts_, block_, d}, grad.options());
-    for_tiles(scratch, [&](int64_t part, const Tile& tile, T* s, T* t) {
-      if (!keeps_) logits_of_both(tile, first, s, t);
+    for_tiles(scratch, [&](int64_t part, const Tile& tile, const Keys& keys, T* s, T* t) {
+      if (!keeps_) logits_of_both(tile, keys, first, s, t);
       T* g = scratch.get() + (keeps_ ? 0 : kinds() * tile_elements());
       tile_kernels<Mode>().row.gradient_columns({s, t, g, ld(), tile.rows, cols, student_.coef.data(),
                                                  student_.shift.data(), teacher_.coef.data(),
                                                  teacher_.shift.data()});
       for_positives(tile, first, [&](int64_t j, int64_t at) { g[at] += positive_coef_[j]; });
       GradientProduct<Mode>(g, ld(), g + tile_elements(), tile.rows, static_cast<int>(queries))
-          .add_cols(*tile.keys, tile.row, parts.mutable_data_ptr<T>() + part * block_ * d);
+          .add_cols(keys.operand, keys.row, parts.mutable_data_ptr<T>() + part * block_ * d);
     });
     for_rows(queries, parts_ * d, [&](int64_t j) {
       T* out = grad.mutable_data_ptr<T>() + (first + j) * q_.d();
@@ -233,12 +253,13 @@ class KeyLossEngine {
     student_.join(parts_, block_, j);
     double cross = target_q_ ? teacher_.join(parts_, block_, j) * kLn2 : 0;
     const double lse = student_.lse[j] * kLn2;
-    double positive = positive_sum_[j], all = lse, of_all = 1, of_cross = coeff_ - 1, of_positive = -coeff_;
+    double positive = positive_sum_[j], of_all = 1, of_cross = coeff_ - 1, of_positive = -coeff_;
+    double above = lse - positive;  // of the log-sum-exp, the positive with it, over the positive
     if (own_.defined()) {
       positive = scale_ * own_product(first + j);
-      all = log_add(lse, positive);
+      above = softplus(lse - positive);
       of_all = sigmoid(lse - positive);
-      of_positive += sigmoid(positive - lse);
+      of_positive = 1 - coeff_ - of_all;
       if (target_q_ && problem_.positive_is_zero) {
         const double keys = sigmoid(teacher_.lse[j] * kLn2);  // their share of the target
         cross = positive + keys * (cross - positive);
@@ -249,7 +270,7 @@ class KeyLossEngine {
     student_.set(j, of_all * factor_);
     if (target_q_) teacher_.set(j, of_cross * factor_);
     positive_coef_[j] = static_cast<T>(of_positive * factor_);
-    const double loss = all - (cross + coeff_ * (positive - cross));
+    const double loss = above + (1 - coeff_) * (positive - cross);
     return loss < 0 ? 0 : loss;
   }
 
@@ -269,7 +290,7 @@ class KeyLossEngine {
   Operand<Mode> q_;
   std::optional<Operand<Mode>> target_q_;
   at::Tensor positive_, own_, kept_;
-  std::deque<Operand<Mode>> segments_;
+  std::deque<Operand<Mode>> segments_;  // that are read as they lie
   std::vector<Tile> tiles_;
   int64_t parts_ = 0, block_ = 0;
   // Of a block of queries.
@@ -280,7 +301,8 @@ class KeyLossEngine {
 
 void check(const KeyLoss& problem) {
   const at::Tensor& q = problem.q;
-  TORCH_CHECK_VALUE(q.dim() == 2, "q must be [N, D], got ", q.sizes());
+  TORCH_CHECK_VALUE(q.dim() == 2 && q.size(0) > 0, "q must be [N, D] and not empty, got ", q.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(q.scalar_type()), "q must be floating, got ", q.scalar_type());
   int64_t m = 0;
   for (const at::Tensor& k : problem.k) {
     TORCH_CHECK_VALUE(k.dim() == 2 && k.size(1) == q.size(1), "a segment of k must be [M, ", q.size(1),
@@ -301,6 +323,10 @@ void check(const KeyLoss& problem) {
   TORCH_CHECK_VALUE(problem.positive->dim() == 1 && problem.positive->size(0) == q.size(0),
                     "positive must be [", q.size(0), "], got ", problem.positive->sizes());
   check_index("positive", *problem.positive, m);
+  const at::Tensor index = problem.positive->contiguous();
+  for (int64_t i = 0; i < index.numel(); ++i)
+    TORCH_CHECK_INDEX(index.const_data_ptr<int64_t>()[i] >= 0, "each row must have a positive, row ", i,
+                      " has none");
 }
 
 }  // namespace

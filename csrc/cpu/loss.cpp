@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,12 +15,17 @@
 namespace cl_kernels::cpu {
 namespace {
 
-constexpr double kEmptyCount = 1e-6;  // of positives, as losses/_views.py has it
+constexpr double kEmptyCount = 1e-6;  // of positives, reference.EMPTY_COUNT
 
 std::atomic<int64_t>& budget() {
   static std::atomic<int64_t> bytes{[] {
     const char* asked = std::getenv("CL_KERNELS_KEEP_MB");
-    return static_cast<int64_t>((asked && *asked ? std::atof(asked) : 64.0) * (1 << 20));
+    if (!asked || !*asked) return int64_t{64} << 20;
+    char* end;
+    const double megabytes = std::strtod(asked, &end);
+    TORCH_CHECK_VALUE(*end == 0 && megabytes >= 0 && megabytes < 1e9,
+                      "CL_KERNELS_KEEP_MB must be a number of MB, got '", asked, "'");
+    return static_cast<int64_t>(megabytes * (1 << 20));
   }()};
   return bytes;
 }
@@ -50,7 +56,8 @@ RowLosses::RowLosses(const at::Tensor& lse, const at::Tensor& lse_cols, const at
     const double of_row = positives ? sum[i] : 0, number = positives ? count[i] : 1;
     const double divisor = number < kEmptyCount ? 1 : number;
     double share = number / divisor, value = x * share - of_row / divisor, of_positive = -1 / divisor;
-    if (x == -std::numeric_limits<double>::infinity() && !std::isnan(of_row)) value = share = of_positive = 0;
+    if (x == -std::numeric_limits<double>::infinity() && std::isfinite(of_row))
+      value = share = of_positive = 0;
     if (options.at_least_zero && value < 0) value = 0;
     loss += value;
     of_lse[i] = share;

@@ -19,7 +19,7 @@ struct TermsParams {
 };
 
 // Blocks for n rows: whole tiles.
-constexpr int terms_blocks(int n) {
+__host__ __device__ constexpr int terms_blocks(int n) {
   return round_up(n, kTermsPadding) / kTermsBlock;
 }
 

@@ -199,6 +199,9 @@ def test_the_environment_sets_the_budget() -> None:
     code = "from cl_kernels import _C; print(_C.keep_budget())"
     assert int(run_python("-c", code, CL_KERNELS_KEEP_MB="1.5").stdout) == 1_572_864
     assert int(run_python("-c", code, CL_KERNELS_KEEP_MB="").stdout) == 64 << 20
+    for wrong in ("64MB", "-1", "nan"):
+        failed = run_python("-c", code, CL_KERNELS_KEEP_MB=wrong)
+        assert "CL_KERNELS_KEEP_MB must be a number of MB" in failed.stderr
 
 
 def test_memory_beyond_the_budget_grows_with_the_rows_alone(budget: Callable[[int], None]) -> None:
