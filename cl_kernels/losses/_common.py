@@ -188,9 +188,11 @@ def positives_of(
     return keys, None, torch.arange(first, first + q.shape[0], device=q.device)
 
 
-def makes_whole_losses(q: Tensor, reduction: str) -> bool:
-    """Whether an op makes a loss of rows like these with its gradients."""
-    return reduction != "none" and dispatch.makes_whole_losses(q) and not autograd.in_transform()
+def makes_whole_losses(q: Tensor, reduction: str, by_rows: bool = False) -> bool:
+    """Whether an op makes a loss of rows like these with its gradients; `by_rows`: or of their statistics."""
+    if reduction == "none" or autograd.in_transform():
+        return False
+    return dispatch.makes_whole_losses(q) or (by_rows and dispatch.makes_losses_of_rows(q))
 
 
 def whole(
@@ -205,13 +207,13 @@ def whole(
     by one op; None where there is none. `drop`: the mean counts rows with positives only; `unit`: q's rows
     are taken at unit length."""
     q, k = problem.q, problem.k
-    if reduction == "none" or columns <= 1 or problem.key_bias is not None or autograd.in_transform():
+    if columns <= 1 or problem.key_bias is not None or not makes_whole_losses(q, reduction, by_rows=True):
         return None
     inside = 1.0 if isinstance(factor, Tensor) else factor
     how = autograd.LossOptions(unit, inside, reduction == "mean", drop, problem.among == "all")
     if dispatch.makes_whole_losses(q):
         loss = autograd.contrastive_loss(problem, how)
-    elif dispatch.makes_losses_of_rows(q) and (k is None or problem.both_axes or k.requires_grad):
+    elif k is None or problem.both_axes or k.requires_grad:
         loss = autograd.loss_of_rows(problem, how)
     else:  # frozen keys have their gradient in the forward
         return None

@@ -11,7 +11,17 @@ from .. import autograd, dtypes, reference, validation
 from ..autograd import ContrastiveStats
 from ..distributed import Ranks, engine, total
 from ..problem import Contrast
-from ._common import cross_entropy, inverse, log_add_any, reduced, settled, warn_of_nothing, whole, wide
+from ._common import (
+    cross_entropy,
+    inverse,
+    log_add_any,
+    makes_whole_losses,
+    reduced,
+    settled,
+    warn_of_nothing,
+    whole,
+    wide,
+)
 from ._valid import among_valid, of_no_label, of_other_labels, zero_unless
 
 Memory = tuple[Tensor, Tensor]  # keys [K, D] and their labels [K]
@@ -172,7 +182,8 @@ def outside_loss(
 ) -> Tensor:
     """The reduced "out" loss."""
     mask = given.mask
-    simple = given.valid is None and given.ranks is None and given.key_ranks is None and given.memory is None
+    absent = all(x is None for x in (given.valid, given.ranks, given.key_ranks, given.memory))
+    simple = absent and makes_whole_losses(given.rows, reduction, by_rows=True)
     if simple and among == "all" and (mask is None or mask.dtype in (torch.bool, torch.uint8)):
         problem = with_positives(given) if mask is None else with_mask(given, mask)
         drop = no_positive == "drop" and problem.positive_index is None
@@ -194,6 +205,8 @@ def loss_of_samples(
 ) -> Tensor | None:
     """The reduced "out" loss of all rows as they lie, the views of a sample together: a mean does not mind
     the order of rows, and nothing is copied. None where there is no op for a whole loss."""
+    if not makes_whole_losses(features, reduction, by_rows=True):
+        return None
     batch, views, _ = features.shape
     n = batch * views
     problem = Contrast(features.flatten(0, 1), None, inverse(temperature, features), exclude=0)

@@ -180,7 +180,7 @@ def supcon_loss(
         kept = None
         if views == 2 and denominator != "only_negatives":
             summation, denominator = "out", "all"
-    alone = all(x is None for x in (mask, kept, stored, contrasted, valid, ranks)) and reduction != "none"
+    alone = all(x is None for x in (mask, kept, stored, contrasted, valid, ranks))
     if alone and (contrast_mode, summation, denominator) == ("all", "out", "all"):
         whole = loss_of_samples(x, labels, tau, base, no_positive, reduction)
         if whole is not None:

@@ -195,6 +195,80 @@ def test_second_derivatives(name: str) -> None:
         torch.testing.assert_close(found, right, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["supcon", "clip", "nt_xent", "info_nce, queue", "sce, queue", "dimcl"])
+def test_second_derivatives_after_a_first_backward(name: str) -> None:
+    """Of inputs that nobody else holds, or an error: never less than all of it."""
+
+    def second(api: object) -> list[Tensor]:
+        torch.manual_seed(0)
+        loss, make = CASES[name]
+        inputs = make(torch.float64)
+        leaves = [x for x in inputs if x.requires_grad]
+        value = loss(api, *(F.normalize(x * 1.5, dim=1) if x.requires_grad else x for x in inputs))
+        value.backward(retain_graph=True)
+        grads = torch.autograd.grad(value, leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+
+    try:
+        found = second(clk)
+    except RuntimeError as error:
+        assert "second derivative" in str(error) and "queue" in name
+        return
+    for gradient, right in zip(found, second(reference), strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-8, atol=1e-12)
+
+
+def test_a_converged_query_beside_a_queue_keeps_its_digits() -> None:
+    """A loss of e^-36, which no difference of logits holds."""
+    q = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    queue = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    loss = clk.info_nce_loss(q, q.detach(), queue, temperature=1 / 36)
+    small = torch.tensor(-36.0, dtype=torch.float64).exp()
+    torch.testing.assert_close(loss.detach(), small, rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(loss, q)
+    torch.testing.assert_close(
+        gradient, 36 * small * torch.tensor([[-1.0, 1.0]]).double(), rtol=1e-12, atol=0
+    )
+
+
+def test_infinite_logits_make_a_nan() -> None:
+    x, y = pair(torch.float32)
+    with torch.no_grad():
+        x[3, 0] = torch.inf
+        y[:, 0] = -y[:, 0].abs() - 0.1
+    assert clk.clip_loss(x, y, 10.0).isnan()
+
+
+@pytest.mark.parametrize("needs", [(False, False, False), (True, False, False), (True, True, True)], ids=str)
+def test_opcheck(needs: tuple[bool, bool, bool]) -> None:
+    torch.manual_seed(0)
+    q, k, z, scale = unit(9, torch.float32), unit(9, torch.float32), torch.randn(5, 3), torch.tensor(4.0)
+    index, how = torch.arange(9), (1.0, True, False, True)
+    library = torch.ops.cl_kernels
+    both = (q, k, scale, None, None, None, "all", False, index, None, None, True, False, *how, needs)
+    one = (q, None, scale, 0, None, None, "all", False, index.roll(1), None, None, False, True, *how, needs)
+    queue = (q, [k, k[:5]], k, scale, scale, scale / 8, None, index, False, True, needs[:2])
+    beside = (q, [k], None, scale, None, None, k.flip(0), None, False, False, needs[:2])
+    for op, arguments in (
+        (library.contrastive_loss, both), (library.contrastive_loss, one), (library.key_loss, queue),
+        (library.key_loss, beside), (library.dimcl_loss, (z, z.flip(0), scale, None, True, needs)),
+    ):  # fmt: skip
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_wrong_arguments_of_the_ops_are_errors() -> None:
+    q, scale, index = unit(4, torch.float32), torch.tensor(4.0), torch.arange(4)
+    key_loss, contrastive_loss = torch.ops.cl_kernels.key_loss, torch.ops.cl_kernels.contrastive_loss
+    for queries, positive in ((q[:0], index[:0]), (q, index - 1), (q, index + 1), (q.long(), index)):
+        keys = q.to(queries.dtype)
+        with pytest.raises((ValueError, IndexError, TypeError)):
+            key_loss(queries, [keys], None, scale, None, None, None, positive, False, True, [True, True])
+    for mask in (torch.empty(0, 0), torch.empty(5, 0)):
+        problem = (q, None, scale, 0, None, None, "all", False, None, mask, None, False)
+        with pytest.raises(ValueError, match="positive_mask"):
+            contrastive_loss(*problem, False, 1.0, True, False, True, [True, False, False])
+
+
 def test_the_environment_sets_the_budget() -> None:
     code = "from cl_kernels import _C; print(_C.keep_budget())"
     assert int(run_python("-c", code, CL_KERNELS_KEEP_MB="1.5").stdout) == 1_572_864

@@ -154,10 +154,10 @@ def test_a_second_derivative_after_a_change_is_refused(name: str, changed: str) 
 
 
 def test_what_the_backward_needs_must_not_change() -> None:
-    """Keys that get a gradient are read again, but where the gradient came with a whole loss."""
+    """Keys that get a gradient are read again."""
     q, k = unit(N, D).requires_grad_(), unit(N, D).requires_grad_()
     keys = k * 1
-    loss = clk.info_nce_loss(q, keys, reduction="none").sum()
+    loss = clk.info_nce_loss(q, keys)
     with torch.no_grad():
         keys.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
