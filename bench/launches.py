@@ -1,4 +1,4 @@
-"""What a step of a loss launches on a GPU, listed without one: `python bench/launches.py [LOSS ...]`.
+"""The launches of a step of a loss on a GPU, listed without one: `python bench/launches.py [LOSS ...]`.
 
 Triton's kernels run under its interpreter, and every other operation is one of PyTorch's, recorded as the
 dispatcher sees it. Views, memory and numbers on the host launch nothing. Sizes are small: what a loss

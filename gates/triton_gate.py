@@ -66,7 +66,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cl_kernels import chunked, configs, ops
-from cl_kernels.triton import launch
+from cl_kernels.triton import class_sums, launch
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ OPTIONS_AT = 128  # the width at which options are varied
 OPTIONS_ON = "sm_90"  # the architecture, which stands for all
 ROWS, KEYS = 256, 512
 ATOMICS = "atomics"
+BY_CLASS, FEW_ROWS = "self, labels", ", few rows"  # the case that class_sums.FEWEST_ROWS is about
 ODD_ROWS, ODD_WIDTH = "odd rows", "odd width"
 # Sizes of 1, which Triton makes constants.
 ONES = {
@@ -417,12 +418,21 @@ def record(architecture: str, implementation: ModuleType, match: str = "") -> Re
                 for case in op_cases.cases(problem.sizes, problem.dtype):
                     there = hasattr(implementation, f"{case.op}_forward")
                     if there and match in case.op and case.rank <= problem.rank:
-                        recorder.case = f"{case.op} {case.variant} {problem.special}".strip()
-                        try:
-                            _run(case, implementation)
-                        except KeyError as error:
-                            recorder.missing.add(error.args[0])
+                        _record(recorder, case, problem.special, implementation)
     return recorder
+
+
+def _record(recorder: Recorder, case: op_cases.Case, special: str, implementation: ModuleType) -> None:
+    """The launches of a case as of many rows, and where it differs, of as few as it has."""
+    for few, fewest in (("", 1), (FEW_ROWS, class_sums.FEWEST_ROWS)):
+        recorder.case = f"{case.op} {case.variant}{few} {special}".strip()
+        try:
+            with mock.patch.object(class_sums, "FEWEST_ROWS", fewest):
+                _run(case, implementation)
+        except KeyError as error:
+            recorder.missing.add(error.args[0])
+        if case.variant != BY_CLASS:
+            return
 
 
 # Figures of a compiled kernel
