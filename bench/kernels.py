@@ -29,10 +29,10 @@ TRITON = (
 
 # Kernel, case and width of what the issue slots are told of.
 SLOTS = (
-    # That of labels is that without positives.
+    # That of labels is that without positives, but for few rows.
     *(
         ("lse._lse_kernel", f"contrastive {case}", 128)
-        for case in ("self", "self, labels", "keys", "both axes")
+        for case in ("self", "self, labels", "self, labels, few rows", "keys", "both axes")
     ),
     ("lse._lse_kernel", "contrastive self", 64),
     ("lse._lse_kernel", "contrastive self", 256),

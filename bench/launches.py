@@ -1,4 +1,4 @@
-"""What a step of a loss launches on a GPU, listed without one: `python bench/launches.py [LOSS ...]`.
+"""The launches of a step of a loss on a GPU, listed without one: `python bench/launches.py [LOSS ...]`.
 
 Triton's kernels run under its interpreter, and every other operation is one of PyTorch's, recorded as the
 dispatcher sees it. Views, memory and numbers on the host launch nothing. Sizes are small: what a loss
@@ -64,12 +64,14 @@ def recorded() -> Iterator[list[str]]:
 
 
 def launches(step: Callable[[], torch.Tensor]) -> tuple[list[str], list[str]]:
-    """Those of the forward and of the backward of a loss by Triton's kernels."""
+    """Those of the forward and of the backward of a loss by Triton's kernels, without the backward's seed of
+    1, which is PyTorch's."""
     with clk.use_backend("triton"):
         with recorded() as forward:
             loss = step()
+        seed = torch.ones_like(loss)
         with recorded() as backward:
-            loss.backward()
+            loss.backward(seed)
     return list(forward), list(backward)
 
 

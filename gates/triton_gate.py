@@ -34,6 +34,7 @@ import argparse
 import functools
 import importlib
 import inspect
+import itertools
 import multiprocessing
 import os
 import re
@@ -66,7 +67,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cl_kernels import chunked, configs, ops
-from cl_kernels.triton import launch
+from cl_kernels.triton import class_sums, launch
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ CHIPS = {
 OPTIONS_AT = 128  # the width at which options are varied
 OPTIONS_ON = "sm_90"  # the architecture, which stands for all
 ROWS, KEYS = 256, 512
+ROWS_CASE = "rows"  # of row_losses.py and unit_rows.py
 ATOMICS = "atomics"
+BY_CLASS, FEW_ROWS = "self, labels", ", few rows"  # the case that class_sums.FEWEST_ROWS is about
 ODD_ROWS, ODD_WIDTH = "odd rows", "odd width"
 # Sizes of 1, which Triton makes constants.
 ONES = {
@@ -417,12 +420,42 @@ def record(architecture: str, implementation: ModuleType, match: str = "") -> Re
                 for case in op_cases.cases(problem.sizes, problem.dtype):
                     there = hasattr(implementation, f"{case.op}_forward")
                     if there and match in case.op and case.rank <= problem.rank:
-                        recorder.case = f"{case.op} {case.variant} {problem.special}".strip()
-                        try:
-                            _run(case, implementation)
-                        except KeyError as error:
-                            recorder.missing.add(error.args[0])
+                        _record(recorder, case, problem.special, implementation)
+            if hasattr(implementation, "row_losses") and match in ROWS_CASE:
+                _record_rows(recorder, problem, implementation)
     return recorder
+
+
+def _record(recorder: Recorder, case: op_cases.Case, special: str, implementation: ModuleType) -> None:
+    """The launches of a case as of many rows, and where it differs, of as few as it has."""
+    for few, fewest in (("", 1), (FEW_ROWS, class_sums.FEWEST_ROWS)):
+        recorder.case = f"{case.op} {case.variant}{few} {special}".strip()
+        try:
+            with mock.patch.object(class_sums, "FEWEST_ROWS", fewest):
+                _run(case, implementation)
+        except KeyError as error:
+            recorder.missing.add(error.args[0])
+        if case.variant != BY_CLASS:
+            return
+
+
+def _record_rows(recorder: Recorder, problem: Problem, implementation: ModuleType) -> None:
+    """The launches around the engine, of no row of the table: rows brought to unit length, and a loss made of
+    their statistics."""
+    sizes, varied = problem.sizes, problem.rank == 2
+    recorder.row = (ROWS_CASE, configs.dtype_kind(problem.dtype), sizes.d)
+    recorder.case = f"{ROWS_CASE} {problem.special}".strip()
+    x = torch.randn(sizes.n, sizes.d).to(problem.dtype)
+    for rows in (x, x.T.contiguous().T) if varied else (x,):
+        _, rnorm = implementation.unit_rows(rows)
+        implementation.unit_rows_gradient(x, rows, rnorm)
+    lse = torch.zeros(sizes.n, dtype=torch.float64)
+    either = (False, True)
+    for axes, positives, mean, drop, at_least_zero in itertools.product(either, repeat=5):
+        if varied or (positives and mean and at_least_zero and not drop):
+            of_positives = lse if positives else lse[:0]
+            given = (lse, lse if axes else lse[:0], of_positives, of_positives)
+            implementation.row_losses(*given, 1.0, mean, mean and drop, at_least_zero)
 
 
 # Figures of a compiled kernel

@@ -18,6 +18,7 @@ from ..problem import Contrast
 from . import launch
 from .tiles import Matrix, load_rows, scalar
 
+FEWEST_ROWS = 8192  # below, the launches of the sort take longer than the tiles' own sums, by the model
 CHUNK = 64  # rows in the order of labels
 CHUNKS = 16  # whose sums are loaded at a time
 FEATURES = 32
@@ -103,9 +104,11 @@ def _class_positives_kernel(
 
 
 def by_class_sums(problem: Contrast) -> bool:
-    """Whether the sums over a problem's positives come from here: a batch's with itself, half, by label."""
+    """Whether the sums over a problem's positives come from here: a large batch's with itself, half, by
+    label."""
     by_label = problem.positives == "labels" and problem.among == "all"
-    return by_label and problem.q.itemsize == 2 and problem.mirrored and problem.exclude == 0
+    of_itself = problem.mirrored and problem.exclude == 0 and problem.q.shape[0] >= FEWEST_ROWS
+    return by_label and of_itself and problem.q.itemsize == 2
 
 
 def class_positives(problem: Contrast) -> tuple[Tensor, Tensor]:

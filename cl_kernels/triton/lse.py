@@ -12,11 +12,11 @@ sums (`_plain_sums`). Otherwise the shift is what exceeds, tile by tile, and whe
 one maximum for each row and each column is taken instead.
 
 A partial statistic is a shift and a sum of 2^(S - shift), in base 2; sums over positives by label or mask,
-and their counts, are two further planes, but for labels of half rows (class_sums.py). In float32 the whole
-parts of the positives' logits, which add up exactly, have a third, and the fractions that are left keep their
-digits: so the sum over positives shares each logit's rounding with the log-sum-exp, and it cancels in a
-converged row. Shifts that are no maxima are whole numbers for the same reason. The logits of positives given
-by index the second kernel computes itself, from products of the same precision.
+and their counts, are two further planes, but for labels of many half rows (class_sums.py). In float32 the
+whole parts of the positives' logits, which add up exactly, have a third, and the fractions that are left
+keep their digits: so the sum over positives shares each logit's rounding with the log-sum-exp, and it
+cancels in a converged row. Shifts that are no maxima are whole numbers for the same reason. The logits of
+positives given by index the second kernel computes itself, from products of the same precision.
 """
 
 from __future__ import annotations

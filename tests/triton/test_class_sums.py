@@ -67,7 +67,8 @@ def test_a_nan_stays_in_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     assert total.isnan().tolist() == [SMALL <= i < 2 * SMALL for i in range(4 * SMALL)]
 
 
-def test_only_labels_of_half_rows_with_themselves() -> None:
+def test_only_labels_of_half_rows_with_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(class_sums, "FEWEST_ROWS", N)
     asked = problem(LABELS["two"], torch.bfloat16)
     assert class_sums.by_class_sums(asked)
     others = [
@@ -76,13 +77,17 @@ def test_only_labels_of_half_rows_with_themselves() -> None:
         asked._replace(exclude=None),
         asked._replace(among="same"),
         asked._replace(label_positives=False),
+        problem(LABELS["two"][:-1], torch.bfloat16),
     ]
     assert not any(map(class_sums.by_class_sums, others))
 
 
-def test_the_log_sum_exp_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fewest", [N, N + 1])
+def test_the_log_sum_exp_gives_them(fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By class of so many rows, in its tiles of fewer."""
     seen = []
+    monkeypatch.setattr(class_sums, "FEWEST_ROWS", fewest)
     monkeypatch.setattr(lse, "class_positives", lambda x: (seen.append(x), class_sums.class_positives(x))[1])
     asked = problem(LABELS["two"], torch.bfloat16)
     given = lse.log_sum_exp(asked)
-    assert len(seen) == 1 and torch.allclose(given[2], truth(asked)[0], rtol=0, atol=1e-2)
+    assert len(seen) == (fewest == N) and torch.allclose(given[2], truth(asked)[0], rtol=0, atol=1e-2)
