@@ -182,7 +182,8 @@ def of_rows(name: str, backend: str, *args: Any) -> Any:
     """A function of rows by Triton's kernel, or where that cannot serve in plain PyTorch: `row_losses`,
     `unit_rows`, `unit_rows_gradient`."""
     x = args[0]
-    if backend == "interpreter" or (x.device.type == "cuda" and ops.has_triton()):
+    suited = x.device.type == "cuda" and ops.has_triton() and _triton_unsuited(_index(x.device)) is None
+    if backend == "interpreter" or suited:
         with torch.cuda.device_of(x):
             return triton_op(name)(*args)
     return getattr(chunked, name)(*args)

@@ -21,8 +21,6 @@ PER_TILE = {
 WANTED = {"lse._lse_kernel": 1.5, "gradient_rows._gradient_rows_kernel": 1.3}
 BOUND_AT = ("sm_90", "half", 128)  # architecture, kind of dtype, features
 MAIN = ("self", "self, no positives", "self, labels", "keys", "both axes")  # cases of the engine
-# What does not keep to that, and the bound that holds it where it is.
-EXCESS: dict[tuple[str, str], float] = {}
 
 
 def counted(architecture: str, kind: str, kernel: str) -> bool:
@@ -82,8 +80,6 @@ def faults(row: Mapping[str, str]) -> list[str]:
     if int(row["loop"]) > LONGEST_LOOP:
         found.append(f"a loop of {row['loop']} instructions, over {LONGEST_LOOP}")
     bound, made = wanted(row), clocks(row)
-    if bound is not None:
-        bound = EXCESS.get((row["kernel"], row["case"]), bound)
     if bound is not None and made is not None and made.ratio > bound:
         found.append(f"issue clocks {made.ratio:.2f} times the others, over {bound}")
     return found

@@ -204,7 +204,7 @@ def loss_of_samples(
     reduction: str,
 ) -> Tensor | None:
     """The reduced "out" loss of all rows as they lie, the views of a sample together: a mean does not mind
-    the order of rows, and nothing is copied. None where there is no op for a whole loss."""
+    the order of rows, and contiguous features are not copied. None where there is no op for a whole loss."""
     if not makes_whole_losses(features, reduction, by_rows=True):
         return None
     batch, views, _ = features.shape
