@@ -312,7 +312,9 @@ class _WholeLoss(_Op):
         if torch.compiler.is_compiling():  # there is no second derivative
             return *[None] * len(tensors), *outputs[1:]
         beside = cls.keys(options, len(tensors))
-        return *(None if i in beside else x for i, x in enumerate(tensors)), *outputs[1:]
+        if beside:
+            tensors = [None if i in beside else x for i, x in enumerate(tensors)]
+        return *tensors, *outputs[1:]
 
     @classmethod
     def gradient(
@@ -660,6 +662,9 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
+_NOTHING = _Kept(())
+
+
 def in_transform() -> bool:
     """Whether torch.func's transforms are at work, or forward-mode differentiation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -740,7 +745,8 @@ class _WholeValue(_Value):
         outputs = op.forward(tensors, options)
         saved = op.saved(tensors, options, outputs, True)
         ctx.save_for_backward(*saved)
-        ctx.kept = _Kept([None if x is y else x for x, y in zip(tensors, saved, strict=False)])
+        beside = [None if x is y else x for x, y in zip(tensors, saved, strict=False)]
+        ctx.kept = _Kept(beside) if any(x is not None for x in beside) else _NOTHING
         ctx.call = (name, options, True)
         return outputs[0]
 

@@ -13,7 +13,7 @@ namespace cl_kernels::cpu {
 // task.
 template <typename Task>
 void run_tasks(int64_t count, int64_t flops, Task task) {
-  constexpr int64_t kWorthAThread = int64_t{1} << 19;
+  constexpr int64_t kWorthAThread = int64_t{1} << 20;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, flops));
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(i);

@@ -197,7 +197,7 @@ def test_second_derivatives(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["supcon", "clip", "nt_xent", "info_nce, queue", "sce, queue", "dimcl"])
 def test_second_derivatives_after_a_first_backward(name: str) -> None:
-    """Of inputs that nobody else holds, or an error: never less than all of it."""
+    """Inputs that nobody else holds give all of it, or an error: never a part."""
 
     def second(api: object) -> list[Tensor]:
         torch.manual_seed(0)
