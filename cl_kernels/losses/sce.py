@@ -128,20 +128,14 @@ def sce_loss(
         targets=targets is not None, temperature=tau, target_temperature=target_tau, coeff=weight,
         positive_in_target=positive_in_target, reduction=reduction,
     )  # fmt: skip
+    if targets is None and ranks is None:
+        loss = _whole(q, k, k_global, queue, rank, reduction, tau, target_tau, weight, positive_in_target)
+        if loss is not None:
+            return loss
     if targets is not None:
         keys, positive = _keys(k, k_global, queue, rank)
         _check_targets(targets, q, k, keys, _columns(keys, ranks))
         rows = _to_targets(q, k, keys, positive, q.shape[0] * rank, tau, weight, targets, ranks)
-    elif (
-        ranks is None
-        and (
-            loss := _whole(
-                q, k, k_global, queue, rank, reduction, tau, target_tau, weight, positive_in_target
-            )
-        )
-        is not None
-    ):
-        return loss
     elif k_global is None and queue is not None:
         rows = _beside_queue(q, k, queue, tau, target_tau, weight, positive_in_target)
     else:
