@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import autograd, dispatch, dtypes, ops, validation
 from ..distributed import EXCHANGES, ProcessGroup, Ranks, engine
-from ..problem import Contrast
+from ..problem import Contrast, KeyLoss
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -177,15 +177,23 @@ def settled(loss: Tensor, columns: int, weights: Tensor | None = None) -> Tensor
     return nothing(loss) if columns == 1 else at_least_zero(loss, weights)
 
 
-def positives_of(
-    q: Tensor, k: Tensor, k_global: Tensor | None, queue: Tensor | None, in_batch: bool, rank: int
-) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """The segments of keys; then the positives of the queries beside these, or their columns."""
+def keys_and_positives(
+    k: Tensor, k_global: Tensor | None, queue: Tensor | None, rank: int, in_batch: bool = False
+) -> tuple[list[Tensor], Tensor | None]:
+    """The segments of keys, and each row's positive among them (None: it stands beside a queue)."""
     if not in_batch and k_global is None and queue is not None:
-        return [queue], k, None
-    first = q.shape[0] * rank
+        return [queue], None
+    first = k.shape[0] * rank
     keys = [x for x in (k if k_global is None else k_global, queue) if x is not None]
-    return keys, None, torch.arange(first, first + q.shape[0], device=q.device)
+    return keys, torch.arange(first, first + k.shape[0], device=k.device)
+
+
+def over_frozen_keys(problem: KeyLoss, reduction: str) -> Tensor | None:
+    """The reduced loss by one op, where `makes_whole_losses`; None where a positive is the only key, or more
+    than queries and scale needs a gradient."""
+    if sum(part.shape[0] for part in problem.k) < 1 + int(problem.own is None):
+        return None
+    return autograd.key_loss(problem, reduction == "mean")
 
 
 def makes_whole_losses(q: Tensor, reduction: str, by_rows: bool = False) -> bool:

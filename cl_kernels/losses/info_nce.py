@@ -15,12 +15,13 @@ from ._common import (
     beside,
     cross_entropy,
     inverse,
+    keys_and_positives,
     loss_function,
     makes_whole_losses,
     nothing,
+    over_frozen_keys,
     over_segments,
     own_similarity,
-    positives_of,
     reduced,
     shown,
     warn_of_empty_queue,
@@ -147,11 +148,9 @@ def _whole(
     """The reduced loss by one op, or None."""
     if not makes_whole_losses(q, reduction):
         return None
-    keys, own, positive = positives_of(q, k, k_global, queue, in_batch, rank)
-    if sum(part.shape[0] for part in keys) < 1 + int(own is None):
-        return None
-    problem = KeyLoss(q, keys, None, scale, own=own, positive=positive)
-    loss = autograd.key_loss(problem, reduction == "mean")
+    keys, positive = keys_and_positives(k, k_global, queue, rank, in_batch)
+    own = k if positive is None else None
+    loss = over_frozen_keys(KeyLoss(q, keys, None, scale, own=own, positive=positive), reduction)
     if loss is None and own is None and len(keys) == 1:
         return whole(Contrast(q, keys[0], scale, positive_index=positive), reduction, keys[0].shape[0])
     return loss

@@ -15,13 +15,14 @@ from ._common import (
     at_least_zero,
     cross_entropy,
     inverse,
+    keys_and_positives,
     log_add,
     loss_function,
     makes_whole_losses,
     nothing,
+    over_frozen_keys,
     over_segments,
     own_similarity,
-    positives_of,
     reduced,
     shown,
     warn_of_empty_queue,
@@ -133,7 +134,7 @@ def sce_loss(
         if loss is not None:
             return loss
     if targets is not None:
-        keys, positive = _keys(k, k_global, queue, rank)
+        keys, positive = keys_and_positives(k, k_global, queue, rank)
         _check_targets(targets, q, k, keys, _columns(keys, ranks))
         rows = _to_targets(q, k, keys, positive, q.shape[0] * rank, tau, weight, targets, ranks)
     elif k_global is None and queue is not None:
@@ -195,7 +196,7 @@ def sce_targets(
     _, k, k_global, queue = validation.keys_and_queue(k, k, k_global, queue, rank)
     tau = validation.temperature("target_temperature", target_temperature, k)
     validation.option("positive_in_target", positive_in_target, validation.TARGET_POSITIVES)
-    keys, positive = _keys(k, k_global, queue, rank)
+    keys, positive = keys_and_positives(k, k_global, queue, rank)
     scale = inverse(tau, k)
     problem = SoftTarget(k, keys, k, keys, scale, scale, positive, positive_in_target)
     ranks = join(
@@ -208,17 +209,6 @@ def sce_targets(
     else:
         lse, mean = engine.soft_target_means(problem, ranks)
     return SCETargets(lse, mean, positive_in_target, _columns(keys, ranks))
-
-
-def _keys(
-    k: Tensor, k_global: Tensor | None, queue: Tensor | None, rank: int
-) -> tuple[list[Tensor], Tensor | None]:
-    """The segments of keys, and each row's positive among them (None: it stands beside a queue)."""
-    if k_global is None and queue is not None:
-        return [queue], None
-    first = k.shape[0] * rank
-    keys = [x for x in (k if k_global is None else k_global, queue) if x is not None]
-    return keys, torch.arange(first, first + k.shape[0], device=k.device)
 
 
 def _columns(keys: list[Tensor], ranks: Ranks | None) -> int:
@@ -257,14 +247,13 @@ def _whole(
     """The reduced loss by one op, or None."""
     if not makes_whole_losses(q, reduction):
         return None
-    keys, own, positive = positives_of(q, k, k_global, queue, False, rank)
-    if sum(part.shape[0] for part in keys) < 1 + int(own is None):
-        return None
+    keys, positive = keys_and_positives(k, k_global, queue, rank)
+    own = k if positive is None else None
     problem = KeyLoss(
         q, keys, k, inverse(tau, q), inverse(target_tau, q), coeff, own, positive,
         positive_in_target == "zero",
     )  # fmt: skip
-    return autograd.key_loss(problem, reduction == "mean")
+    return over_frozen_keys(problem, reduction)
 
 
 def _to_targets(
