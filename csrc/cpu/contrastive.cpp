@@ -202,7 +202,7 @@ class Engine {
     set_rows(incoming.lse, incoming.positive_sum, saved.lse);
 
     if (symmetric_) {
-      at::Tensor grad = at::zeros({n(), q_.padded_d()}, options);
+      at::Tensor grad = large_zeros<T>({n(), q_.padded_d()});
       triangle_gradient(grad);
       at::Tensor grad_scale = contraction<T>(sum_rows(q_), grad).mul_(0.5);
       return {needs[0] ? finish(grad) : none, at::empty({0}, options), grad_scale, at::empty({0}, options)};
@@ -210,8 +210,8 @@ class Engine {
     const bool self = !k_;
     const bool need_q = needs[0] || !needs[1];  // one of them, for the gradient of the scale
     const bool need_k = self ? needs[0] : needs[1];
-    at::Tensor grad_q = need_q ? at::zeros({n(), q_.padded_d()}, options) : none;
-    at::Tensor grad_k = need_k ? at::zeros({m(), q_.padded_d()}, options) : none;
+    at::Tensor grad_q = need_q ? large_zeros<T>({n(), q_.padded_d()}) : none;
+    at::Tensor grad_k = need_k ? large_zeros<T>({m(), q_.padded_d()}) : none;
     at::Tensor grad_bias = needs[2] ? at::zeros({m()}, options) : at::empty({0}, options);
     rectangle_gradient(need_q, need_k, needs[2], grad_q, grad_k, grad_bias);
     at::Tensor grad_scale =
@@ -317,7 +317,7 @@ class Engine {
   void keep_logits() {
     const int64_t tiles = symmetric_ ? row_blocks() * (row_blocks() + 1) / 2 : row_blocks() * col_blocks();
     const int64_t elements = tiles * tile_elements();
-    if (elements * static_cast<int64_t>(sizeof(T)) <= keep_budget()) kept_ = large_empty<T>(elements);
+    if (elements * static_cast<int64_t>(sizeof(T)) <= keep_budget()) kept_ = kept_memory<T>(elements);
   }
 
   // Where a tile's logits stand: among those kept, of a symmetric problem those from the diagonal on, or in a

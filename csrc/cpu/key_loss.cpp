@@ -141,14 +141,15 @@ class KeyLossEngine {
   int kinds() const { return target_q_ ? 2 : 1; }
   int64_t first_tile(int64_t part) const { return part * static_cast<int64_t>(tiles_.size()) / parts_; }
 
-  // As many queries at a time as keep their logits within the budget, in blocks of one size.
+  // As many queries at a time as keep their logits of whole tiles within the budget, in blocks of one size.
   void set_block() {
-    const int64_t of_query = static_cast<int64_t>(tiles_.size() * kKeys * sizeof(T)) * kinds();
+    const int64_t whole = std::max<int64_t>(1, tiles_.back().column / kKeys) * kKeys;
+    const int64_t of_query = whole * static_cast<int64_t>(sizeof(T)) * kinds();
     const int64_t fit = keep_budget() / of_query / kTileAlign * kTileAlign;
     keeps_ = gradient_ && fit >= kTileAlign;
     const int64_t most = keeps_ ? std::min(fit, kMostQueries) : kMostQueries;
     block_ = round_up(ceil_div(n(), ceil_div(n(), most)), kTileAlign);
-    if (keeps_) kept_ = large_empty<T>(static_cast<int64_t>(tiles_.size()) * kinds() * tile_elements());
+    if (keeps_) kept_ = kept_memory<T>(static_cast<int64_t>(tiles_.size()) * kinds() * tile_elements());
   }
 
   int64_t flops() const { return 2 * kinds() * kKeys * block_ * q_.d() * ceil_div(tiles_.size(), parts_); }

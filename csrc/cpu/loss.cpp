@@ -2,43 +2,17 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-
-#include "budget.h"
 
 namespace cl_kernels::cpu {
 namespace {
 
 constexpr double kEmptyCount = 1e-6;  // of positives, reference.EMPTY_COUNT
 
-std::atomic<int64_t>& budget() {
-  static std::atomic<int64_t> bytes{[] {
-    const char* asked = std::getenv("CL_KERNELS_KEEP_MB");
-    if (!asked || !*asked) return int64_t{64} << 20;
-    char* end;
-    const double megabytes = std::strtod(asked, &end);
-    TORCH_CHECK_VALUE(*end == 0 && megabytes >= 0 && megabytes < 1e9,
-                      "CL_KERNELS_KEEP_MB must be a number of MB, got '", asked, "'");
-    return static_cast<int64_t>(megabytes * (1 << 20));
-  }()};
-  return bytes;
-}
-
 }  // namespace
-
-int64_t keep_budget() {
-  return budget().load();
-}
-
-void set_keep_budget(int64_t bytes) {
-  budget().store(bytes);
-}
 
 RowLosses::RowLosses(const at::Tensor& lse, const at::Tensor& lse_cols, const at::Tensor& positive_sum,
                      const at::Tensor& positive_count, const LossOptions& options) {

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "memory.h"
 #include "tiles.h"
 
 namespace cl_kernels::cpu {
@@ -84,7 +85,7 @@ class Operand {
   void make_col_panels() {
     if (col_panels_.defined()) return;
     const int64_t groups = ceil_div(n_, width_);
-    col_panels_ = at::empty({groups * width_ * depth() * kPack}, x_.options());
+    col_panels_ = large_empty<Word>({groups * width_ * depth()});
     Word* out = static_cast<Word*>(col_panels_.data_ptr());
     at::parallel_for(0, groups, grain(width_ * d_), [&](int64_t begin, int64_t end) {
       const Source word = source_;
@@ -106,7 +107,7 @@ class Operand {
   void make_row_panels() {
     if (row_panels_.defined()) return;
     const int64_t lines = ceil_div(n_, kPack), stride = lines * width_;
-    row_panels_ = at::empty({panels() * stride * kPack}, x_.options());
+    row_panels_ = large_empty<Word>({panels() * stride});
     Word* out = static_cast<Word*>(row_panels_.data_ptr());
     at::parallel_for(0, lines, grain(d_), [&](int64_t begin, int64_t end) {
       const Source word = source_;

@@ -6,10 +6,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -20,20 +16,6 @@ namespace cl_kernels::cpu {
 
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr double kLn2 = 0.693147180559945309417;
-
-// Memory of which much is soon written: in large pages where the system has them on request.
-template <typename T>
-at::Tensor large_empty(int64_t elements) {
-  at::Tensor memory = at::empty({elements}, at::CppTypeToScalarType<T>::value);
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage,
-                  last = (begin + memory.nbytes()) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return memory;
-}
 
 // Memory of its own for each thread of a parallel region.
 template <typename T>

@@ -93,6 +93,14 @@ void micro_tail(int rows, const typename Mode::Operand* a, ptrdiff_t ld, const t
   }
 }
 
+// Lines [first, last) of a panel, soon to be read, into the second cache.
+template <typename Mode>
+inline void prefetch(const typename Mode::Operand* panel, ptrdiff_t line, int first, int last) {
+  constexpr int kCacheLine = 64 / sizeof(*panel);
+  for (int k = first; k < last; ++k)
+    for (int c = 0; c < kPanelWidth<Mode>; c += kCacheLine) __builtin_prefetch(panel + k * line + c, 0, 2);
+}
+
 template <typename Mode, bool Transposed, bool Add>
 void product(const typename Mode::Operand* a, ptrdiff_t ld, int n_rows,
              const Panels<typename Mode::Operand>& panels, int64_t depth, typename Mode::Sum factor,
@@ -107,10 +115,13 @@ void product(const typename Mode::Operand* a, ptrdiff_t ld, int n_rows,
     for (int p = 0; p < panels.count; ++p) {
       const typename Mode::Operand* b = panels.first + p * panels.stride + k * panels.line;
       typename Mode::Sum* c = out + p * kPanelWidth<Mode>;
+      const typename Mode::Operand* next = p + 1 < panels.count ? b + panels.stride : b;
       int r = 0;
-      for (; r + kMicroRows <= n_rows; r += kMicroRows)
+      for (; r + kMicroRows <= n_rows; r += kMicroRows) {
+        prefetch<Mode>(next, panels.line, r * chunk / n_rows, (r + kMicroRows) * chunk / n_rows);
         micro<Mode, kMicroRows, Transposed>(Transposed ? a + k * ld + r : a + r * ld + k, ld, b, panels.line,
                                             chunk, by, how, c + r * ld_out, ld_out);
+      }
       micro_tail<Mode, Transposed, kMicroRows - 1>(n_rows - r, Transposed ? a + k * ld + r : a + r * ld + k,
                                                    ld, b, panels.line, chunk, by, how, c + r * ld_out,
                                                    ld_out);

@@ -286,3 +286,19 @@ def test_memory_beyond_the_budget_grows_with_the_rows_alone(budget: Callable[[in
         clk.clip_loss(x, y, 10.0).backward()
     largest = max(event.cpu_memory_usage for event in recorded.events())
     assert largest < 16e6
+
+
+def test_memory_for_logits_goes_from_one_loss_to_the_next(budget: Callable[[int], None]) -> None:
+    """Of 16 MB, until the budget is set anew."""
+    budget(1 << 26)
+    x, y = (F.normalize(torch.randn(2048, 32), dim=1).requires_grad_() for _ in range(2))
+
+    def allocated() -> int:
+        with torch.profiler.profile(profile_memory=True) as recorded:
+            clk.clip_loss(x, y, 10.0).backward()
+        return max(event.cpu_memory_usage for event in recorded.events())
+
+    assert allocated() > 16e6
+    assert allocated() < 4e6
+    budget(1 << 26)
+    assert allocated() > 16e6
