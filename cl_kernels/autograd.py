@@ -48,8 +48,8 @@ class SoftTargetStats(NamedTuple):
 
 
 def _scale(value: float | Tensor, like: Tensor) -> Tensor:
-    """The 0-dim tensor that the ops take, in the accumulation dtype of `like`; a float goes to the CPU."""
-    return dtypes.scalar_tensor(value, dtypes.accumulate_dtype(like.dtype))
+    """The 0-dim tensor that the ops take."""
+    return dtypes.scalar_for(value, like)
 
 
 def contrastive(problem: Contrast, first_positive: int | None = None) -> ContrastiveStats:

@@ -54,3 +54,11 @@ def scalar_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.devic
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device=device) * value
     return torch.scalar_tensor(value, dtype=dtype, device=device)
+
+
+def scalar_for(value: float | Tensor, features: Tensor) -> Tensor:
+    """A 0-dim tensor in the accumulation dtype of `features`: a tensor where it is, a float on the CPU.
+
+    In a compiled graph a float goes to the features' device: only what is all on a GPU is one CUDA graph."""
+    beside = torch.compiler.is_compiling() and not isinstance(value, Tensor)
+    return scalar_tensor(value, accumulate_dtype(features.dtype), features.device if beside else None)

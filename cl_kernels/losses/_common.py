@@ -75,7 +75,7 @@ def wide(scalar: float | Tensor, like: Tensor) -> float | Tensor:
     """A float as it is, a tensor in the accumulation dtype of `like`."""
     # torch 2.11 compiles anew for each quotient of floats.
     if isinstance(scalar, Tensor) or torch.compiler.is_compiling():
-        return dtypes.scalar_tensor(scalar, dtypes.accumulate_dtype(like.dtype))
+        return dtypes.scalar_for(scalar, like)
     return scalar
 
 

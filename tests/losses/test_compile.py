@@ -9,8 +9,11 @@ import comparisons
 import pytest
 import torch
 from comparisons import Problem, unit
+from functorch.compile import make_boxed_func
 from loss_cases import problems
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree as pytree
 
 import cl_kernels as clk
 from cl_kernels.losses._common import CHUNK_LOGITS
@@ -143,6 +146,31 @@ def test_new_floats_do_not_compile_again(case: str, backend: str) -> None:
             torch.testing.assert_close(*grads)
             first = first or counter.frame_count
         assert counter.frame_count <= first + more
+
+
+def devices_in(graph: torch.fx.GraphModule) -> set[str]:
+    values = pytree.tree_leaves([node.meta.get("val") for node in graph.graph.nodes])
+    return {x.device.type for x in values if isinstance(x, torch.Tensor)}
+
+
+@pytest.mark.parametrize("case", WITH_FLOATS)
+def test_no_tensor_of_another_device(case: str, backend: str) -> None:
+    """Temperatures and the like stand beside the features: a graph with a tensor of the CPU would not be one
+    CUDA graph, as mode="reduce-overhead" makes them."""
+    if backend == "reference":
+        pytest.skip("the losses are traced alike on every backend")
+    found: list[set[str]] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        found.append(devices_in(graph))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        x, y = torch.empty(6, 4, requires_grad=True), torch.empty(6, 4)
+        compiled = torch.compile(WITH_FLOATS[case], backend=aot_autograd(fw_compiler=record), fullgraph=True)
+        compiled(x, y, 0.2, 0.6).backward()
+    assert found == [{"meta"}] * 2
 
 
 @pytest.mark.parametrize("case", ["sce", "sce queue", "sce momentum", "supcon labels", "clip"])
