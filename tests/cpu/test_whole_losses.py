@@ -289,7 +289,7 @@ def test_memory_beyond_the_budget_grows_with_the_rows_alone(budget: Callable[[in
 
 
 def test_memory_for_logits_goes_from_one_loss_to_the_next(budget: Callable[[int], None]) -> None:
-    """Of 16 MB, until the budget is set anew."""
+    """16 MB, until the budget is set anew."""
     budget(1 << 26)
     x, y = (F.normalize(torch.randn(2048, 32), dim=1).requires_grad_() for _ in range(2))
 
