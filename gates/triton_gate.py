@@ -24,8 +24,8 @@ One line a compiled kernel:
 It exits with 1 if a kernel spills more than a few bytes to memory (where wide loads are aligned), takes more
 registers or shared memory than the chip has, lacks the matrix instructions of its architecture, or has a loop
 over tiles of more issue slots or instructions than issue_slots.py allows, recorded figures or new ones; if
-one does not compile; if the file is not what was found; if no op uses a row of the table; or if an op has no
-Triton implementation.
+labels take more issue slots than it allows; if a kernel does not compile; if the file is not what was found;
+if no op uses a row of the table; or if an op has no Triton implementation.
 """
 
 from __future__ import annotations
@@ -696,6 +696,9 @@ def check(
             print(
                 f"spills {row['spilled']:>4} bytes: " + " | ".join(row[name] for name in COLUMNS[: WHAT - 1])
             )
+    labels = issue_slots.of_labels(now.rows())
+    if labels is not None and labels > issue_slots.LABELS_WANTED:
+        gate.fail("gradient_rows", f"labels {labels:.2f} times an index, over {issue_slots.LABELS_WANTED}")
     for name in ops.SCHEMAS:
         if match in name and not hasattr(implementation, name):
             gate.fail(name, "has no Triton implementation")
