@@ -265,7 +265,7 @@ class _Contrastive(_Op):
             "contrastive_backward", backend,
             grad_lse, grad_cols if problem.both_axes else None,
             None if problem.positives == "none" else grad_positive,
-            *problem, *saved[len(needs) :], (needs_q, needs_k, needs_bias),
+            *problem, *saved[len(needs) :], (needs_q, needs_k, needs_scale, needs_bias),
         )  # fmt: skip
         return (
             _if(needs_q, grad_q), _if(needs_k, grad_k), _like(grad_scale, problem.scale, needs_scale),
@@ -508,7 +508,7 @@ class _DimCL(_Op):
     ) -> Tensors:
         (backend,) = options
         needs_z0, needs_z1, needs_scale, _ = needs
-        grad_z0, grad_z1, grad_scale = dispatch.call("dimcl_backward", backend, *grads, *saved)
+        grad_z0, grad_z1, grad_scale = dispatch.call("dimcl_backward", backend, *grads, *saved, needs_scale)
         return (
             _if(needs_z0, grad_z0), _if(needs_z1, grad_z1), _like(grad_scale, saved[2], needs_scale), None
         )  # fmt: skip

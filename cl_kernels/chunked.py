@@ -172,7 +172,7 @@ def contrastive_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_lse, grad_lse_cols, grad_positive_sum = grads
     lse, lse_cols, residual = saved
-    needs_q, needs_k, needs_bias = needs
+    needs_q, needs_k, needs_scale, needs_bias = needs
     problem = _accumulated(given)
     q, k, scale = problem.q, problem.keys, problem.scale
     acc, like = q.dtype, given.q
@@ -180,7 +180,7 @@ def contrastive_backward(
     grad_q = q.new_empty(q.shape if needs_q else (0,))
     grad_k = q.new_zeros(k.shape if into_columns else (0,))
     grad_bias = q.new_zeros(k.shape[0] if needs_bias else 0)
-    grad_scale = q.new_zeros(())
+    grad_scale = q.new_zeros(() if needs_scale else 0)
     if grad_lse is not None:
         grad_lse = _where_finite(grad_lse, lse, acc)
     if grad_lse_cols is not None:
@@ -191,7 +191,8 @@ def contrastive_backward(
         if problem.positive_index is not None:
             weight = _or_zeros(grad_lse, lse) + _or_zeros(grad_positive_sum, lse)
             grad += weight[:, None].to(acc) * _at([k], problem.positive_index, acc)
-        grad_scale = (q * grad).sum()
+        if needs_scale:
+            grad_scale = (q * grad).sum()
         return _gradient(grad, scale, like, needs_q), grad_k, grad_scale, grad_bias
 
     for rows in _chunks(q.shape[0], k.shape[0]):
@@ -206,7 +207,8 @@ def contrastive_backward(
             grad_bias += grad.sum(0)
         if grad_positive_sum is not None:
             grad += grad_positive_sum[rows, None].to(acc) * _weights(problem, rows)
-        grad_scale += (grad * dots).sum()
+        if needs_scale:
+            grad_scale += (grad * dots).sum()
         if needs_q:
             grad_q[rows] = grad @ k
         if into_columns:
@@ -430,10 +432,11 @@ def dimcl_backward(
     lse: Tensor,
     mean: Tensor,
     rnorm: Tensor,
+    needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.cat([_standardised(z0, mean[0], rnorm[0]), _standardised(z1, mean[1], rnorm[1])])
     grads, problem = (grad_lse, None, grad_positive_sum), _dimcl_problem(x, scale, positive_mask)
-    saved, needs = (lse, lse.new_empty(0), x.new_empty(0)), (True, False, False)
+    saved, needs = (lse, lse.new_empty(0), x.new_empty(0)), (True, False, needs_scale, False)
     grad, _, grad_scale, _ = contrastive_backward(*grads, *problem, *saved, needs)
     grad = grad - x * (x * grad).sum(1, keepdim=True)
     # Last, as rounding leaves x itself a mean where it hardly varies.

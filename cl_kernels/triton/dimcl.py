@@ -42,10 +42,11 @@ def dimcl_backward(
     lse: Tensor,
     mean: Tensor,
     rnorm: Tensor,
+    needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, _, _ = standardise(z0, z1)
     incoming = Incoming(contiguous(grad_lse), None, contiguous(grad_positive_sum))
-    problem, needs = _problem(x, scale, positive_mask), Needs(True, False, False)
+    problem, needs = _problem(x, scale, positive_mask), Needs(True, False, needs_scale, False)
     grad_x, _, grad_scale, _ = gradient(incoming, problem, lse, lse, needs, torch.float32)
     grad_z0, grad_z1 = column_gradient(grad_x, x, rnorm, z0.dtype)
     return grad_z0, grad_z1, grad_scale

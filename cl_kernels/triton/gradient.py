@@ -37,6 +37,7 @@ class Needs(NamedTuple):
 
     q: bool
     k: bool
+    scale: bool
     bias: bool
 
 
@@ -48,7 +49,7 @@ def gradient(
     needs: Needs,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_q, grad_k, grad_scale [], grad_key_bias of the `contrastive_backward` op (ops.py); the first two
+    """grad_q, grad_k, grad_scale, grad_key_bias of the `contrastive_backward` op (ops.py); the first two
     in `dtype`, by default that of q."""
     q, k, scale = problem.q, problem.keys, problem.scale
     width = q.shape[1]
@@ -78,11 +79,11 @@ def gradient(
             parts = row_gradients(both, triangle=kernel == "gradient_triangle")[0]
         else:
             parts = chunk_gradients(both, into_rows=True, into_columns=False, bias=False)[0]
-        grad, along = combine(parts, q, scale, needs.q, unit, dtype, share=0.5)
+        grad, along = combine(parts, q, scale, (needs.q, needs.scale), unit, dtype, share=0.5)
         return grad, _nothing(q), along, _nothing(q)
     cols = terms(problem, lse_cols, incoming.lse_cols, None, block, bound, columns=True)
     owners = Owners(problem, rows, cols, bound)
-    into_q = needs.q or not needs.k  # one of them, for the gradient of the scale
+    into_q = needs.q or (needs.scale and not needs.k)  # one of them, for the gradient of the scale
     into_k = needs.q if self_keys else needs.k
     if fused:
         by_rows = row_gradients(owners)[0] if into_q else _nothing(q)
@@ -95,13 +96,14 @@ def gradient(
             owners, into_rows=into_q, into_columns=into_k, bias=needs.bias
         )
     if self_keys and into_q and into_k:
-        grad, along = combine(torch.cat([by_rows, by_cols]), q, scale, needs.q, unit, dtype, share=0.5)
+        parts = torch.cat([by_rows, by_cols])
+        grad, along = combine(parts, q, scale, (needs.q, needs.scale), unit, dtype, share=0.5)
         return grad, _nothing(q), along, bias
     grad_q, grad_k, along = _nothing(q), _nothing(q), _nothing(q)
     if into_k:
-        grad_k, along = combine(by_cols, k, scale, needs.k, unit, dtype)
+        grad_k, along = combine(by_cols, k, scale, (needs.k, needs.scale and not into_q), unit, dtype)
     if into_q:
-        grad_q, along = combine(by_rows, q, scale, needs.q, unit, dtype)
+        grad_q, along = combine(by_rows, q, scale, (needs.q, needs.scale), unit, dtype)
     return grad_q, grad_k, along, bias
 
 
@@ -119,7 +121,7 @@ def residual(problem: Contrast, lse: Tensor) -> Tensor:
     rows = terms(problem, lse, ones, weights, block, bound)
     owners = Owners(problem, rows, terms(problem, lse, None, None, block, None, columns=True), bound)
     parts, _, _ = chunk_gradients(owners, into_rows=True, into_columns=False, bias=False)
-    return combine(parts, q, lse.new_ones((), device="cpu"), True, bound, torch.float32)[0]
+    return combine(parts, q, lse.new_ones((), device="cpu"), (True, False), bound, torch.float32)[0]
 
 
 def _largest(mask: Tensor) -> Tensor:

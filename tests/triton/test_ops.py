@@ -177,7 +177,15 @@ def test_backwards_from_the_forward_read_the_keys_of_positives_only(positives: b
     lse, cols, _, _, residual = by_triton("contrastive_forward", *contrastive(k, index), True)
     full, gathered = (
         by_triton(
-            "contrastive_backward", grad, None, of_positive, *x, lse, cols, residual, (True, False, False)
+            "contrastive_backward",
+            grad,
+            None,
+            of_positive,
+            *x,
+            lse,
+            cols,
+            residual,
+            (True, False, True, False),
         )
         for x in (contrastive(k, index), contrastive(compact, own))
     )
@@ -255,7 +263,7 @@ def test_any_labels_of_64_bits(keys: bool, among: str, names: str) -> None:
         lse_rows, lse_cols, *_, rest = by_triton("contrastive_forward", *problem, False)
         incoming = (grads[0].to(DEVICE), None, grads[1].to(DEVICE))
         saved = (lse_rows, lse_cols, rest)
-        return by_triton("contrastive_backward", *incoming, *problem, *saved, (True, keys, False))
+        return by_triton("contrastive_backward", *incoming, *problem, *saved, (True, keys, True, False))
 
     named = torch.tensor(NAMES[names])
     expected = gradients(rows, columns)
