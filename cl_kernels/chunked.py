@@ -14,9 +14,10 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .dtypes import accumulate_dtype, full_precision, statistics_dtype
-from .problem import Contrast, SoftTarget, flat
+from .problem import Contrast, KeyLoss, KeyStats, SoftTarget, flat
 from .reference import EMPTY_COUNT
 
 P = ParamSpec("P")
@@ -561,6 +562,46 @@ def row_losses(
     halved = 0.5 * share if lse_cols.numel() > 0 else share
     coefs = torch.stack([halved, torch.where(empty, 0.0, -1 / divisor)]) * by
     return (rows.sum() * by).to(torch.float32), coefs
+
+
+def key_losses(
+    problem: KeyLoss, stats: KeyStats, mean: bool, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As triton/key_losses.py has it."""
+    lse, positive, key_mean, target_lse, cross, target_mean = stats
+    acc, (needs_q, needs_scale) = accumulate_dtype(problem.q.dtype), needs
+    q, beside, scale = problem.q.to(acc), problem.own is not None, problem.scale
+    own = q if problem.own is None else problem.own.to(acc)
+    if problem.positive is not None:
+        own = _at(problem.k, problem.positive, acc)
+    if beside:
+        positive = ((q * own).sum(1) * scale).to(lse.dtype)
+        loss, of_mean = -logsigmoid(positive - lse), torch.sigmoid(lse - positive)
+        of_own = -of_mean
+    else:
+        loss, of_mean, of_own = lse - positive, torch.ones_like(lse), torch.zeros_like(lse)
+    of_target = torch.zeros_like(lse)
+    if cross is not None:
+        zero, share = problem.positive_is_zero, 1 - problem.coeff.to(lse.dtype)
+        of_target = of_target - (share * torch.sigmoid(target_lse) if beside and zero else share)
+        if beside:
+            of_own = of_own - of_target
+        else:
+            of_own = torch.exp(-loss) - (1 - share) - (share * torch.exp(-target_lse) if zero else 0)
+        loss = loss - of_target * (positive - cross)
+    by = 1 / lse.shape[0] if mean else 1.0
+    total = (loss.clamp(min=0).sum() * by).to(acc)
+    grad, grad_scale = (key_mean.new_empty(0) for _ in needs)
+    if needs_q or needs_scale:
+        grad = (of_mean * by).to(acc)[:, None] * key_mean
+        if cross is not None:
+            grad += (of_target * by).to(acc)[:, None] * target_mean
+        if beside or cross is not None:
+            grad += (of_own * by).to(acc)[:, None] * own
+        if needs_scale:
+            grad_scale = (q * grad).sum()
+        grad = grad * scale if needs_q else grad.new_empty(0)
+    return total, grad, grad_scale
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
