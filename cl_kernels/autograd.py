@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from . import dispatch, dtypes, ops, reference
 from .dtypes import full_precision
-from .problem import Contrast, KeyLoss, SoftTarget
+from .problem import Contrast, KeyLoss, KeyStats, SoftTarget
 
 Tensors = Sequence[Any]  # of tensors and None
 Options = tuple[Any, ...]
@@ -91,14 +91,17 @@ def loss_of_rows(problem: Contrast, how: LossOptions) -> Tensor:
 def dimcl_loss(
     z0: Tensor, z1: Tensor, scale: float | Tensor, positive_mask: Tensor | None, mean: bool
 ) -> Tensor:
-    """The loss [] of all columns, as above."""
+    """The loss [] of all columns, where there is an op for it or kernels for its rows."""
     scale = _scale(scale, z0)
-    options = (mean, _gradients_needed(z0, z1, scale), z0.dtype)
-    return _run_whole("dimcl_loss", options, (z0, z1, scale, positive_mask))
+    tensors = (z0, z1, scale, positive_mask)
+    if not dispatch.makes_whole_losses(z0):
+        return _run("dimcl_loss_of_rows", (mean, dispatch.select("dimcl_forward", z0)), tensors)[0]
+    return _run_whole("dimcl_loss", (mean, _gradients_needed(z0, z1, scale), z0.dtype), tensors)
 
 
 def key_loss(problem: KeyLoss, mean: bool) -> Tensor | None:
-    """The loss [] of all rows, as above; None where more than queries and scale needs a gradient."""
+    """The loss [] of all rows, as above; None where more than queries and scale needs a gradient, and by
+    kernels for rows of several segments of keys without a target."""
     q, target_q, scale = problem.q, problem.target_q, _scale(problem.scale, problem.q)
     of_target = (x for x in (problem.target_scale, problem.coeff) if isinstance(x, Tensor))
     if torch.is_grad_enabled() and _needs_gradient(*problem.k, target_q, problem.own, *of_target):
@@ -107,8 +110,14 @@ def key_loss(problem: KeyLoss, mean: bool) -> Tensor | None:
         target_scale, coeff = _scale(problem.target_scale, q), _scale(problem.coeff, q)
         problem = problem._replace(target_scale=target_scale, coeff=coeff)
     needs = _gradients_needed(q, scale)
-    tensors = problem._replace(scale=scale).tensors()
-    return _run_whole("key_loss", (problem.options(), mean, needs, q.dtype), tensors)
+    problem = problem._replace(scale=scale)
+    bare, tensors = problem.options(), problem.tensors()
+    if dispatch.makes_whole_losses(q):
+        return _run_whole("key_loss", (bare, mean, needs, q.dtype), tensors)
+    if target_q is None and len(problem.k) > 1:
+        return None
+    op = "contrastive_forward" if target_q is None else "soft_target_forward"
+    return _run_whole("key_loss_of_rows", (bare, mean, dispatch.select(op, q), needs, q.dtype), tensors)
 
 
 def _gradients_needed(*tensors: Tensor | None) -> list[bool]:
@@ -265,7 +274,7 @@ class _Contrastive(_Op):
             "contrastive_backward", backend,
             grad_lse, grad_cols if problem.both_axes else None,
             None if problem.positives == "none" else grad_positive,
-            *problem, *saved[len(needs) :], (needs_q, needs_k, needs_bias),
+            *problem, *saved[len(needs) :], (needs_q, needs_k, needs_scale, needs_bias),
         )  # fmt: skip
         return (
             _if(needs_q, grad_q), _if(needs_k, grad_k), _like(grad_scale, problem.scale, needs_scale),
@@ -428,6 +437,37 @@ class _KeyLoss(_WholeLoss):
         return [reference.key_loss(bare.with_tensors(tensors), mean)]
 
 
+class _KeyLossOfRows(_KeyLoss):
+    """The same by the ops of statistics and the arithmetic of rows."""
+
+    @staticmethod
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        bare, mean, backend, needs, _ = options
+        problem = bare.with_tensors(tensors)
+        q, k, target_q, scale, target_scale, *_, positive, zero = problem
+        if target_q is None:
+            contrast = Contrast(q, k[0], scale, positive_index=positive)
+            lse, _, total, _, mean_key = dispatch.call("contrastive_forward", backend, *contrast, any(needs))
+            stats = KeyStats(lse, total, mean_key)
+        else:
+            target = SoftTarget(
+                q, k, target_q, k, scale, target_scale, positive, "zero" if zero else "exclude"
+            )
+            lse, target_lse, cross, total, *means = dispatch.call(
+                "soft_target_forward", backend, *target, any(needs)
+            )
+            stats = KeyStats(lse, total, means[0], target_lse, cross, means[1])
+        return dispatch.of_rows("key_losses", backend, problem, stats, mean, needs)
+
+    @classmethod
+    def gradient(
+        cls, saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        grad_q, *others, grad_scale = super().gradient(saved, options, grads, needs, frozen)[:3]
+        absent = [None] * (len(needs) - 3)
+        return grad_q, *others, None if grad_scale is None else grad_scale.to(saved[2].device), *absent
+
+
 class _SoftTarget(_Op):
     users = "sce_loss and soft_target_cross_entropy"
     outputs = 4
@@ -508,7 +548,7 @@ class _DimCL(_Op):
     ) -> Tensors:
         (backend,) = options
         needs_z0, needs_z1, needs_scale, _ = needs
-        grad_z0, grad_z1, grad_scale = dispatch.call("dimcl_backward", backend, *grads, *saved)
+        grad_z0, grad_z1, grad_scale = dispatch.call("dimcl_backward", backend, *grads, *saved, needs_scale)
         return (
             _if(needs_z0, grad_z0), _if(needs_z1, grad_z1), _like(grad_scale, saved[2], needs_scale), None
         )  # fmt: skip
@@ -516,6 +556,37 @@ class _DimCL(_Op):
     @staticmethod
     def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
         return reference.dimcl_stats(*tensors)
+
+
+class _DimCLLossOfRows(_DimCL):
+    """The loss by the ops above and the arithmetic of rows, as `_LossOfRows`."""
+
+    outputs = 1
+    differentiable = 1
+
+    @staticmethod
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        mean, backend = options
+        lse, total, count, *rest = _DimCL.forward(tensors, (backend,))
+        statistics = (lse, lse.new_empty(0), total, count)
+        loss, coefs = dispatch.of_rows("row_losses", backend, *statistics, 1.0, mean, False, True)
+        return loss, coefs, lse, *rest
+
+    @staticmethod
+    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
+        return *tensors, *outputs[1:]
+
+    @staticmethod
+    def gradient(
+        saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
+    ) -> Tensors:
+        *tensors, coefs, lse, mean, rnorm = saved
+        of_rows = (coefs * grads[0]).unbind()
+        return _DimCL.gradient((*tensors, lse, mean, rnorm), options[1:], of_rows, needs, frozen)
+
+    @staticmethod
+    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
+        return _DimCLLoss.formula(tensors, options)
 
 
 class _Similarity(_Op):
@@ -589,7 +660,9 @@ OPS: dict[str, type[_Op]] = {
     "contrastive_loss": _ContrastiveLoss,
     "loss_of_rows": _LossOfRows,
     "dimcl_loss": _DimCLLoss,
+    "dimcl_loss_of_rows": _DimCLLossOfRows,
     "key_loss": _KeyLoss,
+    "key_loss_of_rows": _KeyLossOfRows,
     "soft_target": _SoftTarget,
     "dimcl": _DimCL,
     "similarity": _Similarity,

@@ -14,9 +14,10 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .dtypes import accumulate_dtype, full_precision, statistics_dtype
-from .problem import Contrast, SoftTarget, flat
+from .problem import Contrast, KeyLoss, KeyStats, SoftTarget, flat
 from .reference import EMPTY_COUNT
 
 P = ParamSpec("P")
@@ -172,7 +173,7 @@ def contrastive_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_lse, grad_lse_cols, grad_positive_sum = grads
     lse, lse_cols, residual = saved
-    needs_q, needs_k, needs_bias = needs
+    needs_q, needs_k, needs_scale, needs_bias = needs
     problem = _accumulated(given)
     q, k, scale = problem.q, problem.keys, problem.scale
     acc, like = q.dtype, given.q
@@ -180,7 +181,7 @@ def contrastive_backward(
     grad_q = q.new_empty(q.shape if needs_q else (0,))
     grad_k = q.new_zeros(k.shape if into_columns else (0,))
     grad_bias = q.new_zeros(k.shape[0] if needs_bias else 0)
-    grad_scale = q.new_zeros(())
+    grad_scale = q.new_zeros(() if needs_scale else 0)
     if grad_lse is not None:
         grad_lse = _where_finite(grad_lse, lse, acc)
     if grad_lse_cols is not None:
@@ -191,7 +192,8 @@ def contrastive_backward(
         if problem.positive_index is not None:
             weight = _or_zeros(grad_lse, lse) + _or_zeros(grad_positive_sum, lse)
             grad += weight[:, None].to(acc) * _at([k], problem.positive_index, acc)
-        grad_scale = (q * grad).sum()
+        if needs_scale:
+            grad_scale = (q * grad).sum()
         return _gradient(grad, scale, like, needs_q), grad_k, grad_scale, grad_bias
 
     for rows in _chunks(q.shape[0], k.shape[0]):
@@ -206,7 +208,8 @@ def contrastive_backward(
             grad_bias += grad.sum(0)
         if grad_positive_sum is not None:
             grad += grad_positive_sum[rows, None].to(acc) * _weights(problem, rows)
-        grad_scale += (grad * dots).sum()
+        if needs_scale:
+            grad_scale += (grad * dots).sum()
         if needs_q:
             grad_q[rows] = grad @ k
         if into_columns:
@@ -430,10 +433,11 @@ def dimcl_backward(
     lse: Tensor,
     mean: Tensor,
     rnorm: Tensor,
+    needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.cat([_standardised(z0, mean[0], rnorm[0]), _standardised(z1, mean[1], rnorm[1])])
     grads, problem = (grad_lse, None, grad_positive_sum), _dimcl_problem(x, scale, positive_mask)
-    saved, needs = (lse, lse.new_empty(0), x.new_empty(0)), (True, False, False)
+    saved, needs = (lse, lse.new_empty(0), x.new_empty(0)), (True, False, needs_scale, False)
     grad, _, grad_scale, _ = contrastive_backward(*grads, *problem, *saved, needs)
     grad = grad - x * (x * grad).sum(1, keepdim=True)
     # Last, as rounding leaves x itself a mean where it hardly varies.
@@ -558,6 +562,46 @@ def row_losses(
     halved = 0.5 * share if lse_cols.numel() > 0 else share
     coefs = torch.stack([halved, torch.where(empty, 0.0, -1 / divisor)]) * by
     return (rows.sum() * by).to(torch.float32), coefs
+
+
+def key_losses(
+    problem: KeyLoss, stats: KeyStats, mean: bool, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As triton/key_losses.py has it."""
+    lse, positive, key_mean, target_lse, cross, target_mean = stats
+    acc, (needs_q, needs_scale) = accumulate_dtype(problem.q.dtype), needs
+    q, beside, scale = problem.q.to(acc), problem.own is not None, problem.scale
+    own = q if problem.own is None else problem.own.to(acc)
+    if problem.positive is not None:
+        own = _at(problem.k, problem.positive, acc)
+    if beside:
+        positive = ((q * own).sum(1) * scale).to(lse.dtype)
+        loss, of_mean = -logsigmoid(positive - lse), torch.sigmoid(lse - positive)
+        of_own = -of_mean
+    else:
+        loss, of_mean, of_own = lse - positive, torch.ones_like(lse), torch.zeros_like(lse)
+    of_target = torch.zeros_like(lse)
+    if cross is not None:
+        zero, share = problem.positive_is_zero, 1 - problem.coeff.to(lse.dtype)
+        of_target = of_target - (share * torch.sigmoid(target_lse) if beside and zero else share)
+        if beside:
+            of_own = of_own - of_target
+        else:
+            of_own = torch.exp(-loss) - (1 - share) - (share * torch.exp(-target_lse) if zero else 0)
+        loss = loss - of_target * (positive - cross)
+    by = 1 / lse.shape[0] if mean else 1.0
+    total = (loss.clamp(min=0).sum() * by).to(acc)
+    grad, grad_scale = (key_mean.new_empty(0) for _ in needs)
+    if needs_q or needs_scale:
+        grad = (of_mean * by).to(acc)[:, None] * key_mean
+        if cross is not None:
+            grad += (of_target * by).to(acc)[:, None] * target_mean
+        if beside or cross is not None:
+            grad += (of_own * by).to(acc)[:, None] * own
+        if needs_scale:
+            grad_scale = (q * grad).sum()
+        grad = grad * scale if needs_q else grad.new_empty(0)
+    return total, grad, grad_scale
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:

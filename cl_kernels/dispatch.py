@@ -180,8 +180,8 @@ def makes_losses_of_rows(x: Tensor) -> bool:
 
 def of_rows(name: str, backend: str, *args: Any) -> Any:
     """A function of rows by Triton's kernel, or where that cannot serve in plain PyTorch: `row_losses`,
-    `unit_rows`, `unit_rows_gradient`."""
-    x = args[0]
+    `key_losses`, `unit_rows`, `unit_rows_gradient`."""
+    x = args[0] if isinstance(args[0], Tensor) else args[0].q
     suited = x.device.type == "cuda" and ops.has_triton() and _triton_unsuited(_index(x.device)) is None
     if backend == "interpreter" or suited:
         with torch.cuda.device_of(x):

@@ -27,7 +27,7 @@ contrastive: S_ij = scale q_i.k_j + key_bias_j
     backward   G_ij = g_lse_i exp(S_ij - lse_i) + g_cols_j exp(S_ij - lse_cols_j) [over Den] + g_pos_i w_ij;
                grad_q = scale G k (k None: + scale G^T q); grad_k = scale G^T q;
                grad_scale = sum G o (q k^T); grad_key_bias = column sums of the first two terms;
-               needs = (q, k, key_bias); from the residual, where only q and the scale need a gradient
+               needs = (q, k, scale, key_bias); from the residual, where only q and the scale need a gradient
 
 soft_target: S_ij = scale q_i.k_j, T_ij = target_scale t_i.u_j over the concatenated segments of k, target_k
     positive   int64 [N], a column (-1: none): left out of T ("exclude"), or a logit of 0 there ("zero")
@@ -101,7 +101,7 @@ SCHEMAS = {
     "contrastive_backward": (
         "(Tensor? grad_lse, Tensor? grad_lse_cols, Tensor? grad_positive_sum, "
         f"Tensor q, Tensor? k, Tensor scale, {_PAIRS}, Tensor lse, Tensor lse_cols, Tensor residual, "
-        "bool[3] needs)"
+        "bool[4] needs)"
         " -> (Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_key_bias)"
     ),
     "soft_target_forward": (
@@ -122,7 +122,7 @@ SCHEMAS = {
     ),
     "dimcl_backward": (
         "(Tensor? grad_lse, Tensor? grad_positive_sum, Tensor z0, Tensor z1, Tensor scale, "
-        "Tensor? positive_mask, Tensor lse, Tensor mean, Tensor rnorm)"
+        "Tensor? positive_mask, Tensor lse, Tensor mean, Tensor rnorm, bool needs_scale)"
         " -> (Tensor grad_z0, Tensor grad_z1, Tensor grad_scale)"
     ),
     "similarity_forward": (
@@ -216,6 +216,10 @@ def _empty(like: Tensor, *shape: int, needed: bool = True) -> Tensor:
     return like.new_empty(shape if needed else (0,), dtype=accumulate_dtype(like.dtype))
 
 
+def _scalar(like: Tensor, needed: bool) -> Tensor:
+    return _empty(like) if needed else _empty(like, 0)
+
+
 def _rows(like: Tensor, n: int, needed: bool = True) -> Tensor:
     """A statistic of n rows."""
     return like.new_empty((n if needed else 0,), dtype=statistics_dtype(like))
@@ -244,11 +248,11 @@ def _contrastive_backward(
     grads: Any, problem: Contrast, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     q, keys = problem.q, problem.keys
-    needs_q, needs_k, needs_bias = needs
+    needs_q, needs_k, needs_scale, needs_bias = needs
     return (
         _gradient(q, needs_q),
         _gradient(keys, needs_k),
-        _empty(q),
+        _scalar(q, needs_scale),
         _empty(q, keys.shape[0], needed=needs_bias),
     )
 
@@ -276,7 +280,7 @@ def _loss_and_gradients(features: Sequence[Tensor], needs: Sequence[bool]) -> tu
     like = features[0]
     pairs = zip(features, needs, strict=False)
     grads = (_empty(like, *x.shape, needed=needed) for x, needed in pairs)
-    return _empty(like), *grads, _empty(like) if any(needs) else _empty(like, 0)
+    return _empty(like), *grads, _scalar(like, any(needs))
 
 
 @_fake
@@ -316,7 +320,7 @@ def _dimcl_forward(z0: Tensor, z1: Tensor, scale: Tensor, positive_mask: Tensor 
 def _dimcl_backward(
     grad_lse: Tensor | None, grad_positive_sum: Tensor | None, z0: Tensor, z1: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _gradient(z0, True), _gradient(z1, True), _empty(z0)
+    return _gradient(z0, True), _gradient(z1, True), _scalar(z0, rest[-1])
 
 
 @_fake

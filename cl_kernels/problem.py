@@ -155,6 +155,17 @@ class KeyLoss(NamedTuple):
         return self.with_tensors((None,) * 7)
 
 
+class KeyStats(NamedTuple):
+    """The statistics of a key loss's rows: float64 [N], and means of keys [N, D], float32."""
+
+    lse: Tensor
+    positive_sum: Any  # the positive's logit; [0]: it stands beside the keys
+    mean: Any  # by the softmax, [0] where no gradient is needed
+    target_lse: Any = None
+    cross: Any = None  # the target's mean of the logits
+    target_mean: Any = None  # as `mean`, by the target's
+
+
 def same_memory(x: Tensor | None, y: Tensor | None) -> bool:
     if x is None or y is None:
         return x is y

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 MULTIPLICATIONS = 2048  # of halves, a clock and multiprocessor of sm_90
@@ -19,6 +19,7 @@ PER_TILE = {
 }
 # Issue clocks over the larger of the other two, at most.
 WANTED = {"lse._lse_kernel": 1.5, "gradient_rows._gradient_rows_kernel": 1.3}
+LABELS_WANTED = 1.15  # issue clocks of positives by label over those by index, in gradients
 BOUND_AT = ("sm_90", "half", 128)  # architecture, kind of dtype, features
 MAIN = ("self", "self, no positives", "self, labels", "keys", "both axes")  # cases of the engine
 
@@ -65,11 +66,29 @@ def clocks(row: Mapping[str, str], features: int | None = None) -> Clocks | None
     )
 
 
+def _bound(row: Mapping[str, str]) -> bool:
+    """Whether a row's features are those that the bounds are for."""
+    return (row["architecture"], row["row"].split()[1], row["tile"].split("x")[-1]) == tuple(
+        map(str, BOUND_AT)
+    )
+
+
 def wanted(row: Mapping[str, str]) -> float | None:
     """The ratio of issue clocks to the others that a main kernel should keep to."""
-    at = (row["architecture"], row["row"].split()[1], int(row["tile"].split("x")[-1]))
     main = row["case"].removeprefix("contrastive ") in MAIN
-    return WANTED.get(row["kernel"]) if main and at == BOUND_AT else None
+    return WANTED.get(row["kernel"]) if main and _bound(row) else None
+
+
+def of_labels(rows: Iterable[Mapping[str, str]]) -> float | None:
+    """Issue clocks a pair of the gradient by label over those by index; None where either is not there."""
+    issue = {}
+    for row in rows:
+        if row["kernel"] == "gradient_rows._gradient_rows_kernel" and _bound(row):
+            made = clocks(row)
+            if made is not None:
+                issue[row["case"]] = made.issue / made.pairs
+    labels, index = issue.get("contrastive self, labels"), issue.get("contrastive self")
+    return None if labels is None or index is None else labels / index
 
 
 def faults(row: Mapping[str, str]) -> list[str]:

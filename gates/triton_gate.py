@@ -24,8 +24,8 @@ One line a compiled kernel:
 It exits with 1 if a kernel spills more than a few bytes to memory (where wide loads are aligned), takes more
 registers or shared memory than the chip has, lacks the matrix instructions of its architecture, or has a loop
 over tiles of more issue slots or instructions than issue_slots.py allows, recorded figures or new ones; if
-one does not compile; if the file is not what was found; if no op uses a row of the table; or if an op has no
-Triton implementation.
+labels take more issue slots than it allows; if a kernel does not compile; if the file is not what was found;
+if no op uses a row of the table; or if an op has no Triton implementation.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cl_kernels import chunked, configs, ops
+from cl_kernels.problem import KeyLoss, KeyStats
 from cl_kernels.triton import class_sums, launch
 
 
@@ -87,7 +88,7 @@ CHIPS = {
 OPTIONS_AT = 128  # the width at which options are varied
 OPTIONS_ON = "sm_90"  # the architecture, which stands for all
 ROWS, KEYS = 256, 512
-ROWS_CASE = "rows"  # of row_losses.py and unit_rows.py
+ROWS_CASE = "rows"  # of key_losses.py, row_losses.py and unit_rows.py
 ATOMICS = "atomics"
 BY_CLASS, FEW_ROWS = "self, labels", ", few rows"  # the case that class_sums.FEWEST_ROWS is about
 ODD_ROWS, ODD_WIDTH = "odd rows", "odd width"
@@ -440,7 +441,7 @@ def _record(recorder: Recorder, case: op_cases.Case, special: str, implementatio
 
 
 def _record_rows(recorder: Recorder, problem: Problem, implementation: ModuleType) -> None:
-    """The launches around the engine, of no row of the table: rows brought to unit length, and a loss made of
+    """The launches around the engine, of no row of the table: rows brought to unit length, and losses made of
     their statistics."""
     sizes, varied = problem.sizes, problem.rank == 2
     recorder.row = (ROWS_CASE, configs.dtype_kind(problem.dtype), sizes.d)
@@ -456,6 +457,27 @@ def _record_rows(recorder: Recorder, problem: Problem, implementation: ModuleTyp
             of_positives = lse if positives else lse[:0]
             given = (lse, lse if axes else lse[:0], of_positives, of_positives)
             implementation.row_losses(*given, 1.0, mean, mean and drop, at_least_zero)
+    for beside, target, zero, needs_q, needs_scale in itertools.product(either, repeat=5):
+        usual = beside and needs_q and not (zero or needs_scale)
+        if usual or (varied and needs_q >= needs_scale and target >= zero):
+            problem, stats = _keys_and_statistics(x, lse, beside, target, needs_q)
+            problem = problem._replace(positive_is_zero=zero)
+            implementation.key_losses(problem, stats, True, (needs_q, needs_scale))
+
+
+def _keys_and_statistics(
+    x: torch.Tensor, lse: torch.Tensor, beside: bool, target: bool, gradient: bool
+) -> tuple[KeyLoss, KeyStats]:
+    """A loss over keys and statistics of its rows."""
+    scale, index = torch.tensor(2.0), torch.arange(x.shape[0])
+    own, positive = (x, None) if beside else (None, index)
+    problem = KeyLoss(x, [x], x if target else None, scale, own=own, positive=positive)
+    mean = torch.zeros(x.shape) if gradient else torch.zeros(0)
+    stats = KeyStats(lse, lse[:0] if beside else lse, mean)
+    if not target:
+        return problem, stats
+    stats = stats._replace(target_lse=lse, cross=lse, target_mean=mean)
+    return problem._replace(target_scale=scale, coeff=torch.tensor(0.5)), stats
 
 
 # Figures of a compiled kernel
@@ -696,6 +718,9 @@ def check(
             print(
                 f"spills {row['spilled']:>4} bytes: " + " | ".join(row[name] for name in COLUMNS[: WHAT - 1])
             )
+    labels = issue_slots.of_labels(now.rows())
+    if labels is not None and labels > issue_slots.LABELS_WANTED:
+        gate.fail("gradient_rows", f"labels {labels:.2f} times an index, over {issue_slots.LABELS_WANTED}")
     for name in ops.SCHEMAS:
         if match in name and not hasattr(implementation, name):
             gate.fail(name, "has no Triton implementation")

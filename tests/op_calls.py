@@ -38,8 +38,8 @@ def contrastive(dtype: torch.dtype, by_mask: bool = True) -> Iterator[Call]:
             torch.ones_like(positive_sum) if problem.positives != "none" else None,
         )
         own_keys, biased = problem.k is None, problem.key_bias is not None
-        saved, only_q = (*arguments, lse, lse_cols), (True, False, False)
-        for needs in [(True, not own_keys, biased), (False, False, False)]:
+        saved, only_q = (*arguments, lse, lse_cols), (True, False, False, False)
+        for needs in [(True, not own_keys, True, biased), (False, False, False, False)]:
             yield "contrastive_backward", (*grads, *saved, residual, needs)
         yield "contrastive_backward", (None, *grads[1:], *saved, residual, only_q)
         if may_save_gradient(problem):
@@ -73,8 +73,8 @@ def dimcl(dtype: torch.dtype) -> Iterator[Call]:
         arguments = (rand(0, 5, 3, dtype=dtype), rand(1, 5, 3, dtype=dtype), scale, mask)
         call, (lse, positive_sum, _, mean, rnorm) = _made("dimcl_forward", *arguments)
         yield call
-        for grad in (lse, None):
-            yield "dimcl_backward", (grad, positive_sum, *arguments, lse, mean, rnorm)
+        for grad, needs_scale in ((lse, True), (None, False)):
+            yield "dimcl_backward", (grad, positive_sum, *arguments, lse, mean, rnorm, needs_scale)
 
 
 def similarity(dtype: torch.dtype) -> Iterator[Call]:

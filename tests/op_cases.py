@@ -86,16 +86,18 @@ class _Maker:
             "self, among same": {**rows, **labels, "among": "same"},
             "self, among different": {**rows, **labels, "among": "different"},
             "self, no positives": rows,
+            "self, fixed scale": {**rows, **index, "needs": (True, False, False, False)},
             "self, device scale": {**rows, **index, "device_scale": True},
             "self, transposed": {**rows, **index, "transposed": True},
             "keys, frozen": {**frozen_keys, **index},
+            "keys, frozen, fixed scale": {**frozen_keys, **index, "needs": (True, False, False, False)},
             "keys, frozen, transposed": {**frozen_keys, **index, "transposed": True},
             "keys, frozen, offset, among different": {
                 **frozen_keys, **index, "exclude": 1, "among": "different", "device_scale": True,
             },
             "keys, frozen, bias": {**frozen_keys, "bias": True},
-            "keys, of queries only": {**keys_index, "needs": (True, False, False)},
-            "keys, of keys only": {**keys_index, "needs": (False, True, False)},
+            "keys, of queries only": {**keys_index, "needs": (True, False, False, False)},
+            "keys, of keys only": {**keys_index, "needs": (False, True, False, False)},
             "keys, bias": {"keys": "learnt", "bias": True},
             "keys, transposed": {**keys_index, "transposed": True},
             "keys, offset, labels": {"keys": "learnt", "exclude": -2, **labels},
@@ -107,6 +109,7 @@ class _Maker:
         }  # fmt: skip
         # Each kind of positives: some have launch shapes of their own.
         main = ("self", "self, labels", "self, mask", "self, no positives", "keys, frozen")
+        main += ("self, fixed scale", "keys, frozen, fixed scale")
         common = ("keys", "both axes")
 
         def run(
@@ -139,7 +142,7 @@ class _Maker:
             )  # fmt: skip
             frozen = keys == "frozen"
             lse, lse_cols, *sums, residual = call("contrastive_forward", *problem, frozen)
-            needs = (True, False, False) if frozen else needs or (True, bool(keys), bias)
+            needs = needs or (True, bool(keys) and not frozen, True, bias and not frozen)
             grads = call(
                 "contrastive_backward", self.of_mean(n), self.per_row(columns) if both_axes else None,
                 self.per_row(n) if positives else None, *problem, lse, lse_cols, residual, needs,
@@ -222,7 +225,9 @@ class _Maker:
             positive_mask = torch.rand(rows, rows, device=self.device) > 0.9 if mask else None
             problem = (z0, z1, self.scale(device_scale), positive_mask)
             lse, positive_sum, count, mean, rnorm = call("dimcl_forward", *problem)
-            grads = call("dimcl_backward", self.of_mean(rows), self.per_row(rows), *problem, lse, mean, rnorm)
+            grads = call(
+                "dimcl_backward", self.of_mean(rows), self.per_row(rows), *problem, lse, mean, rnorm, True
+            )
             return _flat(lse, positive_sum, count, mean, rnorm, grads)
 
         return self._of("dimcl", run, variants, ("two views", "wide"))

@@ -209,11 +209,12 @@ class _RingContrast(torch.autograd.Function):
             found_q, found_k, found_scale, _ = dispatch.call(
                 "contrastive_backward", backend, grad_lse, own_grad_cols,
                 None if block.positives == "none" else grad_positive,
-                *block, lse, own_cols, lse.new_empty(0, dtype=acc), (*needs, False),
+                *block, lse, own_cols, lse.new_empty(0, dtype=acc), (*needs, needs_scale, False),
             )  # fmt: skip
             if needs[0]:
                 grad_q.add_(found_q)
-            grad_scale.add_(found_scale.to(grad_scale.device))
+            if needs_scale:
+                grad_scale.add_(found_scale.to(grad_scale.device))
             return found_k.to(acc)
 
         def at_home() -> None:

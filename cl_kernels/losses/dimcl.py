@@ -97,7 +97,7 @@ def dimcl_loss(
     scale, others = inverse(tau, z0), 2 * z0.shape[1] - 1
     if ranks is None:
         validation.minimum_rows("z0", z0, 2)
-        if others > 1 and makes_whole_losses(z0, reduction):
+        if others > 1 and makes_whole_losses(z0, reduction, by_rows=True):
             return autograd.dimcl_loss(z0, z1, scale, positive_mask, reduction == "mean")
         lse, positive_sum, positive_count = autograd.dimcl(z0, z1, scale, positive_mask)
     else:

@@ -146,7 +146,7 @@ def _whole(
     reduction: str,
 ) -> Tensor | None:
     """The reduced loss by one op, or None."""
-    if not makes_whole_losses(q, reduction):
+    if not makes_whole_losses(q, reduction, by_rows=True):
         return None
     keys, positive = keys_and_positives(k, k_global, queue, rank, in_batch)
     own = k if positive is None else None

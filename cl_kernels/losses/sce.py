@@ -245,7 +245,7 @@ def _whole(
     positive_in_target: str,
 ) -> Tensor | None:
     """The reduced loss by one op, or None."""
-    if not makes_whole_losses(q, reduction):
+    if not makes_whole_losses(q, reduction, by_rows=True):
         return None
     keys, positive = keys_and_positives(k, k_global, queue, rank)
     own = k if positive is None else None

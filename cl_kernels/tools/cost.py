@@ -156,7 +156,7 @@ def forward(
         factor = 4 if not saves else 12 if wide else 8
         return Work(factor * pairs, len(segments) + 1 + 3 * parts * (saves and wide))
     if saves:
-        again = 2 + 2 * chunks("gradient_tiles", n, sum(segments), width, dtype) if wide else 1
+        again = 3 + 2 * chunks("gradient_tiles", n, sum(segments), width, dtype) if wide else 1
         return Work((6 if wide else 4) * pairs, 2 + again)
     return Work((1 if kind == "self" else 2) * pairs, {"self": 3, "keys": 2, "both axes": 4}[kind])
 
@@ -176,7 +176,7 @@ def backward(
     if kind == "soft targets":
         parts = len(segments) * chunks("soft_target_softmax", n, max(segments), width, dtype)
         return Work((4 + 4 * gradients) * pairs, (1 + 2 * gradients) * parts)
-    terms = 2 if kind == "both axes" else 1
+    terms = 1 if kind == "self" else 2
     if kind == "self":
         gradients = 1
     if fused(width, dtype):

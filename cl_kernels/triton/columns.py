@@ -16,7 +16,7 @@ from . import launch, tiles
 # the spread takes no digits, and a constant column is exactly one.
 @triton.jit
 def _standardise_kernel(
-    z0, z1, x, mean, rnorm, n, d, noise,
+    z0, z1, x, mean, rnorm, partner, n, d, noise,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     view = tl.program_id(1)
@@ -46,6 +46,7 @@ def _standardise_kernel(
     b_rnorm = tl.where(constant, 0.0, tl.div_rn(1.0, tl.where(constant, 1.0, b_norm)))
     tl.store(mean + view * d + i_d, b_mean, mask=m_d)
     tl.store(rnorm + view * d + i_d, b_rnorm, mask=m_d)
+    tl.store(partner + view * d + i_d, (1 - view) * d + i_d, mask=m_d)
 
     for first in range(0, n, BLOCK_M):
         i_n = first + tl.arange(0, BLOCK_M)
@@ -99,20 +100,21 @@ def _column_gradient_kernel(
 def standardise(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x [N, 2D], mean [2, D], rnorm [2, D]): the centred columns of both views at unit length, 0 for a
-    constant column."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x [N, 2D], mean [2, D], rnorm [2, D], partner [2D]): the centred columns of both views at unit length,
+    0 for a constant column, and the column of the other view for each."""
     n, d = z0.shape
     shape = configs.shape("columns", z0, d)
     x = z0.new_empty(n, 2 * d)
     mean, rnorm = (z0.new_empty(2, d, dtype=torch.float32) for _ in range(2))
+    partner = z0.new_empty(2 * d, dtype=torch.int64)
     noise = 4 * torch.finfo(torch.float32).eps * n**0.5
     _standardise_kernel[(launch.cdiv(d, shape.block_d), 2)](
-        launch.matrix(z0), launch.matrix(z1), x, mean, rnorm, n, d, noise,
+        launch.matrix(z0), launch.matrix(z1), x, mean, rnorm, partner, n, d, noise,
         BLOCK_M=shape.block_m, BLOCK_D=shape.block_d, EVEN_D=d % shape.block_d == 0,
         **launch.options(shape),
     )  # fmt: skip
-    return x, mean, rnorm
+    return x, mean, rnorm, partner
 
 
 def column_gradient(

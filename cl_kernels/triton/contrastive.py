@@ -41,6 +41,6 @@ def contrastive_backward(
     problem = packed(problem)
     lse, lse_cols, rest = saved
     if problem.k is not None and rest.numel() > 0 and not (needed.k or needed.bias):
-        grad, grad_scale = gradient_from_residual(incoming, problem, rest, needed.q)
+        grad, grad_scale = gradient_from_residual(incoming, problem, rest, needed)
         return grad, rest.new_empty(0), grad_scale, rest.new_empty(0)
     return gradient(incoming, problem, lse, lse_cols, needed)

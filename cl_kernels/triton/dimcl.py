@@ -16,19 +16,18 @@ from .lse import log_sum_exp
 from .pairs import contiguous
 
 
-def _problem(x: Tensor, scale: Tensor, positive_mask: Tensor | None) -> Contrast:
+def _problem(x: Tensor, partner: Tensor, scale: Tensor, positive_mask: Tensor | None) -> Contrast:
+    if positive_mask is None:
+        return Contrast(x.T, None, scale, 0, positive_index=partner)
     own = torch.arange(x.shape[1], device=x.device)
-    partner = own.roll(x.shape[1] // 2)
-    mask = None if positive_mask is None else positive_mask | (partner[:, None] == own)
-    index = partner if mask is None else None
-    return Contrast(x.T, None, scale, 0, positive_index=index, positive_mask=mask)
+    return Contrast(x.T, None, scale, 0, positive_mask=positive_mask | (partner[:, None] == own))
 
 
 def dimcl_forward(
     z0: Tensor, z1: Tensor, scale: Tensor, positive_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, mean, rnorm = standardise(z0, z1)
-    lse, _, positive_sum, positive_count = log_sum_exp(_problem(x, scale, positive_mask))
+    x, mean, rnorm, partner = standardise(z0, z1)
+    lse, _, positive_sum, positive_count = log_sum_exp(_problem(x, partner, scale, positive_mask))
     return lse, positive_sum, positive_count, mean, rnorm
 
 
@@ -42,10 +41,11 @@ def dimcl_backward(
     lse: Tensor,
     mean: Tensor,
     rnorm: Tensor,
+    needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, _, _ = standardise(z0, z1)
+    x, _, _, partner = standardise(z0, z1)
     incoming = Incoming(contiguous(grad_lse), None, contiguous(grad_positive_sum))
-    problem, needs = _problem(x, scale, positive_mask), Needs(True, False, False)
+    problem, needs = _problem(x, partner, scale, positive_mask), Needs(True, False, needs_scale, False)
     grad_x, _, grad_scale, _ = gradient(incoming, problem, lse, lse, needs, torch.float32)
     grad_z0, grad_z1 = column_gradient(grad_x, x, rnorm, z0.dtype)
     return grad_z0, grad_z1, grad_scale

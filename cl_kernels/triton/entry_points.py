@@ -2,6 +2,7 @@
 
 from .contrastive import contrastive_backward, contrastive_forward
 from .dimcl import dimcl_backward, dimcl_forward
+from .key_losses import key_losses
 from .log_softmax import masked_log_softmax_backward, masked_log_softmax_forward
 from .row_losses import row_losses
 from .similarity import similarity_forward
@@ -15,6 +16,7 @@ __all__ = [
     "contrastive_forward",
     "dimcl_backward",
     "dimcl_forward",
+    "key_losses",
     "masked_log_softmax_backward",
     "masked_log_softmax_forward",
     "row_losses",

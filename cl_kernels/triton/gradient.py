@@ -13,7 +13,7 @@ from ..problem import Contrast
 from .gradient_chunks import chunk_gradients
 from .gradient_combine import combine
 from .gradient_rows import Owners, row_gradients
-from .gradient_terms import Terms, terms
+from .gradient_terms import terms
 
 
 def atomics_allowed() -> bool:
@@ -37,6 +37,7 @@ class Needs(NamedTuple):
 
     q: bool
     k: bool
+    scale: bool
     bias: bool
 
 
@@ -48,7 +49,7 @@ def gradient(
     needs: Needs,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_q, grad_k, grad_scale [], grad_key_bias of the `contrastive_backward` op (ops.py); the first two
+    """grad_q, grad_k, grad_scale, grad_key_bias of the `contrastive_backward` op (ops.py); the first two
     in `dtype`, by default that of q."""
     q, k, scale = problem.q, problem.keys, problem.scale
     width = q.shape[1]
@@ -71,21 +72,18 @@ def gradient(
             largest = _largest(problem.positive_mask)
     unit = None if fused else bound  # of parts; the fused kernel takes it off itself
     block = configs.shape(kernel, q, width, problem.positives).block_n
-    rows = terms(lse, incoming.lse, incoming.positive_sum, problem.positive_index, block, bound, largest)
+    rows = terms(problem, lse, incoming.lse, incoming.positive_sum, block, bound, largest)
     if mirrored:
         both = Owners(problem, rows, rows, bound)
         if fused:
             parts = row_gradients(both, triangle=kernel == "gradient_triangle")[0]
         else:
             parts = chunk_gradients(both, into_rows=True, into_columns=False, bias=False)[0]
-        grad, along = combine(parts, q, scale, needs.q, unit, dtype, share=0.5)
+        grad, along = combine(parts, q, scale, (needs.q, needs.scale), unit, dtype, share=0.5)
         return grad, _nothing(q), along, _nothing(q)
-    if incoming.lse_cols is None:
-        cols = _absent(rows, k)
-    else:
-        cols = terms(lse_cols, incoming.lse_cols, None, None, block, bound, None)
+    cols = terms(problem, lse_cols, incoming.lse_cols, None, block, bound, columns=True)
     owners = Owners(problem, rows, cols, bound)
-    into_q = needs.q or not needs.k  # one of them, for the gradient of the scale
+    into_q = needs.q or (needs.scale and not needs.k)  # one of them, for the gradient of the scale
     into_k = needs.q if self_keys else needs.k
     if fused:
         by_rows = row_gradients(owners)[0] if into_q else _nothing(q)
@@ -98,13 +96,14 @@ def gradient(
             owners, into_rows=into_q, into_columns=into_k, bias=needs.bias
         )
     if self_keys and into_q and into_k:
-        grad, along = combine(torch.cat([by_rows, by_cols]), q, scale, needs.q, unit, dtype, share=0.5)
+        parts = torch.cat([by_rows, by_cols])
+        grad, along = combine(parts, q, scale, (needs.q, needs.scale), unit, dtype, share=0.5)
         return grad, _nothing(q), along, bias
     grad_q, grad_k, along = _nothing(q), _nothing(q), _nothing(q)
     if into_k:
-        grad_k, along = combine(by_cols, k, scale, needs.k, unit, dtype)
+        grad_k, along = combine(by_cols, k, scale, (needs.k, needs.scale and not into_q), unit, dtype)
     if into_q:
-        grad_q, along = combine(by_rows, q, scale, needs.q, unit, dtype)
+        grad_q, along = combine(by_rows, q, scale, (needs.q, needs.scale), unit, dtype)
     return grad_q, grad_k, along, bias
 
 
@@ -115,20 +114,14 @@ def _nothing(like: Tensor) -> Tensor:
 def residual(problem: Contrast, lse: Tensor) -> Tensor:
     """(P - W) k [N, D], float32, of features too wide for `lse_frozen`."""
     ones = torch.ones_like(lse)
-    q, k = problem.q, problem.keys
+    q = problem.q
     bound = q.new_zeros(1, dtype=torch.float32) if q.dtype == torch.float16 else None
-    index = problem.positive_index
+    weights = None if problem.positive_index is None else -ones
     block = configs.shape("gradient_tiles", q, q.shape[1], problem.positives).block_n
-    rows = terms(lse, ones, None if index is None else -ones, index, block, bound, None)
-    owners = Owners(problem, rows, _absent(rows, k), bound)
+    rows = terms(problem, lse, ones, weights, block, bound)
+    owners = Owners(problem, rows, terms(problem, lse, None, None, block, None, columns=True), bound)
     parts, _, _ = chunk_gradients(owners, into_rows=True, into_columns=False, bias=False)
-    return combine(parts, q, lse.new_ones((), device="cpu"), True, bound, torch.float32)[0]
-
-
-def _absent(rows: Terms, k: Tensor) -> Terms:
-    """Terms of columns that add nothing; the memory is only there to be addressed."""
-    zeros = rows.planes.new_zeros((4, k.shape[0]))
-    return Terms(zeros, zeros, zeros.to(torch.int32), False, False)
+    return combine(parts, q, lse.new_ones((), device="cpu"), (True, False), bound, torch.float32)[0]
 
 
 def _largest(mask: Tensor) -> Tensor:

@@ -29,15 +29,15 @@ SIZES = ["n", "m", "d", "exclude", "mask_rows", "mask_cols", "first_row", "last_
 
 @triton.jit(do_not_specialize=SIZES)
 def _gradient_tiles_kernel(
-    x, y, out, bias_grad, scale, biases, labels, partners, mask, planes, ranges, index_ranges, bound,
+    x, y, out, bias_grad, scale, biases, partners, mask, planes, tags, ranges, index_ranges, bound,
     n, m, d, exclude, x_strides, y_strides, mask_rows, mask_cols, mask_strides,
     first_row, last_row, col_blocks,
     BIAS_GRADIENT: tl.constexpr, EXCLUDE: tl.constexpr, RULES: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     x, y, mask = Matrix(x, *x_strides), Matrix(y, *y_strides), Matrix(mask, *mask_strides)
-    own = Side(biases[0], labels[0], partners[0], planes[0])
-    other = Side(biases[1], labels[1], partners[1], planes[1])
+    own = Side(biases[0], partners[0], planes[0], tags[0])
+    other = Side(biases[1], partners[1], planes[1], tags[1])
     sizes = (last_row, m, exclude if EXCLUDE else None)
     block_i, block_j = tl.program_id(0) // col_blocks, tl.program_id(0) % col_blocks
     first_i, first_j = first_row + block_i * BLOCK_M, block_j * BLOCK_N
@@ -77,14 +77,14 @@ def chunk_gradients(
     buffer = x.new_empty((min(n, rows_per_chunk), m))
     scale = launch.scalar(owners.problem.scale)
     mask, mask_sizes, mask_strides = mask_arguments(owners.problem.positive_mask)
-    biases, labels, partners, planes = owners.vectors
+    biases, partners, planes, tags = owners.vectors
     col_blocks = launch.cdiv(m, shape.block_n)
     for first in range(0, n, rows_per_chunk):
         last = min(first + rows_per_chunk, n)
         row_blocks = launch.cdiv(last - first, shape.block_m)
         bias_part = x.new_empty((row_blocks, m) if bias else (0,), dtype=torch.float32)
         _gradient_tiles_kernel[(row_blocks * col_blocks,)](
-            x, y, buffer, bias_part, scale, biases, labels, partners, mask, planes,
+            x, y, buffer, bias_part, scale, biases, partners, mask, planes, tags,
             owners.other.ranges, owners.other.index_ranges, owners.bound,
             n, m, d, owners.exclude or 0, x.stride(), y.stride(), *mask_sizes, mask_strides,
             first, last, col_blocks,

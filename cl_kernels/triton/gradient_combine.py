@@ -30,30 +30,33 @@ def _gradient_combine_kernel(
         for index in range(parts):
             total += tl.load(part + (index * n + i)[:, None] * d + i_d[None, :], mask=m_x, other=0.0)
         total /= unit
-        b_x = tl.load(x.at + i[:, None] * x.stride_row + i_d[None, :] * x.stride_col, mask=m_x, other=0.0)
-        dots += b_x.to(tl.float32) * total
+        if along is not None:
+            b_x = tl.load(x.at + i[:, None] * x.stride_row + i_d[None, :] * x.stride_col, mask=m_x, other=0.0)
+            dots += b_x.to(tl.float32) * total
         if WRITE:
             tl.store(grad + at, (total * s).to(grad.dtype.element_ty), mask=m_x)
-    tl.store(along + tl.program_id(0), tl.sum(tl.sum(dots, 1), 0) * share)
+    if along is not None:
+        tl.store(along + tl.program_id(0), tl.sum(tl.sum(dots, 1), 0) * share)
 
 
 def combine(
     parts: Tensor,
     x: Tensor,
     scale: Tensor,
-    write: bool,
+    needs: tuple[bool, bool],
     bound: Tensor | None = None,
     dtype: torch.dtype | None = None,
     share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """scale times the sum of the parts [P, n, D] in `dtype` (that of x; [0] float32 unless `write`), and
-    share sum(x . parts), []. `bound`: the parts are in its unit."""
+    """scale times the sum of the parts [P, n, D] in `dtype` (that of x), and share sum(x . parts), []; [0]
+    float32 what is not needed of the two. `bound`: the parts are in its unit."""
     n, d = x.shape
     programs = launch.cdiv(n, _ROWS)
+    write, needs_along = needs
     grad = x.new_empty(x.shape, dtype=dtype or x.dtype) if write else parts.new_empty(0)
-    along = parts.new_empty(programs)
+    along = parts.new_empty(programs) if needs_along else None
     _gradient_combine_kernel[(programs,)](
         parts, launch.matrix(x), launch.scalar(scale), bound, grad, along, share, n, d, parts.shape[0],
         WRITE=write, BLOCK_M=_ROWS, BLOCK_D=128,
     )  # fmt: skip
-    return grad, along.sum()
+    return grad, parts.new_empty(0) if along is None else along.sum()

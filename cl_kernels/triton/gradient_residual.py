@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..problem import Contrast
 from . import launch
-from .gradient import Incoming
+from .gradient import Incoming, Needs
 from .tiles import scalar
 
 _ROWS = 16
@@ -40,25 +40,28 @@ def _residual_gradient_kernel(
             at_k = k + b_index[:, None] * k_strides[0] + i_d[None, :] * k_strides[1]
             b_k = tl.load(at_k, mask=m_x & (b_index >= 0)[:, None], other=0.0)
             total += weight[:, None] * b_k.to(tl.float32)
-        b_q = tl.load(q + i[:, None] * q_strides[0] + i_d[None, :] * q_strides[1], mask=m_x, other=0.0)
-        dots += b_q.to(tl.float32) * total
+        if along is not None:
+            b_q = tl.load(q + i[:, None] * q_strides[0] + i_d[None, :] * q_strides[1], mask=m_x, other=0.0)
+            dots += b_q.to(tl.float32) * total
         if WRITE:
             tl.store(grad + at, (total * s).to(grad.dtype.element_ty), mask=m_x)
-    tl.store(along + tl.program_id(0), tl.sum(tl.sum(dots, 1), 0))
+    if along is not None:
+        tl.store(along + tl.program_id(0), tl.sum(tl.sum(dots, 1), 0))
 
 
 def gradient_from_residual(
-    incoming: Incoming, problem: Contrast, residual: Tensor, needs_q: bool
+    incoming: Incoming, problem: Contrast, residual: Tensor, needs: Needs
 ) -> tuple[Tensor, Tensor]:
-    """grad_q = scale (g_lse residual + (g_lse + g_positive) k[index]), and grad_scale []."""
+    """grad_q = scale (g_lse residual + (g_lse + g_positive) k[index]), and grad_scale []; [0] what is not
+    needed."""
     q, k, index = problem.q, problem.keys, problem.positive_index
     n, d = q.shape
     programs = launch.cdiv(n, _ROWS)
-    grad = q.new_empty(q.shape) if needs_q else residual.new_empty(0)
-    along = residual.new_empty(programs)
+    grad = q.new_empty(q.shape) if needs.q else residual.new_empty(0)
+    along = residual.new_empty(programs) if needs.scale else None
     _residual_gradient_kernel[(programs,)](
         residual, q, k, launch.scalar(problem.scale), index, incoming.lse, incoming.positive_sum,
         grad, along, n, d, q.stride(), k.stride(),
-        WRITE=needs_q, BLOCK_M=_ROWS, BLOCK_D=128,
+        WRITE=needs.q, BLOCK_M=_ROWS, BLOCK_D=128,
     )  # fmt: skip
-    return grad, along.sum()
+    return grad, residual.new_empty(0) if along is None else along.sum()

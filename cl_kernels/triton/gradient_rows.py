@@ -51,11 +51,10 @@ class Owners(NamedTuple):
 
     @property
     def vectors(self) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
-        """Biases, labels, partners and planes, each of the owners and of the others."""
-        given, own, other = self.problem, self.own, self.other
-        rows, columns = (None, given.row_labels), (given.key_bias, given.col_labels)
-        biases, labels = zip(*((columns, rows) if self.columns else (rows, columns)), strict=True)
-        return biases, labels, (own.partner, other.partner), (own.planes, other.planes)
+        """Biases, partners, planes and tags, each of the owners and of the others."""
+        own, other, bias = self.own, self.other, self.problem.key_bias
+        biases = (bias, None) if self.columns else (None, bias)
+        return biases, (own.partner, other.partner), (own.planes, other.planes), (own.tags, other.tags)
 
     @property
     def rules(self) -> Rules:
@@ -68,15 +67,15 @@ class Owners(NamedTuple):
 
 @triton.jit(do_not_specialize=["n", "m", "d", "exclude", "mask_rows", "mask_cols", "steps"])
 def _gradient_rows_kernel(
-    x, y, out, bias_grad, scale, biases, labels, partners, mask, planes, ranges, index_ranges, bound,
+    x, y, out, bias_grad, scale, biases, partners, mask, planes, tags, ranges, index_ranges, bound,
     n, m, d, exclude, x_strides, y_strides, mask_rows, mask_cols, mask_strides, steps,
     TRIANGLE: tl.constexpr, FEATURES: tl.constexpr, BIAS_GRADIENT: tl.constexpr, EXCLUDE: tl.constexpr,
     RULES: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     x, y, mask = Matrix(x, *x_strides), Matrix(y, *y_strides), Matrix(mask, *mask_strides)
-    own = Side(biases[0], labels[0], partners[0], planes[0])
-    other = Side(biases[1], labels[1], partners[1], planes[1])
+    own = Side(biases[0], partners[0], planes[0], tags[0])
+    other = Side(biases[1], partners[1], planes[1], tags[1])
     sizes = (n, m, exclude if EXCLUDE else None)
     block_i = tl.program_id(0)
     split = tl.program_id(1)
@@ -152,9 +151,9 @@ def row_gradients(
         out = x.new_empty((splits, n, d) if features else (0,), dtype=torch.float32)
     bias_grad = x.new_empty((splits, n) if bias else (0,), dtype=torch.float32)
     mask, mask_sizes, mask_strides = mask_arguments(owners.problem.positive_mask)
-    biases, labels, partners, planes = owners.vectors
+    biases, partners, planes, tags = owners.vectors
     _gradient_rows_kernel[(row_blocks, splits)](
-        x, y, out, bias_grad, launch.scalar(owners.problem.scale), biases, labels, partners, mask, planes,
+        x, y, out, bias_grad, launch.scalar(owners.problem.scale), biases, partners, mask, planes, tags,
         owners.other.ranges, owners.other.index_ranges, owners.bound,
         n, m, d, owners.exclude or 0, x.stride(), y.stride(), *mask_sizes, mask_strides,
         launch.cdiv(steps, splits),

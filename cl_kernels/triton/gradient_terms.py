@@ -3,6 +3,9 @@
 A log-sum-exp L (float64, times log2(e) for base 2) is rounded to the float32 shift, and what rounding leaves
 goes into the coefficient, so that exp(S - L) keeps its digits: coef = g 2^(shift - L). A row with nothing in
 its denominator has coefficient 0. The weight is the gradient of the row's sum over positives.
+
+Labels are compared in every tile: they become numbers of 32 bits here, which are equal where the labels are,
+whatever those are.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..problem import Contrast
 from . import launch
 from .pairs import index_range
 from .tiles import LOG2E, NOTHING
+
+_COLUMNS = tl.constexpr(16)  # whose labels are looked through at a time
 
 
 class Terms(NamedTuple):
@@ -28,12 +34,31 @@ class Terms(NamedTuple):
     softmax: bool  # whether any coefficient counts
     positives: bool  # whether any weight counts
     partner: Tensor | None = None  # [n]: the index of each one's positive
+    tags: Tensor | None = None  # [n] int64: the label's number, and above it the bits of the weight
+
+
+@triton.jit
+def _numbers(b_label, columns, m, BLOCK: tl.constexpr):
+    """int32 that are equal where int64 labels are: themselves from -2^31 to below 2^31 - 1 - m; for others,
+    from there on, the first of the m columns that has the label, m where none has."""
+    beyond = 2147483647 - m
+    large = (b_label >= beyond) | (b_label < -2147483648)
+    number = b_label.to(tl.int32)
+    if tl.max(large.to(tl.int32), 0) > 0:
+        column = tl.full((BLOCK,), 0, tl.int32) + m
+        for first in range(0, m, _COLUMNS):
+            j = first + tl.arange(0, _COLUMNS)
+            of_column = tl.load(columns + j, mask=j < m, other=0)
+            same = (b_label[:, None] == of_column[None, :]) & (j < m)[None, :]
+            column = tl.minimum(column, tl.min(tl.where(same, j[None, :], m), 1))
+        number = tl.where(large, beyond + column, number)
+    return number
 
 
 @triton.jit
 def _terms_kernel(
-    lse, grad, weight_grad, index, planes, ranges, index_ranges, bound, largest_weight, n, blocks,
-    BLOCK: tl.constexpr,
+    lse, grad, weight_grad, index, labels, columns, planes, tags, ranges, index_ranges, bound, largest_weight,
+    n, m, blocks, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -63,6 +88,10 @@ def _terms_kernel(
         first, last = index_range(tl.load(index + i, mask=i < n, other=-1).to(tl.int32), True)
         tl.store(index_ranges + block, first)
         tl.store(index_ranges + blocks + block, last)
+    if labels is not None:
+        number = _numbers(tl.load(labels + i, mask=i < n, other=0), columns, m, BLOCK)
+        above = weight.to(tl.int32, bitcast=True).to(tl.int64) << 32
+        tl.store(tags + i, above | number.to(tl.uint32, bitcast=True).to(tl.int64), mask=i < n)
     if bound is not None:
         largest = tl.abs(weight)
         if largest_weight is not None:
@@ -71,23 +100,30 @@ def _terms_kernel(
 
 
 def terms(
+    problem: Contrast,
     lse: Tensor,
     grad: Tensor | None,
     weight_grad: Tensor | None,
-    index: Tensor | None,
     block: int,
     bound: Tensor | None,
-    largest_weight: Tensor | None,
+    largest_weight: Tensor | None = None,
+    columns: bool = False,
 ) -> Terms:
-    """The terms of rows with these log-sum-exps [n] and gradients. `bound` [1], if given, rises to the
-    largest of them (weights times `largest_weight`). `block`: of how many rows kernels look up a range."""
-    n = lse.shape[0] if grad is not None or weight_grad is None else weight_grad.shape[0]
+    """The terms of the rows (or columns) with these log-sum-exps and gradients, [n], None: no such term.
+
+    `bound` [1], if given, rises to the largest of them (weights times `largest_weight`). `block`: of how many
+    rows kernels look up a range."""
+    n, m = problem.q.shape[0], problem.keys.shape[0]
+    labels, index = problem.row_labels, problem.positive_index
+    if columns:
+        n, labels, index = m, problem.col_labels, None
     blocks = launch.cdiv(n, block)
     planes = lse.new_empty((4, n), dtype=torch.float32)
     ranges = lse.new_empty((2, blocks), dtype=torch.float32)
     index_ranges = lse.new_empty((2, blocks), dtype=torch.int32)
+    tags = None if labels is None else torch.empty_like(labels)
     _terms_kernel[(blocks,)](
-        lse, grad, weight_grad, index, planes, ranges, index_ranges, bound, largest_weight, n, blocks,
-        BLOCK=block,
+        lse, grad, weight_grad, index, labels, problem.col_labels, planes, tags, ranges, index_ranges, bound,
+        largest_weight, n, m, blocks, BLOCK=block,
     )  # fmt: skip
-    return Terms(planes, ranges, index_ranges, grad is not None, weight_grad is not None, index)
+    return Terms(planes, ranges, index_ranges, grad is not None, weight_grad is not None, index, tags)

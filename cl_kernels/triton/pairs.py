@@ -29,9 +29,9 @@ class Side(NamedTuple):
     """The vectors of a gradient's owners or others, the rows of S or its columns, as kernels take them."""
 
     bias: Any
-    labels: Any
     partner: Any  # index of each one's positive
     planes: Any  # as in gradient_terms.Terms
+    tags: Any
 
 
 class Owner(NamedTuple):
@@ -136,7 +136,7 @@ def load_partners(own, i, n, RULES: tl.constexpr):
     label = i
     partner = i
     if RULES.positives == "labels" or RULES.among != "all":
-        label = tl.load(own.labels + i, mask=i < n, other=0)
+        label = tl.load(own.tags + i, mask=i < n, other=0).to(tl.int32)
     if RULES.positives == "index" and RULES.own_positives:
         partner = tl.load(own.partner + i, mask=i < n, other=-1).to(tl.int32)
     first, last = index_range(partner, RULES.positives == "index" and RULES.own_positives)
@@ -193,15 +193,16 @@ def pair_gradient(
     unit = tl.exp2(lift)
     g = softmax
     if RULES.among != "all" or RULES.positives == "labels":
-        same = owner.label[:, None] == tl.load(other.labels + j, mask=j < m, other=0)[None, :]
+        tag = tl.load(other.tags + j, mask=j < m, other=0)
+        same = owner.label[:, None] == tag.to(tl.int32)[None, :]
         if RULES.among == "same":
             g = tl.where(same, g, 0.0)
         if RULES.among == "different":
             g = tl.where(same, 0.0, g)
         softmax = g
         if RULES.positives == "labels" and (RULES.own_positives or RULES.other_positives):
-            weight = tl.load(other.planes + 2 * m + j, mask=j < m, other=0.0)
-            g += tl.where(same, (owner.weight * unit)[:, None] + (weight * unit)[None, :], 0.0)
+            weight = (tag >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+            g = tl.where(same, g + ((owner.weight * unit)[:, None] + (weight * unit)[None, :]), g)
     if RULES.positives == "mask":
         rows, cols = mask_sizes
         if rows > 0:  # always: but what is loaded under a condition is not staged in shared memory

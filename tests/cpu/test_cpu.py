@@ -165,7 +165,7 @@ def test_backward_of_frozen_keys_reads_the_positives_only(dtype: torch.dtype) ->
             q, k, scale, *options, index, None, None, False, True
         )
         incoming = (grads[0], None, None if index is None else grads[1])
-        stats = (None, None, False, lse, cols, residual, (True, False, False))
+        stats = (None, None, False, lse, cols, residual, (True, False, True, False))
         full = ops.contrastive_backward(*incoming, q, k, scale, *options, index, *stats)
         ours = ops.contrastive_backward(*incoming, q, keys, scale, *options, compact, *stats)
         assert torch.equal(ours[0], full[0]) and torch.equal(ours[2], full[2])

@@ -193,7 +193,7 @@ def test_backward_from_the_residual_takes_the_positives_alone(dtype: torch.dtype
     forward = by_cuda("contrastive_forward", q, k, scale, 1, *none, found, None, bias, False, True)
     lse, lse_cols, _, _, residual = forward
     grads = (torch.rand(21).double(), None, torch.rand(21).double() if index else None)
-    needs = (True, False, False)
+    needs = (True, False, True, False)
     saved = (lse, lse_cols, residual, needs)
     full = by_cuda(
         "contrastive_backward", *grads, q, k, scale, 1, *none, found, None, bias, False, *saved

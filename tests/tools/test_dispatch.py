@@ -262,7 +262,7 @@ def step(q: Tensor, serve: Callable[..., Any]) -> Tensor:
     pairs = (0, None, None, "all", False, None, None, None, False)
     lse, lse_cols, *_, residual = serve("contrastive_forward", q, None, torch.tensor(2.0), *pairs, False)
     grads = (torch.ones_like(lse), None, None)
-    saved = (lse, lse_cols, residual, (True, False, False))
+    saved = (lse, lse_cols, residual, (True, False, True, False))
     return serve("contrastive_backward", *grads, q, None, torch.tensor(2.0), *pairs, *saved)[0]
 
 

@@ -150,12 +150,12 @@ for width, dtype in ((128, torch.bfloat16), (512, torch.bfloat16), (128, torch.f
         lse_cols, grad_cols = (cols, cols) if both else (cols[:0], None)
         back = [
             launches("contrastive_backward", rows, grad_cols, rows, *problem, rows, lse_cols, none, needs)
-            for needs in ((True, True, False), (True, False, False))
+            for needs in ((True, True, True, False), (True, False, True, False))
         ]
         note(kind, launches("contrastive_forward", *problem, False), *back)
     problem = Contrast(q, k, scale, positive_index=own)
     back = launches(
-        "contrastive_backward", rows, None, rows, *problem, rows, cols[:0], saved, (True, False, False)
+        "contrastive_backward", rows, None, rows, *problem, rows, cols[:0], saved, (True, False, True, False)
     )
     note("frozen keys", launches("contrastive_forward", *problem, True), back)
     problem = SoftTarget(q, [k, k], q, [k, k], scale, scale, own)

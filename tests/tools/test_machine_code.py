@@ -103,3 +103,12 @@ def test_bounds() -> None:
     (fault,) = issue_slots.faults(row(hot="400"))
     assert "1.56 times" in fault
     assert issue_slots.faults(row(hot="400", case="contrastive keys, mask")) == []
+
+
+def test_labels_over_an_index() -> None:
+    gradient = {"kernel": "gradient_rows._gradient_rows_kernel", "row": "gradient_rows half 128"}
+    index = row(**gradient, case="contrastive self", hot="400")
+    labels = row(**gradient, case="contrastive self, labels", tile="64x64x128", hot="250")
+    assert issue_slots.of_labels([index, labels]) == pytest.approx(250 * 2 / 400)
+    assert issue_slots.of_labels([index, labels | {"architecture": "sm_80"}]) is None
+    assert issue_slots.of_labels([labels]) is None

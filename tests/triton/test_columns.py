@@ -26,7 +26,7 @@ def assert_exact(z0: Tensor, z1: Tensor) -> None:
     """The errors of ours are at most twice those of plain torch, plus what one rounding of each term does."""
     n, d = z0.shape
     dtype = z0.dtype
-    x, mean, rnorm = standardise(z0, z1)
+    x, mean, rnorm, _ = standardise(z0, z1)
     assert x.shape == (n, 2 * d) and x.dtype == dtype and x.is_contiguous()
     assert mean.dtype == rnorm.dtype == torch.float32
     grad_x = torch.randn(2 * d, n)
@@ -59,7 +59,7 @@ def test_values_and_gradients(dtype: torch.dtype, n: int, d: int) -> None:
 def test_any_strides() -> None:
     assert_exact(torch.randn(19, 37).T, torch.randn(37, 19))
     assert_exact(torch.randn(37, 38)[:, ::2], torch.randn(19, 37).T)
-    x, _, rnorm = standardise(torch.randn(37, 3), torch.randn(37, 3))
+    x, _, rnorm, _ = standardise(torch.randn(37, 3), torch.randn(37, 3))
     grad_x = torch.randn(6, 37)
     expected = column_gradient(grad_x, x, rnorm, torch.float32)
     strided = column_gradient(grad_x.T.contiguous().T, x.T.contiguous().T, rnorm, torch.float32)
@@ -71,7 +71,7 @@ def test_any_strides() -> None:
 def test_constant_columns_are_zero(dtype: torch.dtype, value: float) -> None:
     z0, z1 = torch.randn(53, 3).to(dtype), torch.randn(53, 3).to(dtype)
     z0[:, 1] = z1[:, 2] = value
-    x, mean, rnorm = standardise(z0, z1)
+    x, mean, rnorm, _ = standardise(z0, z1)
     assert mean[0, 1] == z0[0, 1] and mean[1, 2] == z1[0, 2]
     assert (rnorm == 0).nonzero().tolist() == [[0, 1], [1, 2]]
     assert (x[:, [1, 5]] == 0).all()
@@ -84,7 +84,7 @@ def test_constant_columns_are_zero(dtype: torch.dtype, value: float) -> None:
 def test_nearly_constant_columns(mean: float, spread: float) -> None:
     z0, z1 = mean + spread * torch.randn(37, 5), mean + spread * torch.randn(37, 5)
     assert_exact(z0, z1)
-    x, _, _ = standardise(z0, z1)
+    x, *_ = standardise(z0, z1)
     exact = torch.cat(
         [chunked._standardised(z.double(), *chunked._column_statistics(z.double())) for z in (z0, z1)]
     )
@@ -94,7 +94,7 @@ def test_nearly_constant_columns(mean: float, spread: float) -> None:
 def test_gradient_of_equal_changes_vanishes() -> None:
     """Moving a column as a whole changes nothing: the gradient of each column adds up to 0."""
     z0, z1 = 100 + 1e-3 * torch.randn(37, 5), torch.randn(37, 5)
-    x, _, rnorm = standardise(z0, z1)
+    x, _, rnorm, _ = standardise(z0, z1)
     for grad in column_gradient(torch.randn(10, 37), x, rnorm, torch.float32):
         assert (grad.double().sum(0).abs() <= 1e-6 * grad.double().abs().sum(0)).all()
 
@@ -102,6 +102,6 @@ def test_gradient_of_equal_changes_vanishes() -> None:
 def test_nan_stays_in_its_column() -> None:
     z0, z1 = torch.randn(37, 3), torch.randn(37, 3)
     z0[20, 1] = float("nan")
-    x, _, _ = standardise(z0, z1)
+    x, *_ = standardise(z0, z1)
     assert (x.isnan().any(0) == torch.tensor([False, True, False, False, False, False])).all()
     assert x[:, 1].isnan().all()

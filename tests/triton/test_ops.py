@@ -177,7 +177,15 @@ def test_backwards_from_the_forward_read_the_keys_of_positives_only(positives: b
     lse, cols, _, _, residual = by_triton("contrastive_forward", *contrastive(k, index), True)
     full, gathered = (
         by_triton(
-            "contrastive_backward", grad, None, of_positive, *x, lse, cols, residual, (True, False, False)
+            "contrastive_backward",
+            grad,
+            None,
+            of_positive,
+            *x,
+            lse,
+            cols,
+            residual,
+            (True, False, True, False),
         )
         for x in (contrastive(k, index), contrastive(compact, own))
     )
@@ -224,6 +232,47 @@ def test_sums_over_positives_share_the_rounding_of_the_lse(kind: str, positives:
     truth = plain(features.double())
     rounding = torch.finfo(torch.float32).eps * truth.abs().max()
     assert (ours - truth).abs().max() <= 2 * (plain(features) - truth).abs().max() + rounding
+
+
+# Names of five classes, distinct numbers.
+NAMES = {
+    "high words": [7 + (i << 32) for i in range(-2, 3)],
+    "small and large": [0, 3, 1 << 40, 3 - (1 << 40), (1 << 62) + 3],
+    "negative": [-1, -(2**31), -(2**31) - 1, -(2**63), 2**31 - 1],
+    # The numbers that stand for the first columns of large labels, and for a label that no column has.
+    "at the top": [2**31 - 1, 2**31 - 2, 2**31 - 1 - 37, 2**31, 2**63 - 1],
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("among", ["all", "same", "different"])
+@pytest.mark.parametrize("keys", [False, True])
+def test_any_labels_of_64_bits(keys: bool, among: str, names: str) -> None:
+    """The gradient is, bit by bit, that of labels 0 to 4; some labels of rows no column has."""
+    n, m, d = 45, 37 if keys else 45, 5
+    q, k = torch.randn(n, d).to(DEVICE), torch.randn(m, d).to(DEVICE) if keys else None
+    rows = torch.randint(0, 5, (n,))
+    columns = torch.randint(0, 3, (m,)) if keys else rows
+    exclude, scale, grads = None if keys else 0, torch.tensor(2.0), torch.rand(2, n, dtype=torch.float64)
+
+    def gradients(rows: Tensor, columns: Tensor) -> Any:
+        given = rows = rows.to(DEVICE)
+        if keys:
+            given = columns.to(DEVICE)
+        problem = (q, k, scale, exclude, rows, given, among, True, None, None, None, False)
+        lse_rows, lse_cols, *_, rest = by_triton("contrastive_forward", *problem, False)
+        incoming = (grads[0].to(DEVICE), None, grads[1].to(DEVICE))
+        saved = (lse_rows, lse_cols, rest)
+        return by_triton("contrastive_backward", *incoming, *problem, *saved, (True, keys, True, False))
+
+    named = torch.tensor(NAMES[names])
+    expected = gradients(rows, columns)
+    assert expected[0].any()
+    for order in (torch.arange(5), torch.arange(4, -1, -1)):
+        of_rows = named[order][rows]
+        found = gradients(of_rows, named[order][columns] if keys else of_rows)
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
 
 
 NAN_SIZES = (35, 19, 3)  # N, M, D: two blocks of each

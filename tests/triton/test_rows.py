@@ -13,8 +13,9 @@ from op_checks import DEVICE
 from torch import Tensor
 
 import cl_kernels as clk
-from cl_kernels import autograd, chunked
-from cl_kernels.triton import row_losses, unit_rows
+from cl_kernels import chunked, dispatch, reference
+from cl_kernels.problem import Contrast, KeyLoss, KeyStats, SoftTarget
+from cl_kernels.triton import key_losses, row_losses, unit_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
@@ -103,6 +104,119 @@ def test_negative_rounding() -> None:
     assert check_losses(given, True, False, True) == 0
 
 
+# Losses over keys without a gradient
+
+KEY_LOSSES: dict[str, dict[str, Any]] = {
+    "beside": {"beside": True},
+    "among": {},
+    "target, beside": {"beside": True, "target": True},
+    "target with 0, beside": {"beside": True, "target": True, "zero": True},
+    "target, among": {"target": True, "segments": (30, 0, 9)},
+    "target with 0, among": {"target": True, "zero": True, "segments": (30, 0, 9)},
+}
+
+
+def key_problem(
+    n: int,
+    d: int,
+    dtype: torch.dtype,
+    beside: bool = False,
+    target: bool = False,
+    zero: bool = False,
+    segments: tuple[int, ...] = (39,),
+) -> KeyLoss:
+    """Keys of unit length in segments, of which the first holds the positives or none."""
+    q, t, own, *k = (F.normalize(torch.randn(m, d), dim=1).to(DEVICE, dtype) for m in (n, n, n, *segments))
+    k = [x.T.contiguous().T if i % 2 else x for i, x in enumerate(k)]
+    scales = (torch.tensor(7.0), torch.tensor(5.0), torch.tensor(0.3))
+    index = torch.randint(0, segments[0], (n,), device=DEVICE)
+    problem = KeyLoss(q, k, None, scales[0], own=own if beside else None, positive=None if beside else index)
+    if not target:
+        return problem
+    return problem._replace(target_q=t, target_scale=scales[1], coeff=scales[2], positive_is_zero=zero)
+
+
+def key_statistics(problem: KeyLoss) -> KeyStats:
+    """By the reference's ops."""
+    q, k, target_q, scale, target_scale, _, _, positive, zero = problem
+    if target_q is None:
+        contrast = Contrast(q, k[0], scale, positive_index=positive)
+        lse, _, total, _, mean = chunked.contrastive_forward(*contrast, True)
+        return KeyStats(lse, total, mean)
+    given = SoftTarget(q, k, target_q, k, scale, target_scale, positive, "zero" if zero else "exclude")
+    lse, target_lse, cross, total, mean, target_mean = chunked.soft_target_forward(*given, True)
+    return KeyStats(lse, total, mean, target_lse, cross, target_mean)
+
+
+def copied(stats: KeyStats) -> KeyStats:
+    return KeyStats(*(None if x is None else x.clone() for x in stats))
+
+
+def wide_problem(problem: KeyLoss) -> KeyLoss:
+    def wide(x: Any) -> Any:
+        return x.double().to(DEVICE) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return KeyLoss(*([wide(y) for y in x] if isinstance(x, list) else wide(x) for x in problem))
+
+
+def key_loss_by_autograd(problem: KeyLoss, mean: bool) -> list[Tensor]:
+    """The loss and the gradients of q and of the scale, by the plain formula in float64."""
+    problem = wide_problem(problem)
+    leaves = [x.detach().requires_grad_() for x in (problem.q, problem.scale)]
+    loss = reference.key_loss(problem._replace(q=leaves[0], scale=leaves[1]), mean)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("case", KEY_LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_over_keys(dtype: torch.dtype, case: str, mean: bool) -> None:
+    for n, d in ((1, 3), (16, 128), (21, 130)):
+        problem = key_problem(n, d, dtype, **KEY_LOSSES[case])
+        stats, exact = key_statistics(problem), key_loss_by_autograd(problem, mean)
+        for needs in ((True, True), (True, False), (False, True)):
+            found = key_losses.key_losses(problem, copied(stats), mean, needs)
+            expected = chunked.key_losses(problem, copied(stats), mean, needs)
+            for x, y, truth, needed in zip(found, expected, exact, (True, *needs), strict=True):
+                assert x.dtype == torch.float32 and x.shape == y.shape == (truth.shape if needed else (0,))
+                if needed:
+                    torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+                    torch.testing.assert_close(x.double(), truth, rtol=1e-4, atol=1e-5)
+        nothing = stats._replace(mean=stats.mean[:0, 0], target_mean=None)
+        loss, *grads = key_losses.key_losses(problem, nothing, mean, (False, False))
+        torch.testing.assert_close(loss.double(), exact[0], rtol=1e-4, atol=1e-5)
+        assert [x.numel() for x in grads] == [0, 0]
+
+
+@pytest.mark.parametrize("case", KEY_LOSSES)
+def test_key_losses_of_rows_that_are_sure(case: str) -> None:
+    """Logits far apart, equal ones, and a NaN, which stays in its row's gradient and in the loss."""
+    problem = key_problem(20, 8, torch.float32, **KEY_LOSSES[case])
+    problem = problem._replace(scale=torch.tensor(900.0))
+    found = key_losses.key_losses(problem, key_statistics(problem), True, (True, True))
+    expected = chunked.key_losses(problem, key_statistics(problem), True, (True, True))
+    for x, y in zip(found, expected, strict=True):
+        assert x.isfinite().all()
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    problem.q[3] = NAN
+    loss, grad, _ = key_losses.key_losses(problem, key_statistics(problem), True, (True, True))
+    assert loss.isnan() and grad.isnan().any(1).nonzero().flatten().tolist() == [3]
+
+
+def test_a_small_loss_keeps_its_digits() -> None:
+    """log(1 + e^x) for x far below 0, and 0 for what rounding put below."""
+    problem = key_problem(3, 4, torch.float32, beside=True)
+    problem = problem._replace(own=problem.q, scale=torch.tensor(1.0))
+    lse = torch.tensor([-20.0, -60.0, -1000.0], dtype=torch.float64, device=DEVICE)
+    stats = KeyStats(lse, lse[:0], torch.zeros(0, device=DEVICE))
+    loss, *_ = key_losses.key_losses(problem, stats, False, (False, False))
+    exact = torch.nn.functional.softplus((lse - problem.q.square().sum(1).double()), threshold=50).sum()
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    among = key_problem(3, 4, torch.float32)
+    below = KeyStats(lse, lse + 1e-9, torch.zeros(0, device=DEVICE))
+    assert key_losses.key_losses(among, below, False, (False, False))[0] == 0
+
+
 # Rows at unit length
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -163,13 +277,23 @@ def test_a_nan_stays_in_its_row() -> None:
 # Derivatives of losses made of them
 
 LABELS = torch.tensor([0, 1, 0, 2, 1])
+QUEUE = F.normalize(torch.randn(9, 12, generator=torch.Generator().manual_seed(1)), dim=1)
 LOSSES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "labels": ("supcon_loss", (5, 2, 12), {"labels": LABELS}),
     "labels, drop": ("supcon_loss", (5, 1, 12), {"labels": LABELS, "no_positive": "drop"}),
     "sum": ("supcon_loss", (5, 2, 12), {"reduction": "sum"}),
     "unit rows": ("nt_xent_loss", (2, 6, 12), {}),
     "both axes": ("clip_loss", (2, 6, 12), {}),
+    "queue": ("info_nce_loss", (2, 6, 12), {"queue": QUEUE}),
+    "queue, sum": ("info_nce_loss", (2, 6, 12), {"queue": QUEUE, "reduction": "sum"}),
+    "keys": ("info_nce_loss", (2, 6, 12), {}),
+    "frozen keys of all": ("info_nce_loss", (2, 6, 12), {"k_global": QUEUE}),
+    "soft targets": ("sce_loss", (2, 6, 12), {"queue": QUEUE, "positive_in_target": "zero"}),
+    "soft targets, keys of all": ("sce_loss", (2, 6, 12), {"k_global": QUEUE, "queue": QUEUE, "coeff": 0.2}),
+    "columns": ("dimcl_loss", (2, 6, 4), {}),
+    "columns, mask": ("dimcl_loss", (2, 6, 3), {"positive_mask": torch.eye(6).bool().roll(1, 0)}),
 }
+FROZEN = ("queue", "k_global")
 
 
 def derivatives(module: Any, name: str, dtype: torch.dtype) -> list[Tensor]:
@@ -180,11 +304,14 @@ def derivatives(module: Any, name: str, dtype: torch.dtype) -> list[Tensor]:
     weights = torch.randn(shape).to(DEVICE, dtype)
     x = x.to(DEVICE, dtype).requires_grad_()
     given = {key: v.to(DEVICE) if isinstance(v, Tensor) else v for key, v in options.items()}
+    given = {key: v.to(dtype) if key in FROZEN else v for key, v in given.items()}
     scale = torch.tensor(4.0, dtype=dtype, requires_grad=True)
     if function == "clip_loss":
         loss = module.clip_loss(*x, scale, **given)
     else:
         views = (x,) if function == "supcon_loss" else x.unbind()
+        if any(key in given for key in FROZEN):
+            views = (views[0], views[1].detach())
         loss = getattr(module, function)(*views, temperature=1 / scale, **given)
     first = torch.autograd.grad(loss, (x, scale), create_graph=True)
     second = torch.autograd.grad((first[0] * weights).sum() + first[1], (x, scale))
@@ -194,10 +321,10 @@ def derivatives(module: Any, name: str, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_first_and_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    whole = autograd.loss_of_rows
-    monkeypatch.setattr(autograd, "loss_of_rows", lambda *args: (made.append(args), whole(*args))[1])
+    of_rows = dispatch.of_rows
+    monkeypatch.setattr(dispatch, "of_rows", lambda *args: (made.append(args[0]), of_rows(*args))[1])
     with clk.use_backend("triton"):
         found = derivatives(clk, name, torch.float32)
-    assert len(made) == 1
+    assert {"row_losses", "key_losses"} & set(made)
     for x, expected in zip(found, derivatives(clk.reference, name, torch.float64), strict=True):
         assert (x.double() - expected).abs().max() <= 2e-5 * expected.abs().max().clamp(min=0.1)
