@@ -122,7 +122,7 @@ for _architecture in ARCHITECTURES:
 
 # Attention over frozen keys: a tile of S, and the mean of the keys, [block_m, width].
 TABLE["lse_frozen", "sm_80", "half"] = {128: Shape(64, 64, 128, 8, 2), 256: Shape(32, 32, 256, 8, 2)}
-TABLE["lse_frozen", "sm_90", "half"] = {128: Shape(64, 64, 128, 8, 3), 256: Shape(64, 64, 256, 8, 2)}
+TABLE["lse_frozen", "sm_90", "half"] = {128: Shape(64, 64, 128, 4, 2), 256: Shape(64, 64, 256, 8, 2)}
 TABLE["lse_frozen", "sm_100", "half"] = {128: Shape(128, 32, 128, 8, 2), 256: Shape(64, 32, 256, 8, 2)}
 TABLE["lse_frozen", "gfx942", "half"] = {128: Shape(64, 32, 128, 4, 1), 256: Shape(64, 32, 256, 8, 1)}
 TABLE["lse_frozen", "sm_80", "float32"] = {64: Shape(32, 32, 64, 4, 2)}

@@ -18,10 +18,15 @@ PER_TILE = {
     "soft_target_means._soft_target_means_kernel": (4, 2),
 }
 # Issue clocks over the larger of the other two, at most.
-WANTED = {"lse._lse_kernel": 1.5, "gradient_rows._gradient_rows_kernel": 1.3}
+WANTED = {
+    "lse._lse_kernel": 1.5,
+    "gradient_rows._gradient_rows_kernel": 1.3,
+    "lse_frozen._frozen_kernel": 1.3,
+}
 LABELS_WANTED = 1.15  # issue clocks of positives by label over those by index, in gradients
 BOUND_AT = ("sm_90", "half", 128)  # architecture, kind of dtype, features
 MAIN = ("self", "self, no positives", "self, labels", "keys", "both axes")  # cases of the engine
+FROZEN = "keys, frozen"
 
 
 def counted(architecture: str, kind: str, kernel: str) -> bool:
@@ -75,7 +80,7 @@ def _bound(row: Mapping[str, str]) -> bool:
 
 def wanted(row: Mapping[str, str]) -> float | None:
     """The ratio of issue clocks to the others that a main kernel should keep to."""
-    main = row["case"].removeprefix("contrastive ") in MAIN
+    main = row["case"].removeprefix("contrastive ") in (*MAIN, FROZEN)
     return WANTED.get(row["kernel"]) if main and _bound(row) else None
 
 

@@ -17,7 +17,7 @@ from .. import configs
 from ..problem import Contrast
 from . import launch
 from .lse import combine_parts
-from .pairs import counted, on_edge, within
+from .pairs import counted, index_range, on_edge
 from .tiles import LN2, LOG2E, NOTHING, Matrix, dot, load_rows, scalar
 
 _ROWS = 16
@@ -43,6 +43,7 @@ def _frozen_kernel(
         b_row_label = tl.load(row_labels + i, mask=i < n, other=0)
     if index is not None:
         b_index = tl.load(index + i, mask=i < n, other=-1).to(tl.int32)
+        first, last = index_range(b_index, True)
     peak = tl.full((BLOCK_M,), NOTHING, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -54,7 +55,8 @@ def _frozen_kernel(
         s = factor * dot(b_q, tl.trans(b_k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         found = False
         if index is not None:
-            found = within(b_index, first_j, BLOCK_N)
+            found = (last >= first_j) & (first < first_j + BLOCK_N)
+        if index_logit is not None:
             if found:
                 own = tl.sum(tl.where(b_index[:, None] == j[None, :], s, 0.0), 1)
                 tl.store(index_logit + i, own, mask=(b_index >= first_j) & (b_index < first_j + BLOCK_N))
@@ -73,7 +75,7 @@ def _frozen_kernel(
         if index is not None:
             if found:
                 hit = b_index[:, None] == j[None, :]
-                own = tl.max(tl.where(hit, s, float("-inf")), 1)
+                own = tl.sum(tl.where(hit, s, 0.0), 1)
                 tl.store(own_logit + i, own, mask=(b_index >= first_j) & (b_index < first_j + BLOCK_N))
                 p = tl.where(hit, 0.0, p)
         mean = dot(p.to(b_k.dtype), b_k, mean * fade[:, None], PRECISION)
@@ -97,7 +99,9 @@ def _frozen_residual_kernel(
         b_index = tl.load(index + i, mask=i < n, other=-1)
         own = tl.load(own_logit + i, mask=(i < n) & (b_index >= 0), other=0.0).to(tl.float64)
         weight = (tl.exp((own - exact) * LN2) - 1.0).to(tl.float32)
-        logit = tl.load(index_logit + i, mask=(i < n) & (b_index >= 0), other=0.0).to(tl.float64)
+        logit = own
+        if index_logit is not None:
+            logit = tl.load(index_logit + i, mask=(i < n) & (b_index >= 0), other=0.0).to(tl.float64)
         tl.store(positive_sum + i, logit * LN2, mask=i < n)
         tl.store(positive_count + i, tl.where(b_index >= 0, 1.0, 0.0).to(tl.float64), mask=i < n)
     for first in range(0, d, BLOCK_D):
@@ -126,7 +130,12 @@ def log_sum_exp_and_residual(problem: Contrast) -> tuple[Tensor, Tensor, Tensor,
     splits = launch.splits(row_blocks, col_blocks, q)
     rows = q.new_empty((splits, 2, n), dtype=torch.float32)
     means = q.new_empty((splits, n, d), dtype=torch.float32)
-    index_logit, own_logit = q.new_empty((2, n if index is not None else 0), dtype=torch.float32)
+    own_logit = index_logit = None
+    if index is not None:
+        own_logit = q.new_empty(n, dtype=torch.float32)
+        # Elsewhere a logit is what its exponential is made of.
+        if problem.key_bias is not None or problem.among != "all" or problem.offset is not None:
+            index_logit = torch.empty_like(own_logit)
     _frozen_kernel[(row_blocks * splits,)](
         q, k, launch.scalar(problem.scale), problem.key_bias,
         problem.row_labels, problem.col_labels, index, rows, means, index_logit, own_logit,

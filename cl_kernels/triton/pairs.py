@@ -108,12 +108,6 @@ def mask_tile(mask, i, j, mask_rows, mask_cols):
 
 
 @triton.jit
-def within(column, first, SIZE: tl.constexpr):
-    """Whether any of the columns lies in [first, first + SIZE)."""
-    return tl.max(((column >= first) & (column < first + SIZE)).to(tl.int32), 0) > 0
-
-
-@triton.jit
 def index_range(b_index, COUNTS: tl.constexpr):
     """The first and the last index of a block, without -1."""
     if COUNTS:
