@@ -73,8 +73,7 @@ class Kernel:
             found.append(f"a loop of {size} instructions, over {longest}")
         if hopper and not self.counts["HGMMA"]:
             found.append("no HGMMA")
-        portable_product = "TileLoop" in self.name or self.file in ("gradient_rows.cu", "attention.cu")
-        if not hopper and portable_product and not self.counts["HMMA"]:
+        if not hopper and "TileLoop" in self.name and not self.counts["HMMA"]:
             found.append("no HMMA")
         return found
 
@@ -269,7 +268,8 @@ class Gate:
         made_here = {file.name for file, _ in tasks}
         now.figures = {kernel.what: kernel.cells for kernel in self.compiled}
         if comparable or reason is not None:
-            kept = {what: made for what, made in part.figures.items() if what[0] not in made_here}
+            there = now.sources.keys() - made_here
+            kept = {what: made for what, made in part.figures.items() if what[0] in there}
             now.figures |= kept
         for what, made in sorted(now.figures.items()):
             kernel = Kernel.of(what, made)

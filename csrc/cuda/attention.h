@@ -1,5 +1,5 @@
-// The softmax of scale x y^T over frozen keys y, and the mean of the values v under it, in one pass with a
-// running maximum, for half-precision features and values of at most kWidestRows. Where there are few rows
+// Hopper's softmax of scale x y^T over frozen keys y, and the mean of the values v under it, in one pass with
+// a running maximum, for half-precision features and values of at most kWidestRows. Where there are few rows
 // the keys are split, and the parts combined afterwards.
 #pragma once
 
@@ -27,7 +27,6 @@ struct AttentionParams {
   float* index_logit;  // [n] the base-2 logit of key `index` without bias, where it is among these keys
   float* own_logit;    // [n] the same with bias; or null
 };
-void launch_attention(const AttentionParams&, Type, cudaStream_t);
 void launch_attention_sm90(const AttentionParams&, Type, cudaStream_t);
 
 }  // namespace cl_kernels::cuda

@@ -204,16 +204,14 @@ void launch_width(const AttentionParams& p, cudaStream_t stream) {
 
 void launch_attention_sm90(const AttentionParams& p, Type type, cudaStream_t stream) {
   const int widest = p.features.d > p.width ? p.features.d : p.width;
-  dispatch_type(type, [&](auto element) {
+  dispatch_half(type, [&](auto element) {
     using T = decltype(element);
-    if constexpr (!std::is_same_v<T, float>) {
-      if (widest <= 64)
-        launch_width<T, 64>(p, stream);
-      else if (widest <= 128)
-        launch_width<T, 128>(p, stream);
-      else
-        launch_width<T, 256>(p, stream);
-    }
+    if (widest <= 64)
+      launch_width<T, 64>(p, stream);
+    else if (widest <= 128)
+      launch_width<T, 128>(p, stream);
+    else
+      launch_width<T, 256>(p, stream);
   });
 }
 

@@ -33,6 +33,13 @@ void dispatch_type(Type type, F f) {
   }
 }
 
+// The same where the type is not float.
+template <typename F>
+void dispatch_half(Type type, F f) {
+  if (type == Type::kHalf) return f(half_t{});
+  f(bf16_t{});
+}
+
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr int kWarp = 32;

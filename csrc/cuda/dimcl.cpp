@@ -100,9 +100,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
   const int64_t n = z0.size(0), d = z0.size(1);
   const cuda::Columns columns = cuda::standardise(z0, z1);
   const at::Tensor nothing = at::empty({0}, lse.options());
-  const cuda::Gradients grads = cuda::engine_backward(
-      {grad_lse, std::nullopt, grad_positive_sum}, cuda::column_problem(columns.x, scale, positive_mask),
-      {lse, nothing, nothing}, {true, false, false}, at::kFloat);
+  const cuda::Gradients grads = cuda::engine_backward({grad_lse, std::nullopt, grad_positive_sum},
+                                                      cuda::column_problem(columns.x, scale, positive_mask),
+                                                      {lse, nothing, nothing}, {true, false, false}, true);
   at::Tensor grad_z0 = at::empty({n, d}, z0.options()), grad_z1 = at::empty({n, d}, z1.options());
   at::Tensor along = cuda::empty_like_device(z0, {2, 2 * d}, at::kFloat);
   const at::Tensor grad_x = grads.q.contiguous();

@@ -109,7 +109,7 @@ struct Problem {
   }
   bool half() const { return type != Type::kFloat; }
   bool hopper() const { return half() && architecture() == 90; }
-  bool in_registers() const { return half() && d() <= kWidestRows; }
+  bool in_registers() const { return hopper() && d() <= kWidestRows; }
 };
 
 Features transposed(const Features& f) {
@@ -331,11 +331,7 @@ GradientRules transposed(const GradientRules& r) {
 at::Tensor row_gradients(const Problem& p, const Features& f, const GradientRules& rules) {
   const int parts = splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), multiprocessors());
   at::Tensor out = floats(p, {parts, f.n, f.d});
-  const GradientRowsParams params{f, rules, parts, out.mutable_data_ptr<float>()};
-  if (p.hopper())
-    launch_gradient_rows_sm90(params, p.type, stream());
-  else
-    launch_gradient_rows(params, p.type, stream());
+  launch_gradient_rows_sm90({f, rules, parts, out.mutable_data_ptr<float>()}, p.type, stream());
   return out;
 }
 
@@ -416,17 +412,69 @@ at::Tensor mirrored_gradients(const Problem& p, const GradientRules& rules) {
   return out;
 }
 
-// The gradient of x from its parts, in `type`, and the sum of x . parts: the gradient of the scale.
+// The gradient of x from its parts, in its type or in float, and the sum of x . parts: the gradient of the
+// scale.
 std::pair<at::Tensor, at::Tensor> combine(const Problem& p, const at::Tensor& parts, const at::Tensor& x,
-                                          const at::Tensor& unit, at::ScalarType type, double share) {
+                                          const at::Tensor& unit, bool in_float, double share) {
   const int64_t n = parts.size(1), d = parts.size(2);
-  at::Tensor grad = at::empty({n, d}, p.q.options().dtype(type)), along = doubles(p, n);
+  at::Tensor grad = in_float ? floats(p, {n, d}) : at::empty({n, d}, p.q.options());
+  at::Tensor along = doubles(p, n);
   launch_gradient_combine(
       {parts.const_data_ptr<float>(), static_cast<int>(parts.size(0)), static_cast<int>(n),
        static_cast<int>(d), x.const_data_ptr(), row_stride(x), p.scale, data_of<float>(unit),
        static_cast<float>(share), grad.mutable_data_ptr(), along.mutable_data_ptr<double>()},
-      p.type, type_of(grad), stream());
+      p.type, in_float, stream());
   return {grad, along.sum().to(at::kFloat)};
+}
+
+// The statistics of frozen keys, positives by index or none, and their residual, by an attention over the
+// keys.
+Statistics attend(const Problem& p) {
+  const int parts = splits(ceil_div(p.n(), kBlock), ceil_div(p.m(), kBlock), multiprocessors());
+  at::Tensor peak = floats(p, {parts, p.n()}), total = floats(p, {parts, p.n()});
+  at::Tensor mean = floats(p, {parts, p.n(), p.d()});
+  at::Tensor logits = at::zeros({2, p.n()}, p.q.options().dtype(at::kFloat));
+  const AttentionParams params{p.features(),
+                               p.k.const_data_ptr(),
+                               row_stride(p.k),
+                               p.d(),
+                               p.rules(),
+                               p.scale,
+                               data_of<float>(p.bias),
+                               data_of<int>(p.index),
+                               0,
+                               false,
+                               parts,
+                               peak.mutable_data_ptr<float>(),
+                               total.mutable_data_ptr<float>(),
+                               mean.mutable_data_ptr<float>(),
+                               logits.mutable_data_ptr<float>(),
+                               logits.mutable_data_ptr<float>() + p.n()};
+  launch_attention_sm90(params, p.type, stream());
+  const int64_t indexed = p.index.defined() ? p.n() : 0;
+  Statistics out{doubles(p, p.n()), doubles(p, 0), doubles(p, indexed), doubles(p, indexed),
+                 floats(p, {p.n(), p.d()})};
+  launch_residual({params.peak, params.total, params.mean, parts, p.n(), p.d(), params.index,
+                   params.index_logit, params.own_logit, p.k.const_data_ptr(), row_stride(p.k),
+                   out.lse.mutable_data_ptr<double>(), data_of<double>(out.positive_sum),
+                   data_of<double>(out.positive_count), out.residual.mutable_data_ptr<float>()},
+                  p.type, stream());
+  return out;
+}
+
+// (P - W) k [N, D] of frozen keys by chunks of it, W the positives by index.
+at::Tensor chunk_residual(const Problem& p, const at::Tensor& lse) {
+  at::Tensor bound = make_bound(p);
+  const at::Tensor ones = at::ones_like(lse), one = at::ones({}, at::kFloat);
+  std::optional<at::Tensor> weights;
+  if (p.index.defined()) weights = -ones;
+  const BothTerms both =
+      make_terms(p, row_source(p, lse, ones, weights), column_source(p, {}, {}), bound, {});
+  const at::Tensor parts =
+      chunk_gradients(p, rules_of(p, both.rows.terms, both.columns.terms, bound), true, false).first;
+  Problem unscaled = p;
+  unscaled.scale = scalar_of(one);
+  return combine(unscaled, parts, p.q, bound, true, 1).first;
 }
 
 }  // namespace
@@ -434,77 +482,23 @@ std::pair<at::Tensor, at::Tensor> combine(const Problem& p, const at::Tensor& pa
 Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
   const DeviceGuard guard(contrast.q);
   Problem p(contrast);
+  if (save_gradient && p.in_registers()) return attend(p);
   if (!p.half() && p.mask.defined()) p.mask = p.mask.to(at::kFloat).contiguous();
   Statistics out;
-  out.residual = floats(p, {0});
-  if (save_gradient && p.in_registers()) {
-    // An attention over the keys.
-    const int parts = splits(ceil_div(p.n(), kBlock), ceil_div(p.m(), kBlock), multiprocessors());
-    at::Tensor peak = floats(p, {parts, p.n()}), total = floats(p, {parts, p.n()});
-    at::Tensor mean = floats(p, {parts, p.n(), p.d()});
-    at::Tensor logits = at::zeros({2, p.n()}, p.q.options().dtype(at::kFloat));
-    const bool indexed = p.index.defined();
-    const AttentionParams params{p.features(),
-                                 p.k.const_data_ptr(),
-                                 row_stride(p.k),
-                                 p.d(),
-                                 p.rules(),
-                                 p.scale,
-                                 data_of<float>(p.bias),
-                                 data_of<int>(p.index),
-                                 0,
-                                 false,
-                                 parts,
-                                 peak.mutable_data_ptr<float>(),
-                                 total.mutable_data_ptr<float>(),
-                                 mean.mutable_data_ptr<float>(),
-                                 logits.mutable_data_ptr<float>(),
-                                 logits.mutable_data_ptr<float>() + p.n()};
-    if (p.hopper())
-      launch_attention_sm90(params, p.type, stream());
-    else
-      launch_attention(params, p.type, stream());
-    out.lse = doubles(p, p.n());
-    out.lse_cols = doubles(p, 0);
-    out.positive_sum = doubles(p, indexed ? p.n() : 0);
-    out.positive_count = doubles(p, indexed ? p.n() : 0);
-    out.residual = floats(p, {p.n(), p.d()});
-    launch_residual({params.peak, params.total, params.mean, parts, p.n(), p.d(), params.index,
-                     params.index_logit, params.own_logit, p.k.const_data_ptr(), row_stride(p.k),
-                     out.lse.mutable_data_ptr<double>(), data_of<double>(out.positive_sum),
-                     data_of<double>(out.positive_count), out.residual.mutable_data_ptr<float>()},
-                    p.type, stream());
-    return out;
-  }
   PositiveMemory positives;
   std::tie(out.lse, out.lse_cols) = log_sum_exp(p, contrast.both_axes, positives);
   std::tie(out.positive_sum, out.positive_count) =
       positive_sums(contrast, p.ids ? &*p.ids : nullptr, positives.sums);
-  if (save_gradient) {
-    at::Tensor bound = make_bound(p);
-    const at::Tensor ones = at::ones_like(out.lse);
-    std::optional<at::Tensor> weights;
-    if (p.index.defined()) weights = -ones;
-    const BothTerms both =
-        make_terms(p, row_source(p, out.lse, ones, weights), column_source(p, {}, {}), bound, {});
-    at::Tensor parts =
-        chunk_gradients(p, rules_of(p, both.rows.terms, both.columns.terms, bound), true, false).first;
-    const at::Tensor one = at::ones({}, at::kFloat);
-    Problem unscaled = p;
-    unscaled.scale = scalar_of(one);
-    out.residual = combine(unscaled, parts, p.q, bound, at::kFloat, 1).first;
-  }
+  out.residual = save_gradient ? chunk_residual(p, out.lse) : floats(p, {0});
   return out;
 }
 
 Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& contrast,
-                          const ContrastSaved& saved, std::array<bool, 3> needs,
-                          std::optional<at::ScalarType> type) {
+                          const ContrastSaved& saved, std::array<bool, 3> needs, bool in_float) {
   const DeviceGuard guard(contrast.q);
   Problem p(contrast);
   if (p.mask.defined()) p.mask = weights_of(p.mask);
   const auto [needs_q, needs_k, needs_bias] = needs;
-  const at::ScalarType out_type = type.value_or(p.q.scalar_type());
   at::Tensor bound = make_bound(p);
   const at::Tensor unit = p.in_registers() ? at::Tensor() : bound;  // of chunks; the row kernels take it off
   const auto nothing = [&] { return floats(p, {0}); };              // of an op's outputs none may be another
@@ -521,7 +515,7 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
     const GradientRules both = rules_of(p, terms.rows.terms, terms.rows.terms, bound);
     const at::Tensor parts =
         p.in_registers() ? row_gradients(p, p.features(), both) : mirrored_gradients(p, both);
-    std::tie(out.q, out.scale) = combine(p, parts, p.q, unit, out_type, 0.5);
+    std::tie(out.q, out.scale) = combine(p, parts, p.q, unit, in_float, 0.5);
     if (!needs_q) out.q = nothing();
     return out;
   }
@@ -543,11 +537,11 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
         p.precision, stream());
   }
   if (p.self_keys && into_q && into_k) {
-    std::tie(out.q, out.scale) = combine(p, at::cat({by_rows, by_cols}), p.q, unit, out_type, 0.5);
+    std::tie(out.q, out.scale) = combine(p, at::cat({by_rows, by_cols}), p.q, unit, in_float, 0.5);
     return out;
   }
-  if (into_k) std::tie(out.k, out.scale) = combine(p, by_cols, p.k, unit, out_type, 1);
-  if (into_q) std::tie(out.q, out.scale) = combine(p, by_rows, p.q, unit, out_type, 1);
+  if (into_k) std::tie(out.k, out.scale) = combine(p, by_cols, p.k, unit, in_float, 1);
+  if (into_q) std::tie(out.q, out.scale) = combine(p, by_rows, p.q, unit, in_float, 1);
   if (!needs_q) out.q = nothing();
   if (!needs_k) out.k = nothing();
   return out;

@@ -47,12 +47,11 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const GradientCombine
 
 }  // namespace
 
-void launch_gradient_combine(const GradientCombineParams& p, Type x, Type grad, cudaStream_t stream) {
+void launch_gradient_combine(const GradientCombineParams& p, Type type, bool in_float, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.n, kThreads / kWarp));
-  dispatch_type(x, [&](auto of_x) {
-    dispatch_type(grad, [&](auto of_grad) {
-      launch(combine_kernel<decltype(of_x), decltype(of_grad)>, grid, kThreads, 0, stream, p);
-    });
+  dispatch_type(type, [&](auto t) {
+    using T = decltype(t);
+    launch(in_float ? combine_kernel<T, float> : combine_kernel<T, T>, grid, kThreads, 0, stream, p);
   });
 }
 

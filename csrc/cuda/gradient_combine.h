@@ -18,6 +18,7 @@ struct GradientCombineParams {
   double* along;       // [n] share x_i . (sum of parts)_i
 };
 
-void launch_gradient_combine(const GradientCombineParams&, Type x, Type grad, cudaStream_t);
+// The gradient is of x's type, or float.
+void launch_gradient_combine(const GradientCombineParams&, Type, bool in_float, cudaStream_t);
 
 }  // namespace cl_kernels::cuda

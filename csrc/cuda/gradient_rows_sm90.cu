@@ -111,16 +111,14 @@ void launch_width(const GradientRowsParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_gradient_rows_sm90(const GradientRowsParams& p, Type type, cudaStream_t stream) {
-  dispatch_type(type, [&](auto element) {
+  dispatch_half(type, [&](auto element) {
     using T = decltype(element);
-    if constexpr (!std::is_same_v<T, float>) {
-      if (p.features.d <= 64)
-        launch_width<T, 64>(p, stream);
-      else if (p.features.d <= 128)
-        launch_width<T, 128>(p, stream);
-      else
-        launch_width<T, 256>(p, stream);
-    }
+    if (p.features.d <= 64)
+      launch_width<T, 64>(p, stream);
+    else if (p.features.d <= 128)
+      launch_width<T, 128>(p, stream);
+    else
+      launch_width<T, 256>(p, stream);
   });
 }
 

@@ -195,12 +195,6 @@ __global__ void __launch_bounds__(kThreads) positive_rows_kernel(const PositiveR
   p.count[i] = count;
 }
 
-template <typename F>
-void dispatch_half(Type type, F f) {
-  if (type == Type::kHalf) return f(half_t());
-  f(bf16_t());
-}
-
 }  // namespace
 
 void launch_classes(const ClassParams& p, cudaStream_t stream) {

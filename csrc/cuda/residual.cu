@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const ResidualGradie
 
 void launch_residual(const ResidualParams& p, Type type, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.n, kThreads / kWarp));
-  dispatch_type(type, [&](auto t) { launch(residual_kernel<decltype(t)>, grid, kThreads, 0, stream, p); });
+  dispatch_half(type, [&](auto t) { launch(residual_kernel<decltype(t)>, grid, kThreads, 0, stream, p); });
 }
 
 void launch_residual_gradient(const ResidualGradientParams& p, Type type, cudaStream_t stream) {

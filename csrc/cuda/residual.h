@@ -21,7 +21,7 @@ struct ResidualParams {
   double* positive_count;  // [n]
   float* residual;         // [n, d] (P - W) k, W the positive
 };
-void launch_residual(const ResidualParams&, Type, cudaStream_t);
+void launch_residual(const ResidualParams&, Type, cudaStream_t);  // half precision
 
 // grad_q = scale (g_lse residual + (g_lse + g_positive) k[index])
 struct ResidualGradientParams {

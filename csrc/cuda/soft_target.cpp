@@ -119,7 +119,7 @@ class SoftTargetEngine {
     at::Tensor mean_key = floats({0}), mean_target_key = floats({0});
     if (save_gradient) mean_key = floats({n(), d()}), mean_target_key = floats({n(), d()});
     if (n() > 0) {
-      if (type_ != Type::kFloat && std::max(d(), e()) <= kWidestRows)
+      if (type_ != Type::kFloat && architecture() == 90 && std::max(d(), e()) <= kWidestRows)
         attend(out, mean_key, mean_target_key);
       else
         forward_by_chunks(out, mean_key, mean_target_key);
@@ -256,10 +256,7 @@ class SoftTargetEngine {
         params.total = params.peak + plane;
         params.mean = mean + plane * d() * teacher + slot * n() * d();
         params.index_logit = logits.mutable_data_ptr<float>() + n() * teacher;
-        if (architecture() == 90)
-          launch_attention_sm90(params, type_, stream());
-        else
-          launch_attention(params, type_, stream());
+        launch_attention_sm90(params, type_, stream());
       }
       slot += parts[i];
     }

@@ -337,7 +337,7 @@ dim3 warps_for(int n) {
 }  // namespace
 
 void launch_soft_target_combine(const SoftTargetCombineParams& p, Type type, cudaStream_t stream) {
-  dispatch_type(
+  dispatch_half(
       type, [&](auto t) { launch(combine_kernel<decltype(t)>, warps_for(p.n), kRowThreads, 0, stream, p); });
 }
 

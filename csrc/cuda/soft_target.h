@@ -1,7 +1,7 @@
 // The row kernels of the soft-target op (cl_kernels/ops.py): S = scale q k^T of the student, T = target_scale
-// t u^T of the teacher. Half-precision features of at most kWidestRows take two attentions (attention.h),
-// whose parts are combined here; everything else has whole rows of logits in memory, made by library
-// products.
+// t u^T of the teacher. On Hopper half-precision features of at most kWidestRows take two attentions
+// (attention.h), whose parts are combined here; everything else has whole rows of logits in memory, made by
+// library products.
 #pragma once
 
 #include "device.h"
@@ -36,7 +36,7 @@ struct SoftTargetCombineParams {
   float* mean_key;         // [n, d] softmax(S) k without the positive; or null
   float* mean_target_key;  // [n, d] softmax(T) k without the positive; or null
 };
-void launch_soft_target_combine(const SoftTargetCombineParams&, Type, cudaStream_t);
+void launch_soft_target_combine(const SoftTargetCombineParams&, Type, cudaStream_t);  // half precision
 
 // Rows of q k^T and t u^T in memory. Columns of -infinity, the same in both, fill segments up.
 struct SoftTargetLogits {

@@ -91,12 +91,12 @@ struct TileLoop {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       uint32_t a[4];
-      ldmatrix_x4<false>(a, x + segment_at(x_row, 2 * step + matrix / 2));
+      ldmatrix_x4(a, x + segment_at(x_row, 2 * step + matrix / 2));
       const Factors left(a);
 #pragma unroll
       for (int pair = 0; pair < kTiles / 2; ++pair) {
         uint32_t b[4];
-        ldmatrix_x4<false>(b, y + segment_at(y_row + 16 * pair, 2 * step + matrix % 2));
+        ldmatrix_x4(b, y + segment_at(y_row + 16 * pair, 2 * step + matrix % 2));
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           float (&tile)[4] = *reinterpret_cast<float (*)[4]>(&c[4 * (2 * pair + t)]);

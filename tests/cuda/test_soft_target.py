@@ -5,6 +5,7 @@ test_ops.py runs every variant; here are odd segments, extreme logits and gradie
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -43,6 +44,7 @@ portable = pytest.mark.parametrize("kernels", ["80"], indirect=True)
 
 def check(case: Case, dtype: torch.dtype, save_gradient: bool = True, **scales: float) -> None:
     """Forward and, from saved means or not, backward."""
+    on_hopper = os.environ["CL_KERNELS_EMULATED_ARCHITECTURE"] == "90"
     logits = max(map(abs, scales.values()), default=14.0)
     arguments = case.arguments(dtype, **scales)
     ours, theirs = (
@@ -52,7 +54,7 @@ def check(case: Case, dtype: torch.dtype, save_gradient: bool = True, **scales: 
     for i in (0, 1, 3):
         assert_near(ours[i : i + 1], theirs[i : i + 1], truth[i : i + 1], 2e-6)
     # Where attentions serve the teacher's mean of S comes from weights rounded to half.
-    attentions = dtype in HALF and max(case.d, case.e or 0) <= 256
+    attentions = on_hopper and dtype in HALF and max(case.d, case.e or 0) <= 256
     assert_near(ours[2:3], theirs[2:3], truth[2:3], rounding(dtype) if attentions else 2e-6)
     assert_near(ours[4:], theirs[4:], truth[4:], max(2e-6, rounding(dtype)))
     grads = [torch.randn(case.n, dtype=torch.float64) for _ in range(4)]

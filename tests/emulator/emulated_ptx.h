@@ -41,17 +41,11 @@ void cp_async_wait() {
   current->copies.wait(kPending);
 }
 
-template <bool kTransposed>
-void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   emulator::exchange(reinterpret_cast<uintptr_t>(row), [&](auto of) {
     const int lane = current->lane;
     for (int matrix = 0; matrix < 4; ++matrix) {
-      uint16_t pair[2];
-      for (int e = 0; e < 2; ++e) {
-        const int line = kTransposed ? 2 * (lane % 4) + e : lane / 4;
-        const int column = kTransposed ? lane / 4 : 2 * (lane % 4) + e;
-        pair[e] = reinterpret_cast<const uint16_t*>(of(8 * matrix + line))[column];
-      }
+      const uint16_t* pair = reinterpret_cast<const uint16_t*>(of(8 * matrix + lane / 4)) + 2 * (lane % 4);
       r[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
     }
     return 0;

@@ -67,21 +67,26 @@ __global__ void by_mma(const bf16_t* x, float* y, Mistake mistake) {
   float s[8][4] = {}, out[8][4] = {};
   for (int k = 0; k < 4; ++k) {
     uint32_t a[4], b[4];
-    ldmatrix_x4<false>(a, at(first + lane % 8 + matrix % 2 * 8, 2 * k + matrix / 2));
+    ldmatrix_x4(a, at(first + lane % 8 + matrix % 2 * 8, 2 * k + matrix / 2));
     for (int t = 0; t < 8; t += 2) {
-      ldmatrix_x4<false>(b, at(8 * t + lane % 8 + matrix / 2 * 8, 2 * k + matrix % 2));
+      ldmatrix_x4(b, at(8 * t + lane % 8 + matrix / 2 * 8, 2 * k + matrix % 2));
       mma<bf16_t>(s[t], a, b[0], b[1]);
       mma<bf16_t>(s[t + 1], a, b[2], b[3]);
     }
   }
   for (int k = 0; k < 4; ++k) {
-    uint32_t a[4], b[4];
+    uint32_t a[4], b[2];
     for (int r = 0; r < 4; ++r)
       a[r] = pack<bf16_t>(s[2 * k + r / 2][r % 2 * 2], s[2 * k + r / 2][r % 2 * 2 + 1]);
-    for (int t = 0; t < 8; t += 2) {
-      ldmatrix_x4<true>(b, at(16 * k + lane % 8 + matrix % 2 * 8, t + matrix / 2));
+    for (int t = 0; t < 8; ++t) {
+      for (int r = 0; r < 2; ++r) {
+        auto value = [&](int e) {
+          const int row = 16 * k + 8 * r + lane % 4 * 2 + e;
+          return to_float(reinterpret_cast<const bf16_t*>(at(row, t))[lane / 4]);
+        };
+        b[r] = pack<bf16_t>(value(0), value(1));
+      }
       mma<bf16_t>(out[t], a, b[0], b[1]);
-      mma<bf16_t>(out[t + 1], a, b[2], b[3]);
     }
   }
   if (mistake == kNoWaitForCopy) cp_async_wait<0>();

@@ -128,6 +128,8 @@ def test_a_file_that_went_is_a_fault(nothing_compiles: Path) -> None:
     (nothing_compiles / "other.cu").unlink()
     (fault,) = check(nothing_compiles)
     assert fault.startswith("other.cu: its source is not that recorded")
+    (nothing_compiles / "kernel.cu").unlink()
+    assert any("k: is recorded, and there is no such kernel" in fault for fault in check(nothing_compiles))
 
 
 def test_recorded_figures_are_held_to_limits(
