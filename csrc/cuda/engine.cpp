@@ -63,7 +63,8 @@ struct Problem {
   at::Tensor bias;            // float
   bool self_keys, symmetric;  // symmetric: S and the denominators are
 
-  explicit Problem(const Contrast& c)
+  // Ids of the labels: of their classes, where these are known already.
+  explicit Problem(const Contrast& c, const LabelClasses* classes = nullptr)
       : q(row_major(c.q)),
         k(c.k ? row_major(*c.k) : q),
         scale(scalar_of(c.scale)),
@@ -78,7 +79,7 @@ struct Problem {
     if (c.exclude && *c.exclude > -q.size(0) && *c.exclude < k.size(0)) offset = static_cast<int>(*c.exclude);
     TORCH_CHECK_VALUE(c.row_labels || among == kAll,
                       "denominators are restricted by labels here, not by positive_mask");
-    if (c.row_labels) ids = label_ids(*c.row_labels, *c.col_labels);
+    if (c.row_labels) ids = classes != nullptr ? classes->ids : label_ids(*c.row_labels, *c.col_labels);
     positives = c.label_positives  ? kLabels
                 : c.positive_index ? kIndex
                 : c.positive_mask  ? kMask
@@ -481,14 +482,17 @@ at::Tensor chunk_residual(const Problem& p, const at::Tensor& lse) {
 
 Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
   const DeviceGuard guard(contrast.q);
-  Problem p(contrast);
+  std::optional<LabelClasses> by_label;
+  if (contrast.label_positives && contrast.row_labels)
+    by_label = label_classes(*contrast.row_labels, *contrast.col_labels);
+  const LabelClasses* classes = by_label ? &*by_label : nullptr;
+  Problem p(contrast, classes);
   if (save_gradient && p.in_registers()) return attend(p);
   if (!p.half() && p.mask.defined()) p.mask = p.mask.to(at::kFloat).contiguous();
   Statistics out;
   PositiveMemory positives;
   std::tie(out.lse, out.lse_cols) = log_sum_exp(p, contrast.both_axes, positives);
-  std::tie(out.positive_sum, out.positive_count) =
-      positive_sums(contrast, p.ids ? &*p.ids : nullptr, positives.sums);
+  std::tie(out.positive_sum, out.positive_count) = positive_sums(contrast, classes, positives.sums);
   out.residual = save_gradient ? chunk_residual(p, out.lse) : floats(p, {0});
   return out;
 }

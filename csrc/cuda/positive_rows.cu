@@ -1,5 +1,7 @@
 #include "positive_rows.h"
 
+#include <algorithm>
+
 #include "launch.h"
 #include "quads.h"
 
@@ -8,6 +10,33 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kAtOnce = 8;  // keys that a thread loads before it adds them
+
+// The first column with a label, or m, by a warp.
+__device__ __forceinline__ int first_column(const int64_t* labels, int m, int64_t label) {
+  for (int first = 0; first < m; first += kWarp) {
+    const int j = first + static_cast<int>(threadIdx.x) % kWarp;
+    const uint32_t found = __ballot_sync(0xffffffffu, j < m && labels[j] == label);
+    if (found != 0) return first + __ffs(found) - 1;
+  }
+  return m;
+}
+
+__global__ void __launch_bounds__(kThreads) ids_kernel(const IdsParams p) {
+  constexpr int64_t kNarrow = int64_t{1} << 30;
+  const bool of_rows = blockIdx.y == 1;
+  const int64_t* labels = of_rows ? p.rows : p.cols;
+  int* ids = of_rows ? p.row_ids : p.col_ids;
+  const int n = of_rows ? p.n : p.m, i = blockIdx.x * kThreads + threadIdx.x;
+  const int64_t label = i < n ? labels[i] : 0;
+  const bool narrow = label >= -kNarrow && label < kNarrow;
+  int id = narrow ? static_cast<int>(label + kNarrow) : 0;
+  for (uint32_t rest = __ballot_sync(0xffffffffu, !narrow); rest != 0; rest &= rest - 1) {
+    const int lane = __ffs(rest) - 1;
+    const int column = first_column(p.cols, p.m, __shfl_sync(0xffffffffu, label, lane));
+    if (threadIdx.x % kWarp == lane) id = -2 - column;
+  }
+  if (i < round_up(n, kIdsPadding)) ids[i] = i < n ? id : -1;
+}
 
 // The first of sorted[0, m) that is not less than the label (or, `after`, that is greater).
 __device__ __forceinline__ int bound(const int64_t* sorted, int m, int64_t label, bool after) {
@@ -25,7 +54,10 @@ __device__ __forceinline__ int bound(const int64_t* sorted, int m, int64_t label
 
 __global__ void __launch_bounds__(kThreads) classes_kernel(const ClassParams p) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
-  if (i >= p.n) return;
+  if (i >= p.n) {
+    if (i < round_up(p.n, kIdsPadding)) p.ids[i] = -1;
+    return;
+  }
   const int64_t label = p.labels[i];
   const int first = bound(p.sorted, p.m, label, false), end = bound(p.sorted, p.m, label, true);
   const int id = end > first ? first : p.m;
@@ -197,8 +229,14 @@ __global__ void __launch_bounds__(kThreads) positive_rows_kernel(const PositiveR
 
 }  // namespace
 
+void launch_ids(const IdsParams& p, cudaStream_t stream) {
+  const bool apart = p.rows != nullptr;
+  const int blocks = ceil_div(round_up(apart ? std::max(p.n, p.m) : p.m, kIdsPadding), kThreads);
+  launch(ids_kernel, dim3(blocks, apart ? 2 : 1), kThreads, 0, stream, p);
+}
+
 void launch_classes(const ClassParams& p, cudaStream_t stream) {
-  launch(classes_kernel, dim3(ceil_div(p.n, kThreads)), kThreads, 0, stream, p);
+  launch(classes_kernel, dim3(ceil_div(round_up(p.n, kIdsPadding), kThreads)), kThreads, 0, stream, p);
 }
 
 void launch_class_sums(const ClassSumsParams& p, Type type, cudaStream_t stream) {

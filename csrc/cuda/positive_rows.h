@@ -9,6 +9,17 @@ namespace cl_kernels::cuda {
 
 constexpr int kClassChunk = 64;  // sorted columns whose sums one block takes
 
+// Ids of labels, equal where the labels are: of 31 bits the labels themselves, not negative; of any others -2
+// and less, by the first column with the label.
+struct IdsParams {
+  const int64_t* rows;  // [n], or null: the columns' labels
+  const int64_t* cols;  // [m]
+  int n, m;
+  int* row_ids;  // [n, padded] as PairRules has it, or null
+  int* col_ids;  // [m, padded]
+};
+void launch_ids(const IdsParams&, cudaStream_t);
+
 // The class of each label: the place of the first label equal to it in `sorted`, or m; and how many are
 // equal.
 struct ClassParams {
@@ -16,7 +27,7 @@ struct ClassParams {
   const int64_t* labels;  // [n]
   const int64_t* place;   // [n] where to write of a label: ids[place_i], counts[place_i]; or null: at i
   int n, m;
-  int* ids;        // [n]
+  int* ids;        // [n, padded]
   int* ids_as_is;  // [n] the same at i, or null
   double* counts;  // [n]
 };

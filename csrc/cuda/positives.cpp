@@ -61,58 +61,70 @@ at::Tensor weights_at(const at::Tensor& mask, int64_t n, int64_t offset) {
   return at::take(mask, place).to(at::kFloat);
 }
 
-at::Tensor class_prototypes(const at::Tensor& k, const LabelIds& ids) {
+at::Tensor class_prototypes(const at::Tensor& k, const LabelClasses& classes) {
   const int64_t m = k.size(0), d = k.size(1), stride = round_up<int64_t>(d, 8);
   at::Tensor sums = empty_like_device(k, {m, stride}, at::kFloat);
   at::Tensor carry = empty_like_device(k, {ceil_div<int64_t>(m, kClassChunk), d}, at::kDouble);
-  launch_class_sums({k.const_data_ptr(), row_stride(k), ids.order.const_data_ptr<int64_t>(),
-                     ids.sorted.const_data_ptr<int>(), static_cast<int>(m), static_cast<int>(d),
+  launch_class_sums({k.const_data_ptr(), row_stride(k), classes.order.const_data_ptr<int64_t>(),
+                     classes.sorted.const_data_ptr<int>(), static_cast<int>(m), static_cast<int>(d),
                      sums.mutable_data_ptr<float>(), stride, carry.mutable_data_ptr<double>()},
                     type_of(k), stream());
   return sums;
 }
 
-// [n] int32 in the memory of whole tiles, -1 past the end.
-at::Tensor padded_ids(const at::Tensor& labels, int64_t n) {
-  const int64_t padded = round_up<int64_t>(n, kIdsPadding);
-  at::Tensor ids = empty_like_device(labels, {padded}, at::kInt);
-  if (padded > n) ids.narrow(0, n, padded - n).fill_(-1);
-  return ids.narrow(0, 0, n);
+// [n] int32 in the memory of whole tiles, whose end the kernels fill.
+at::Tensor padded_ids(const at::Tensor& labels) {
+  const int64_t n = labels.size(0);
+  return empty_like_device(labels, {round_up<int64_t>(n, kIdsPadding)}, at::kInt).narrow(0, 0, n);
 }
 
 }  // namespace
 
 LabelIds label_ids(const at::Tensor& row_labels, const at::Tensor& col_labels) {
   const DeviceGuard guard(col_labels);
-  const int64_t n = row_labels.size(0), m = col_labels.size(0);
-  const auto [sorted, order] = at::sort(col_labels, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const bool same = row_labels.is_same(col_labels);
+  const at::Tensor cols = col_labels.contiguous(), rows = same ? cols : row_labels.contiguous();
   LabelIds ids;
-  ids.order = order.contiguous();
-  ids.cols = padded_ids(col_labels, m);
-  ids.sorted = empty_like_device(col_labels, {m}, at::kInt);
-  at::Tensor counts = empty_like_device(col_labels, {m}, at::kDouble);
-  const at::Tensor labels = sorted.contiguous();
-  const int64_t* of_columns = labels.const_data_ptr<int64_t>();
-  launch_classes({of_columns, of_columns, ids.order.const_data_ptr<int64_t>(), static_cast<int>(m),
-                  static_cast<int>(m), ids.cols.mutable_data_ptr<int>(), ids.sorted.mutable_data_ptr<int>(),
-                  counts.mutable_data_ptr<double>()},
-                 stream());
-  if (row_labels.is_same(col_labels)) {
-    ids.rows = ids.cols;
-    ids.counts = counts;
-    return ids;
-  }
-  ids.rows = padded_ids(row_labels, n);
-  ids.counts = empty_like_device(row_labels, {n}, at::kDouble);
-  const at::Tensor rows = row_labels.contiguous();
-  launch_classes(
-      {of_columns, rows.const_data_ptr<int64_t>(), nullptr, static_cast<int>(n), static_cast<int>(m),
-       ids.rows.mutable_data_ptr<int>(), nullptr, ids.counts.mutable_data_ptr<double>()},
-      stream());
+  ids.cols = padded_ids(cols);
+  ids.rows = same ? ids.cols : padded_ids(rows);
+  launch_ids({same ? nullptr : rows.const_data_ptr<int64_t>(), cols.const_data_ptr<int64_t>(),
+              static_cast<int>(rows.size(0)), static_cast<int>(cols.size(0)),
+              same ? nullptr : ids.rows.mutable_data_ptr<int>(), ids.cols.mutable_data_ptr<int>()},
+             stream());
   return ids;
 }
 
-std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast& contrast, const LabelIds* ids,
+LabelClasses label_classes(const at::Tensor& row_labels, const at::Tensor& col_labels) {
+  const DeviceGuard guard(col_labels);
+  const int64_t n = row_labels.size(0), m = col_labels.size(0);
+  const auto [sorted, order] = at::sort(col_labels, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  LabelClasses classes;
+  classes.order = order.contiguous();
+  classes.ids.cols = padded_ids(col_labels);
+  classes.sorted = empty_like_device(col_labels, {m}, at::kInt);
+  at::Tensor counts = empty_like_device(col_labels, {m}, at::kDouble);
+  const at::Tensor labels = sorted.contiguous();
+  const int64_t* of_columns = labels.const_data_ptr<int64_t>();
+  launch_classes({of_columns, of_columns, classes.order.const_data_ptr<int64_t>(), static_cast<int>(m),
+                  static_cast<int>(m), classes.ids.cols.mutable_data_ptr<int>(),
+                  classes.sorted.mutable_data_ptr<int>(), counts.mutable_data_ptr<double>()},
+                 stream());
+  if (row_labels.is_same(col_labels)) {
+    classes.ids.rows = classes.ids.cols;
+    classes.counts = counts;
+    return classes;
+  }
+  classes.ids.rows = padded_ids(row_labels);
+  classes.counts = empty_like_device(row_labels, {n}, at::kDouble);
+  const at::Tensor rows = row_labels.contiguous();
+  launch_classes(
+      {of_columns, rows.const_data_ptr<int64_t>(), nullptr, static_cast<int>(n), static_cast<int>(m),
+       classes.ids.rows.mutable_data_ptr<int>(), nullptr, classes.counts.mutable_data_ptr<double>()},
+      stream());
+  return classes;
+}
+
+std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast& contrast, const LabelClasses* classes,
                                                  const TileSums& tiles) {
   const DeviceGuard guard(contrast.q);
   const bool any = contrast.label_positives || contrast.positive_index || contrast.positive_mask;
@@ -144,11 +156,11 @@ std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast& contrast, const
   p.excludes = contrast.exclude && *contrast.exclude > -n && *contrast.exclude < p.m;
   p.offset = p.excludes ? static_cast<int>(*contrast.exclude) : 0;
   if (contrast.label_positives) {
-    TORCH_CHECK_VALUE(ids != nullptr, "positives by label need labels");
-    if (half) prototypes = class_prototypes(k, *ids);
-    counts = ids->counts;
-    p.row_ids = ids->rows.const_data_ptr<int>();
-    p.col_ids = ids->cols.const_data_ptr<int>();
+    TORCH_CHECK_VALUE(classes != nullptr, "positives by label need labels");
+    if (half) prototypes = class_prototypes(k, *classes);
+    counts = classes->counts;
+    p.row_ids = classes->ids.rows.const_data_ptr<int>();
+    p.col_ids = classes->ids.cols.const_data_ptr<int>();
   } else {
     const at::Tensor& mask = *contrast.positive_mask;
     MaskedPrototypes masked = mask_prototypes(k, mask);

@@ -11,20 +11,28 @@
 
 namespace cl_kernels::cuda {
 
-// The classes of labels. A class goes by the place of its first column among the columns sorted by label.
+// What a row and a column of one label have in common, and those of different labels have not.
 struct LabelIds {
-  at::Tensor rows;    // [N] int32; M where no column has the row's label; padded as PairRules has it
-  at::Tensor cols;    // [M] int32, padded
-  at::Tensor order;   // [M] int64: the columns sorted by label
-  at::Tensor sorted;  // [M] int32: cols in that order
-  at::Tensor counts;  // [N] double: how many columns have the row's label
+  at::Tensor rows, cols;  // [N], [M] int32, padded as PairRules has it
 };
 
+// By a pass over the labels, without sorting them.
 LabelIds label_ids(const at::Tensor& row_labels,   // [N] int64
                    const at::Tensor& col_labels);  // [M] int64
 
-// (positive_sum, positive_count) [N] double of the problem's positives; [0] where it has none. TileSums: of
-// float32 features.
-std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast&, const LabelIds*, const TileSums&);
+// The classes of labels. The id of a class is the place of its first column among the columns sorted by
+// label; M where no column has the row's label.
+struct LabelClasses {
+  LabelIds ids;
+  at::Tensor order;   // [M] int64: the columns sorted by label
+  at::Tensor sorted;  // [M] int32: ids of the columns in that order
+  at::Tensor counts;  // [N] double: how many columns have the row's label
+};
+
+LabelClasses label_classes(const at::Tensor& row_labels, const at::Tensor& col_labels);
+
+// (positive_sum, positive_count) [N] double of the problem's positives; [0] where it has none. Classes: of
+// positives by label. TileSums: of float32 features.
+std::tuple<at::Tensor, at::Tensor> positive_sums(const Contrast&, const LabelClasses*, const TileSums&);
 
 }  // namespace cl_kernels::cuda

@@ -142,6 +142,26 @@ def test_nan_stays_nan_in_its_rows_only() -> None:
     assert found.isnan().nonzero().flatten().tolist() == [3]
 
 
+@pytest.mark.parametrize("positives", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_labels_of_64_bits(dtype: torch.dtype, positives: bool) -> None:
+    """Labels that differ in their upper bits alone are others; numbered from 0 they give the same bits."""
+    small = [torch.randint(4, (count,)) for count in (150, 140)]
+    wide = [torch.tensor([7, 7 + 2**32, 7 - 2**40, -1])[labels] for labels in small]
+    q, k = torch.randn(150, 24).to(dtype), torch.randn(140, 24).to(dtype)
+    grads = (torch.rand(150).double(), None, torch.rand(150).double() if positives else None)
+    found = []
+    for labels in (small, wide):
+        problem = (
+            q, k, torch.tensor(0.3), None, *labels, "all" if positives else "different", positives, None,
+            None, None, False,
+        )  # fmt: skip
+        forward = by_cuda("contrastive_forward", *problem, False)
+        saved = (*forward[:2], forward[4], (True, True, True, False))
+        found.append([*forward, *by_cuda("contrastive_backward", *grads, *problem, *saved)])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def test_backend_by_name() -> None:
     q = torch.randn(6, 4)
     with clk.use_backend("cuda"):

@@ -244,13 +244,23 @@ def test_nan_stays_in_its_column() -> None:
 
 
 # Sums over positives, of half-precision features.
-def test_classes() -> None:
-    rows, cols = torch.tensor([5, -3, 7, 5, 2**40, 1]), torch.tensor([7, 5, 5, 2**40, 7, 0, -3])
-    row_ids, col_ids = kernel("classes", rows, cols)
+WIDE = torch.tensor(
+    [-(2**63), 2**63 - 1, -(2**30) - 1, -(2**30), -2, -1, 0, 2**32, -(2**32), 2**30 - 1, 2**30, 2**30 + 2**32]
+)
+
+
+@pytest.mark.parametrize("n", [1, 6, 128, 300])
+@pytest.mark.parametrize("name", ["ids", "classes"])
+def test_ids(name: str, n: int) -> None:
+    rows, cols = (WIDE[torch.randint(len(WIDE), (count,))] for count in (n, n + 7))
+    row_ids, col_ids = kernel(name, rows, cols)
     assert row_ids.dtype == col_ids.dtype == torch.int32
     assert ((row_ids[:, None] == col_ids) == (rows[:, None] == cols)).all()
-    assert (row_ids >= 0).all() and (col_ids >= 0).all()
-    own, same = kernel("classes", cols, cols)
+    for ids in (row_ids, col_ids):
+        assert (ids != -1).all()
+        whole = ids.as_strided((-(-len(ids) // 128) * 128,), (1,))
+        assert (whole[len(ids) :] == -1).all()
+    own, same = kernel(name, cols, cols)
     assert own.equal(same) and own.equal(col_ids)
 
 

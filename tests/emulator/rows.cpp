@@ -58,9 +58,14 @@ std::tuple<Tensor, Tensor> column_gradient(const Tensor& grad, const Tensor& x, 
   return {grad_z0, grad_z1};
 }
 
+std::tuple<Tensor, Tensor> ids(const Tensor& row_labels, const Tensor& col_labels) {
+  const LabelIds found = label_ids(row_labels, col_labels);
+  return {found.rows, found.cols};
+}
+
 std::tuple<Tensor, Tensor> classes(const Tensor& row_labels, const Tensor& col_labels) {
-  const LabelIds ids = label_ids(row_labels, col_labels);
-  return {ids.rows, ids.cols};
+  const LabelIds found = label_classes(row_labels, col_labels).ids;
+  return {found.rows, found.cols};
 }
 
 // Sums over the positives of half-precision features.
@@ -72,9 +77,9 @@ std::tuple<Tensor, Tensor> sums(const Tensor& q, const optional<Tensor>& k, cons
   problem.label_positives = row_labels.has_value();
   problem.positive_index = positive_index;
   problem.positive_mask = positive_mask;
-  optional<LabelIds> ids;
-  if (row_labels) ids = label_ids(*row_labels, *col_labels);
-  return positive_sums(problem, ids ? &*ids : nullptr, {});
+  optional<LabelClasses> classes;
+  if (row_labels) classes = label_classes(*row_labels, *col_labels);
+  return positive_sums(problem, classes ? &*classes : nullptr, {});
 }
 
 // 1 / norm [N] of the rows of x [N, D], and the rows at unit length [N, stride].
@@ -110,6 +115,7 @@ TORCH_LIBRARY(cl_kernels_cuda_rows, m) {
   m.def("log_softmax_gradient", cl_kernels::masked_log_softmax_backward);
   m.def("standardise", cl_kernels::cuda::standardise);
   m.def("column_gradient", cl_kernels::cuda::column_gradient);
+  m.def("ids", cl_kernels::cuda::ids);
   m.def("classes", cl_kernels::cuda::classes);
   m.def("positive_sums", cl_kernels::cuda::sums);
   m.def("row_norms", cl_kernels::cuda::row_norms);
