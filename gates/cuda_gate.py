@@ -36,8 +36,6 @@ ARCHITECTURES = ("80", "90a")
 FLAGS = ["-std=c++20", *cuda_build.flags([])["nvcc"], "-Xptxas", "-v"]
 INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU.EX2", "LDL", "STL", "BPT.TRAP")
 LOOP = ("hot", "inner", "loop")
-# Files whose loops do not fit the instruction caches, and the bound that holds them where they are.
-LONG_LOOPS = {"lse.cu": 13500}
 RECORDED = recorded.FOLDER / "cuda.tsv"
 COLUMNS = ("file", "architecture", "kernel", "registers", "shared", "stack", "spills", *INSTRUCTIONS, *LOOP)
 WHAT = COLUMNS.index("kernel") + 1
@@ -68,9 +66,8 @@ class Kernel:
             found.append(f"{self.spills} bytes of spills, {self.stack} of stack")
             found.append(f"{self.counts['LDL']} LDL, {self.counts['STL']} STL")
         size = self.loop[LOOP.index("loop")]
-        longest = LONG_LOOPS.get(self.file, issue_slots.LONGEST_LOOP)
-        if size != "-" and int(size) > longest:
-            found.append(f"a loop of {size} instructions, over {longest}")
+        if size != "-" and int(size) > issue_slots.LONGEST_LOOP:
+            found.append(f"a loop of {size} instructions, over {issue_slots.LONGEST_LOOP}")
         if hopper and not self.counts["HGMMA"]:
             found.append("no HGMMA")
         if not hopper and "TileLoop" in self.name and not self.counts["HMMA"]:

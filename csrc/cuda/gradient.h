@@ -135,21 +135,6 @@ __device__ __forceinline__ void softmax_of_tile(float (&c)[4 * kTiles], const Ow
   }
 }
 
-// j % period as j goes up by 8, or by 1 from there.
-struct Remainder {
-  int period, step, now;
-  __device__ __forceinline__ Remainder(int period, int j)
-      : period(period), step(8 % period), now(j % period) {}
-  __device__ __forceinline__ void advance() {
-    now += step;
-    if (now >= period) now -= period;
-  }
-  // Of element e of a fragment's tile.
-  __device__ __forceinline__ int of(int e) const {
-    return e % 2 == 0 ? now : now + 1 == period ? 0 : now + 1;
-  }
-};
-
 // Adds the weights of positives by mask: an owner's times the mask at (i, j), another's times that at (j, i).
 template <int kTiles>
 __device__ __forceinline__ void add_masked(float (&c)[4 * kTiles], const GradientRules& rules,

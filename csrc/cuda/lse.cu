@@ -48,13 +48,12 @@ constexpr bool kWithPositives = std::is_same_v<typename Loop::Element, float>;
 // c, products of a tile, becomes its logits, and the sums of the positives among them are taken.
 template <typename Loop>
 __device__ __forceinline__ void round_logits(float (&c)[4 * Loop::kTiles], const PositiveTerms& positives,
-                                             const PairRules& pairs, int first_i, int first_j, float scale,
-                                             int slot, double* columns) {
+                                             const PairRules& pairs, int first_i, int first_j, float factor,
+                                             const PositiveSums& sums) {
 #pragma unroll
-  for (float& x : c) x = __fmul_rn(x, scale * kLog2e);
+  for (float& x : c) x = __fmul_rn(x, factor);
   if (positives.kind != kNoPositives)
-    add_positives<Loop::kTiles>(c, positives, pairs, first_i, first_j, scale,
-                                positives.rows + static_cast<int64_t>(slot) * pairs.n, columns);
+    add_positives<Loop::kTiles>(c, positives, pairs, first_i, first_j, sums);
 }
 
 template <typename Loop, bool kColumnSums>
@@ -76,11 +75,15 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
       of_warps[at] = 0.0f, positives[at] = 0.0;
   }
 
+  const PositiveSums positive_sums{
+      reference(p.positives.bounds, scale),
+      p.positives.rows + static_cast<int64_t>(group.column_group) * p.pairs.n,
+      kColumnSums && p.pairs.above ? positives + warp * Loop::kColumns : nullptr};
+
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
     float unit = factor;
     if constexpr (kWithPositives<Loop>) {
-      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, scale, group.column_group,
-                         positives + warp * Loop::kColumns);
+      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, factor, positive_sums);
       unit = 1.0f;
     }
     logits_of_tile<Loop::kTiles>(c, p.pairs, nullptr, p.bias, first_i, first_j, unit, shift);
@@ -93,10 +96,12 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
     }
     if constexpr (kColumnSums && !kInRegisters) {
 #pragma unroll
-      for (int x = 0; x < 2 * Loop::kTiles; ++x) {
-        const int low = x / 2 * 4 + x % 2;
-        const float sum = sum_of_column(c[low] + c[low + 2]);
-        if (lane.row == 0) of_warps[warp * Loop::kColumns + x / 2 * 8 + lane.column + x % 2] += sum;
+      for (int first = 0; first < 2 * Loop::kTiles; first += 8) {
+        float sums[8];
+#pragma unroll
+        for (int x = first; x < first + 8; ++x)
+          sums[x - first] = c[x / 2 * 4 + x % 2] + c[x / 2 * 4 + x % 2 + 2];
+        of_warps[warp * Loop::kColumns + lane.column_of(first + lane.row)] += sum_of_columns(sums);
       }
     }
 #pragma unroll
@@ -111,10 +116,11 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) lse_kernel(const LseParams 
     if constexpr (kColumnSums) {
       if constexpr (kInRegisters) {
 #pragma unroll
-        for (int x = 0; x < 2 * Loop::kTiles; ++x) {
-          const float sum = sum_of_column(columns[x]);
-          if (lane.row == 0) of_warps[warp * Loop::kColumns + x / 2 * 8 + lane.column + x % 2] = sum;
-          columns[x] = 0.0f;
+        for (int first = 0; first < 2 * Loop::kTiles; first += 8) {
+          float sums[8];
+#pragma unroll
+          for (int x = 0; x < 8; ++x) sums[x] = columns[first + x], columns[first + x] = 0.0f;
+          of_warps[warp * Loop::kColumns + lane.column_of(first + lane.row)] = sum_of_columns(sums);
         }
       }
       __syncthreads();
@@ -178,10 +184,12 @@ __global__ void __launch_bounds__(Loop::kThreads, 2) online_kernel(const OnlineP
   const int column_blocks = ceil_div(p.pairs.m, kBlock), each = ceil_div(column_blocks, p.splits);
   const int first_column = min(static_cast<int>(blockIdx.y) * each, column_blocks);
   float peak[2] = {kNothing, kNothing}, total[2] = {};
+  const PositiveSums positive_sums{reference(p.positives.bounds, scale),
+                                   p.positives.rows + static_cast<int64_t>(blockIdx.y) * n, nullptr};
   auto on_tile = [&](float (&c)[4 * Loop::kTiles], int first_i, int first_j) {
     float unit = factor;
     if constexpr (kWithPositives<Loop>) {
-      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, scale, blockIdx.y, nullptr);
+      round_logits<Loop>(c, p.positives, p.pairs, first_i, first_j, factor, positive_sums);
       unit = 1.0f;
     }
     logits_of_tile<Loop::kTiles>(c, p.pairs, p.own_bias, p.other_bias, first_i, first_j, unit, 0.0f);

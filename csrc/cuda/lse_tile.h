@@ -54,94 +54,134 @@ __device__ __forceinline__ void logits_of_tile(float (&c)[4 * kTiles], const Pai
   }
 }
 
-// Adds up the logits s of a tile's positives, base 2 and without bias: of its rows to `rows`, of its columns
-// where tiles are mirrored to `columns` [8 kTiles], which belongs to the warp. Whole parts and rests are
-// summed apart: with weights of 1 the former are exact, and the latter small.
+// A thread's pairs that are positives, as bits of its columns, of each of its two rows: those that count for
+// the rows, and of mirrored tiles those that count for the columns, as rows of their own.
+struct PositiveBits {
+  uint32_t of_rows[2], of_columns[2];
+};
+
 template <int kTiles>
-__device__ __forceinline__ void add_positives(const float (&s)[4 * kTiles], const PositiveTerms& p,
-                                              const PairRules& pairs, int first_i, int first_j, float scale,
-                                              double* rows, double* columns) {
-  const Lane lane;
-  const float base = reference(p.bounds, scale);
-  struct Sum {
-    float whole = 0.0f, rest = 0.0f;
-    __device__ __forceinline__ void add(float weight, float logit, float base) {
-      if (weight == 0.0f) return;
-      constexpr float kRounds = 0x1.8p23f;
-      const float near = (logit + kRounds) - kRounds;
-      whole += weight * (near - base);
-      rest += weight * (logit - near);
-    }
-    __device__ __forceinline__ bool any() const { return whole != 0.0f || rest != 0.0f; }
-    __device__ __forceinline__ double total() const { return static_cast<double>(whole) + rest; }
-  };
-  // weight(e, i, j) of elements e of a tile of 16 x 8, at (i, j).
-  auto sum_rows = [&](auto weight) {
-    Sum sums[2];
-    for_elements<kTiles>(first_i, first_j, [&](int t, int e, int i, int j) {
-      sums[e / 2].add(weight(e, i, j), s[4 * t + e], base);
-    });
+__device__ __forceinline__ PositiveBits positives_of_tile(const PositiveTerms& p, const PairRules& pairs,
+                                                          int first_i, int first_j, bool mirrored) {
+  const int row = first_i + Lane().row, column = first_j + Lane().column;
+  PositiveBits bits = {};
+  if (p.kind == kIndex) {
+    // A positive by index counts even where it is excluded; mirrored tiles have the diagonal in their rows.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int i = first_i + lane.row + 8 * h;
-      const Sum sum{sum_of_row(sums[h].whole), sum_of_row(sums[h].rest)};
-      // Only this thread adds here, one tile after the other: the order is fixed.
-      if (lane.column == 0 && i < pairs.n && sum.any()) atomicAdd(rows + i, sum.total());
+      const int i = row + 8 * h, index = i < pairs.n ? __ldg(p.index + i) : -1;
+      if (!mirrored || index >= i) bits.of_rows[h] = bit_of_column<kTiles>(index - column);
     }
-  };
-  auto sum_columns = [&](auto weight) {
+    if (!mirrored) return bits;
 #pragma unroll
     for (int x = 0; x < 2 * kTiles; ++x) {
-      const int column = x / 2 * 8 + lane.column + x % 2;
-      Sum sum;
+      const int j = column + x / 2 * 8 + x % 2, index = j < pairs.m ? __ldg(p.index + j) : -1;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int e = 2 * h + x % 2;
-        sum.add(weight(e, first_i + lane.row + 8 * h, first_j + column), s[x / 2 * 4 + e], base);
-      }
-      if (!__any_sync(0xffffffffu, sum.any())) continue;
-      sum = {sum_of_column(sum.whole), sum_of_column(sum.rest)};
-      if (lane.row == 0) columns[column] += sum.total();
+      for (int h = 0; h < 2; ++h)
+        if (index == row + 8 * h && j > index) bits.of_columns[h] |= 1u << x;
     }
-  };
-
+    return bits;
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) bits.of_rows[h] = columns_that_count<kTiles>(pairs, row + 8 * h, column);
   if (p.kind == kLabels) {
     const RowIds ids(pairs, first_i);
-    auto weight = [&](int e, int i, int j) {
-      return ids.of[e / 2] == __ldg(pairs.other_ids + j) && counts(pairs, i, j) ? 1.0f : 0.0f;
-    };
-    sum_rows(weight);
-    if (pairs.above) sum_columns(weight);
-  } else if (p.kind == kMask) {
-    auto weight_at = [&](int i, int j) {
-      return __ldg(p.mask + (static_cast<int64_t>(i % p.mask_rows) * p.mask_columns + j % p.mask_columns));
-    };
-    sum_rows([&](int, int i, int j) { return counts(pairs, i, j) ? weight_at(i, j) : 0.0f; });
-    if (pairs.above)
-      sum_columns([&](int, int i, int j) { return counts(pairs, i, j) ? weight_at(j, i) : 0.0f; });
-  } else if (p.kind == kIndex) {
-    // A positive by index counts even where it is excluded; mirrored tiles have the diagonal in their rows.
-    int index[2];
-    bool found = false;
+    uint32_t equal[2] = {};
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const int2 id = load_pair<int2>(pairs.other_ids + column + 8 * t);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (ids.of[h] == id.x) equal[h] |= 1u << 2 * t;
+        if (ids.of[h] == id.y) equal[h] |= 2u << 2 * t;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) bits.of_rows[h] &= equal[h];
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) bits.of_columns[h] = mirrored ? bits.of_rows[h] : 0;
+  return bits;
+}
+
+// A sum of logits in base 2, less `base`. Whole parts and rests are summed apart: with weights of 1 the
+// former are exact, and the latter small.
+struct LogitSum {
+  float whole = 0.0f, rest = 0.0f;
+  __device__ __forceinline__ void add(float weight, float logit, float base) {
+    constexpr float kRounds = 0x1.8p23f;
+    const float near = (logit + kRounds) - kRounds;
+    whole += weight * (near - base);
+    rest += weight * (logit - near);
+  }
+  __device__ __forceinline__ bool any() const { return whole != 0.0f || rest != 0.0f; }
+  __device__ __forceinline__ double total() const { return static_cast<double>(whole) + rest; }
+};
+
+// Where the logits of positives are added up, less `base`.
+struct PositiveSums {
+  float base;
+  double* rows;     // [n]
+  double* columns;  // the warp's own, of a tile's columns where tiles are mirrored; or null
+};
+
+// Adds up the logits s of a tile's positives, base 2 and without bias. One loop serves every kind of
+// positives, which bits tell, so that the code of a tile stays small.
+template <int kTiles>
+__device__ __forceinline__ void add_positives(const float (&s)[4 * kTiles], const PositiveTerms& p,
+                                              const PairRules& pairs, int first_i, int first_j,
+                                              const PositiveSums& out) {
+  const Lane lane;
+  const int i = first_i + lane.row, j = first_j + lane.column;
+  const PositiveBits bits = positives_of_tile<kTiles>(p, pairs, first_i, first_j, out.columns != nullptr);
+  const bool masked = p.kind == kMask;
+  auto add = [&](LogitSum& sum, bool counts, const float* weight, float logit) {
+    float by_mask = 1.0f;
+    if (counts && masked) by_mask = __ldg(weight);
+    if (counts && by_mask != 0.0f) sum.add(by_mask, logit, out.base);
+  };
+
+  if (__any_sync(0xffffffffu, (bits.of_rows[0] | bits.of_rows[1]) != 0)) {
+    const float* weights[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) weights[h] = p.mask + int64_t{(i + 8 * h) % p.mask_rows} * p.mask_columns;
+    LogitSum sums[2];
+    Remainder column(p.mask_columns, j);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t, column.advance())
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        add(sums[e / 2], bits.of_rows[e / 2] >> (2 * t + e % 2) & 1, weights[e / 2] + column.of(e),
+            s[4 * t + e]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int i = first_i + lane.row + 8 * h;
-      index[h] = i < pairs.n ? __ldg(p.index + i) : -1;
-      if (pairs.above && index[h] < i) index[h] = -1;
-      found |= index[h] >= first_j && index[h] < first_j + 8 * kTiles;
+      const LogitSum sum{sum_of_row(sums[h].whole), sum_of_row(sums[h].rest)};
+      // Only this thread adds here, one tile after the other: the order is fixed.
+      if (lane.column == 0 && i + 8 * h < pairs.n && sum.any()) atomicAdd(out.rows + i + 8 * h, sum.total());
     }
-    if (__any_sync(0xffffffffu, found))
-      sum_rows([&](int e, int, int j) { return index[e / 2] == j ? 1.0f : 0.0f; });
-    if (!pairs.above) return;
-    found = false;
+  }
+
+  if (out.columns != nullptr && __any_sync(0xffffffffu, (bits.of_columns[0] | bits.of_columns[1]) != 0)) {
+    const float* weights[2];
 #pragma unroll
-    for (int j = first_j + static_cast<int>(threadIdx.x) % kWarp; j < first_j + 8 * kTiles; j += kWarp) {
-      const int of_column = j < pairs.m ? __ldg(p.index + j) : -1;
-      found |= of_column >= first_i && of_column < first_i + 16;
+    for (int h = 0; h < 2; ++h) weights[h] = p.mask + (i + 8 * h) % p.mask_columns;
+    Remainder row(p.mask_rows, j);
+#pragma unroll
+    for (int first = 0; first < 2 * kTiles; first += 8) {
+      float whole[8], rest[8];
+#pragma unroll
+      for (int x = first; x < first + 8; ++x) {
+        const int64_t offset = int64_t{row.of(x)} * p.mask_columns;
+        if (x % 2 == 1) row.advance();
+        LogitSum sum;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          add(sum, bits.of_columns[h] >> x & 1, weights[h] + offset, s[x / 2 * 4 + 2 * h + x % 2]);
+        whole[x - first] = sum.whole, rest[x - first] = sum.rest;
+      }
+      const LogitSum sum{sum_of_columns(whole), sum_of_columns(rest)};
+      out.columns[lane.column_of(first + lane.row)] += sum.total();
     }
-    if (!__any_sync(0xffffffffu, found)) return;
-    sum_columns(
-        [&](int, int i, int j) { return j > i && j < pairs.m && __ldg(p.index + j) == i ? 1.0f : 0.0f; });
   }
 }
 

@@ -28,6 +28,8 @@ struct PairRules {
 struct Lane {
   int row, column;  // of c[0]; c[2] is 8 rows below
   __device__ __forceinline__ Lane() : row(threadIdx.x % kWarp / 4), column(threadIdx.x % 4 * 2) {}
+  // The thread's x-th column.
+  __device__ __forceinline__ int column_of(int x) const { return x / 2 * 8 + column + x % 2; }
 };
 
 // Whether a tile of rows x columns holds pairs that do not count, labels apart.
@@ -46,8 +48,15 @@ __device__ __forceinline__ bool counts(const PairRules& rules, int i, int j) {
   return i < rules.n && j < rules.m && !(rules.above && j <= i) && !(rules.excludes && j == i + rules.offset);
 }
 
-// Which of a thread's 2 kTiles columns count for row i, as bits: of bit 2 t + x the column is `column` + 8 t
-// + x.
+// A thread's 2 kTiles columns as bits: of bit 2 t + x the column is the first + 8 t + x. Here the bit of the
+// one that is `distance` from the first, 0 where it is none of them.
+template <int kTiles>
+__device__ __forceinline__ uint32_t bit_of_column(int distance) {
+  const bool own = distance >= 0 && distance < 8 * kTiles && distance % 8 < 2;
+  return own ? 1u << (distance / 8 * 2 + distance % 8) : 0;
+}
+
+// Which of the thread's columns from `column` on count for row i.
 template <int kTiles>
 __device__ __forceinline__ uint32_t columns_that_count(const PairRules& rules, int i, int column) {
   static_assert(kTiles < 16, "a bit a column");
@@ -59,9 +68,7 @@ __device__ __forceinline__ uint32_t columns_that_count(const PairRules& rules, i
   };
   uint32_t bits = first(rules.m - column);
   if (rules.above) bits &= ~first(i + 1 - column);
-  const int excluded = i + rules.offset - column;
-  if (rules.excludes && excluded >= 0 && excluded < 8 * kTiles && excluded % 8 < 2)
-    bits &= ~(1u << (excluded / 8 * 2 + excluded % 8));
+  if (rules.excludes) bits &= ~bit_of_column<kTiles>(i + rules.offset - column);
   return bits;
 }
 
@@ -79,6 +86,21 @@ __device__ __forceinline__ void replace_what_does_not_count(float (&c)[4 * kTile
       if ((bits >> x & 1) == 0) c[4 * (x / 2) + 2 * h + x % 2] = value;
   }
 }
+
+// j % period as j goes up by 8, or by 1 from there.
+struct Remainder {
+  int period, step, now;
+  __device__ __forceinline__ Remainder(int period, int j)
+      : period(period), step(8 % period), now(j % period) {}
+  __device__ __forceinline__ void advance() {
+    now += step;
+    if (now >= period) now -= period;
+  }
+  // Of element e of a fragment's tile.
+  __device__ __forceinline__ int of(int e) const {
+    return e % 2 == 0 ? now : now + 1 == period ? 0 : now + 1;
+  }
+};
 
 // f(t, e, i, j) for each element of a fragment whose warp starts at row first_i and column first_j.
 template <int kTiles, typename F>
@@ -124,10 +146,18 @@ __device__ __forceinline__ float max_of_row(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
-__device__ __forceinline__ float sum_of_column(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 4);
-  x += __shfl_xor_sync(0xffffffffu, x, 8);
-  return x + __shfl_xor_sync(0xffffffffu, x, 16);
+// Of eight columns at once, by recursive halving: the lane of row r gets the sum of x[r].
+__device__ __forceinline__ float sum_of_columns(float (&x)[8]) {
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+    const bool high = (Lane().row & half) != 0;
+#pragma unroll
+    for (int at = 0; at < half; ++at) {
+      const float kept = high ? x[at + half] : x[at], given = high ? x[at] : x[at + half];
+      x[at] = kept + __shfl_xor_sync(0xffffffffu, given, 4 * half);
+    }
+  }
+  return x[0];
 }
 
 #endif  // CL_KERNELS_DEVICE
