@@ -62,6 +62,14 @@ def run(
     return next(case for case in cases if (case.op, case.variant) == (op, variant)).run(call)
 
 
+def assert_features_are_needed(call: op_cases.Call, *ops: str) -> None:
+    """Rows of no features are refused before any kernel runs."""
+    for case in op_cases.cases(op_cases.Sizes(5, 7, 0), torch.float32, DEVICE):
+        if case.op in ops and case.rank == 0:
+            with pytest.raises(ValueError, match=r"with features|not empty"):
+                case.run(call)
+
+
 def assert_close(results: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> None:
     """Relative to the largest element: sums are float32, and a half-precision gradient or output is rounded
     twice, in its tile and at the end."""

@@ -104,6 +104,8 @@ def standardise(
     """(x [N, 2D], mean [2, D], rnorm [2, D], partner [2D]): the centred columns of both views at unit length,
     0 for a constant column, and the column of the other view for each."""
     n, d = z0.shape
+    if n == 0 or d == 0:
+        raise ValueError(f"z0 must be [N, D] and not empty, got [{n}, {d}]")
     shape = configs.shape("columns", z0, d)
     x = z0.new_empty(n, 2 * d)
     mean, rnorm = (z0.new_empty(2, d, dtype=torch.float32) for _ in range(2))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import configs
 from ..problem import Contrast, flat
+from . import launch
 from .gradient import Incoming, Needs, gradient, residual
 from .gradient_residual import gradient_from_residual
 from .lse import log_sum_exp
@@ -21,6 +22,7 @@ def contrastive_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if problem.by_mask:
         raise ValueError("Triton's kernels restrict denominators by labels, not by positive_mask")
+    launch.require_features(problem.q)
     problem, q = packed(problem), problem.q
     if save_gradient and q.shape[1] <= configs.widest("lse_frozen", q):
         lse, positive_sum, positive_count, saved = log_sum_exp_and_residual(problem)
@@ -38,6 +40,7 @@ def contrastive_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     incoming, needed = Incoming(*map(contiguous, gradients)), Needs(*needs)
+    launch.require_features(problem.q)
     problem = packed(problem)
     lse, lse_cols, rest = saved
     if problem.k is not None and rest.numel() > 0 and not (needed.k or needed.bias):

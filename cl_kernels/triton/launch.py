@@ -32,6 +32,11 @@ def matrix(x: Tensor | None) -> Matrix | None:
     return None if x is None else Matrix(x, *x.stride())
 
 
+def require_features(x: Tensor) -> None:
+    if x.shape[1] == 0:
+        raise ValueError(f"q must be [N, D] with features, got {list(x.shape)}")
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

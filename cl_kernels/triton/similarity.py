@@ -73,6 +73,7 @@ def similarity_forward(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [N, M], q_rnorm [N], k_rnorm [M]), the norms [0] where they are not needed."""
+    launch.require_features(q)
     keys = q if k is None else k
     (n, d), m = q.shape, keys.shape[0]
     q_rnorm, k_rnorm = (q.new_empty(0, dtype=torch.float32) for _ in range(2))

@@ -160,6 +160,7 @@ def similarity_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_q, grad_k, grad_scale); the gradient of scale comes with the products of one side."""
+    launch.require_features(q)
     needs_q, needs_k = needs
     grad_q, grad_k = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
     if k is None:

@@ -658,7 +658,7 @@ class Engine {
 void check(const Contrast& problem) {
   const at::Tensor& q = problem.q;
   const std::optional<at::Tensor>& k = problem.k;
-  TORCH_CHECK_VALUE(q.dim() == 2, "q must be [N, D], got ", q.sizes());
+  TORCH_CHECK_VALUE(q.dim() == 2 && q.size(1) > 0, "q must be [N, D] with features, got ", q.sizes());
   if (k) {
     TORCH_CHECK_VALUE(k->dim() == 2 && k->size(1) == q.size(1), "k must be [M, ", q.size(1), "], got ",
                       k->sizes());

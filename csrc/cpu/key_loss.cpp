@@ -302,7 +302,7 @@ class KeyLossEngine {
 
 void check(const KeyLoss& problem) {
   const at::Tensor& q = problem.q;
-  TORCH_CHECK_VALUE(q.dim() == 2 && q.size(0) > 0, "q must be [N, D] and not empty, got ", q.sizes());
+  TORCH_CHECK_VALUE(q.dim() == 2 && q.numel() > 0, "q must be [N, D] and not empty, got ", q.sizes());
   TORCH_CHECK_TYPE(at::isFloatingType(q.scalar_type()), "q must be floating, got ", q.scalar_type());
   int64_t m = 0;
   for (const at::Tensor& k : problem.k) {

@@ -83,7 +83,7 @@ at::Tensor through_norm(const at::Tensor& g, const at::Tensor& unit, const at::T
 }
 
 void check(const at::Tensor& q, const std::optional<at::Tensor>& k) {
-  TORCH_CHECK_VALUE(q.dim() == 2, "q must be [N, D], got ", q.sizes());
+  TORCH_CHECK_VALUE(q.dim() == 2 && q.size(1) > 0, "q must be [N, D] with features, got ", q.sizes());
   if (!k) return;
   TORCH_CHECK_VALUE(k->dim() == 2 && k->size(1) == q.size(1), "k must be [M, ", q.size(1), "], got ",
                     k->sizes());

@@ -346,9 +346,9 @@ class SoftTargetEngine {
 
 void check(const SoftTarget& problem) {
   const auto& [q, k, target_q, target_k, scale, target_scale, positive, positive_in_target] = problem;
-  TORCH_CHECK_VALUE(q.dim() == 2, "q must be [N, D], got ", q.sizes());
-  TORCH_CHECK_VALUE(target_q.dim() == 2 && target_q.size(0) == q.size(0), "target_q must be [", q.size(0),
-                    ", E], got ", target_q.sizes());
+  TORCH_CHECK_VALUE(q.dim() == 2 && q.size(1) > 0, "q must be [N, D] with features, got ", q.sizes());
+  TORCH_CHECK_VALUE(target_q.dim() == 2 && target_q.size(0) == q.size(0) && target_q.size(1) > 0,
+                    "target_q must be [", q.size(0), ", E] with features, got ", target_q.sizes());
   TORCH_CHECK_VALUE(!k.empty() && k.size() == target_k.size(),
                     "k and target_k must have as many segments, got ", k.size(), " and ", target_k.size());
   TORCH_CHECK_VALUE(positive_in_target == "exclude" || positive_in_target == "zero",

@@ -18,7 +18,7 @@ namespace {
 
 void check_arguments(const at::Tensor& z0, const at::Tensor& z1,
                      const std::optional<at::Tensor>& positive_mask) {
-  TORCH_CHECK_VALUE(z0.dim() == 2, "z0 must be [N, D], got ", z0.sizes());
+  TORCH_CHECK_VALUE(z0.dim() == 2 && z0.numel() > 0, "z0 must be [N, D] and not empty, got ", z0.sizes());
   TORCH_CHECK_VALUE(z1.sizes() == z0.sizes(), "z1 must be ", z0.sizes(), " as z0, got ", z1.sizes());
   TORCH_CHECK_TYPE(z1.scalar_type() == z0.scalar_type(), "z1 must be of z0's type ", z0.scalar_type(),
                    ", got ", z1.scalar_type());

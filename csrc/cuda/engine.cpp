@@ -73,6 +73,7 @@ struct Problem {
         precision(precision_of(q)),
         among(parse_among(c.among)),
         self_keys(!c.k) {
+    TORCH_CHECK_VALUE(d() > 0, "q must be [N, D] with features, got ", q.sizes());
     const int64_t most = std::numeric_limits<int>::max() - kBlock;
     TORCH_CHECK_VALUE(n() < most && m() < most && q.size(1) < most,
                       "q and k must have fewer than 2^31 rows and columns");
@@ -134,7 +135,7 @@ at::Tensor doubles(const Problem& p, int64_t n) {
 }
 
 int online_parts(const Features& f, bool only_untrusted) {
-  return only_untrusted ? 1 : splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), multiprocessors());
+  return only_untrusted ? 1 : splits(ceil_div(f.n, kBlock), ceil_div(f.m, kBlock), portable_programs());
 }
 
 // The log-sum-exps of rows by launch_lse_online: all of them, or the untrusted.
@@ -192,7 +193,8 @@ std::pair<at::Tensor, at::Tensor> log_sum_exp(const Problem& p, bool both_axes, 
   }
 
   const bool mirrored = p.symmetric && p.offset == 0, columns = mirrored || both_axes;
-  const Schedule s = schedule(p.n(), p.m(), mirrored, multiprocessors());
+  const int programs = p.hopper() ? multiprocessors() : portable_programs();
+  const Schedule s = schedule(p.n(), p.m(), mirrored, programs);
   const int64_t of_rows = int64_t{s.column_groups} * p.n();
   const int64_t of_columns = columns ? int64_t{s.row_groups} * p.m() : 0;
   // Row sums, column sums, bounds.

@@ -51,8 +51,8 @@ struct Schedule {
   }
 };
 
-// Groups for n rows and m columns on a device with this many multiprocessors: the size of groups that takes
-// the fewest steps, of rounds of programs with a tile's time each to begin, and keeps partial sums few.
+// Groups for n rows and m columns on a device that runs this many programs at once: the size of groups that
+// takes the fewest steps, of rounds of programs with a tile's time each to begin, and keeps partial sums few.
 inline Schedule schedule(int n, int m, bool mirrored, int processors) {
   auto ceil = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
   const int row_blocks = ceil(n, kBlock), column_blocks = ceil(m, kBlock);

@@ -108,6 +108,8 @@ class SoftTargetEngine {
       columns_ += part.size(0);
       width_ += round_up(part.size(0), kSegmentAlignment);
     }
+    TORCH_CHECK_VALUE(d() > 0 && e() > 0, "q and target_q must be matrices with features, got ", q_.sizes(),
+                      " and ", t_.sizes());
     const int64_t most = std::numeric_limits<int>::max() - kBlock;
     TORCH_CHECK_VALUE(n() < most && width_ < most && d() < most && e() < most,
                       "q and k must have fewer than 2^31 rows and columns");

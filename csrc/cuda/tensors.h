@@ -43,6 +43,9 @@ inline cudaStream_t stream() {
 inline int multiprocessors() {
   return 3;
 }
+inline int portable_programs() {
+  return 2 * multiprocessors();
+}
 // Bytes that a block may take: Hopper's, or CL_KERNELS_EMULATED_SHARED.
 inline int shared_memory() {
   const char* given = std::getenv("CL_KERNELS_EMULATED_SHARED");
@@ -84,6 +87,12 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 }
 inline int multiprocessors() {
   return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+// Programs of the portable kernels with products (tiles.h) that run at once: two a multiprocessor, of 80 KiB
+// of shared memory at most, where there is as much.
+inline int portable_programs() {
+  const int fit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (80 * 1024);
+  return multiprocessors() * std::clamp(fit, 1, 2);
 }
 inline int shared_memory() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from op_checks import assert_features_are_needed
 from processes import run_python
 from torch import Tensor
 
@@ -130,6 +131,14 @@ def test_memory_grows_with_rows_only() -> None:
     done = run_python("-c", PEAK, str(rows))
     features = 4 * rows * 32  # bytes, at the width that products are padded to
     assert int(done.stdout) < 64e6 + 12 * features  # one N x N matrix would be 2.4 GB
+
+
+@needs_extension
+def test_no_features() -> None:
+    def call(name: str, *arguments: object) -> object:
+        return getattr(torch.ops.cl_kernels, name)(*arguments)
+
+    assert_features_are_needed(call, "contrastive", "soft_target", "dimcl", "similarity")
 
 
 def test_without_the_extension() -> None:

@@ -18,6 +18,7 @@ from op_checks import (
     SIZES,
     TRIPLES,
     assert_close,
+    assert_features_are_needed,
     by_reference,
     prepare_cuda,
     run,
@@ -160,6 +161,10 @@ def test_labels_of_64_bits(dtype: torch.dtype, positives: bool) -> None:
         saved = (*forward[:2], forward[4], (True, True, True, False))
         found.append([*forward, *by_cuda("contrastive_backward", *grads, *problem, *saved)])
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_no_features() -> None:
+    assert_features_are_needed(by_cuda, "contrastive", "soft_target", "dimcl", "similarity")
 
 
 def test_backend_by_name() -> None:

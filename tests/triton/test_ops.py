@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import ALL, DEVICE, DTYPES, SIZES, TRIPLES, assert_close, by_reference, run
+from op_checks import (
+    ALL,
+    DEVICE,
+    DTYPES,
+    SIZES,
+    TRIPLES,
+    assert_close,
+    assert_features_are_needed,
+    by_reference,
+    run,
+)
 from torch import Tensor
 
 import cl_kernels as clk
@@ -368,6 +378,10 @@ def test_two_runs_are_bitwise_equal() -> None:
         return run("contrastive", "self, labels", SIZES["tails"], torch.bfloat16, by_triton)
 
     assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+def test_no_features() -> None:
+    assert_features_are_needed(by_triton, "contrastive", "dimcl", "similarity")
 
 
 def test_backend_by_name() -> None:
