@@ -193,8 +193,8 @@ std::pair<at::Tensor, at::Tensor> log_sum_exp(const Problem& p, bool both_axes, 
   }
 
   const bool mirrored = p.symmetric && p.offset == 0, columns = mirrored || both_axes;
-  const int programs = p.hopper() ? multiprocessors() : portable_programs();
-  const Schedule s = schedule(p.n(), p.m(), mirrored, programs);
+  const Schedule s = p.hopper() ? lse_schedule_sm90(features, p.type, mirrored)
+                                : schedule(p.n(), p.m(), mirrored, portable_programs());
   const int64_t of_rows = int64_t{s.column_groups} * p.n();
   const int64_t of_columns = columns ? int64_t{s.row_groups} * p.m() : 0;
   // Row sums, column sums, bounds.

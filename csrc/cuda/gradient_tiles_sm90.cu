@@ -8,7 +8,7 @@ namespace {
 // Rows and columns of the loop are those of the chunk.
 template <typename Loop>
 struct GradientEpilogue {
-  static constexpr bool kUnrolled = false;
+  __device__ static constexpr bool unrolled() { return false; }
   static constexpr int kTiles = Loop::kTiles;
   using T = typename Loop::Element;
   const GradientTilesParams& p;
@@ -66,11 +66,11 @@ void launch_gradient_tiles_sm90(const GradientTilesParams& p, Type type, cudaStr
   chunk.n = p.last_row - p.first_row;
   chunk.y = static_cast<const unsigned char*>(chunk.y) + p.first_column * chunk.y_stride * 2;
   chunk.m -= p.first_column;
-  const Schedule tiles = schedule(chunk.n, chunk.m, false, multiprocessors_here());
-  dispatch_hopper_loop(chunk, type, [&](auto loop, const TensorMaps& maps) {
+  dispatch_hopper_loop(chunk, type, [&](auto loop) {
     using Loop = decltype(loop);
-    launch(gradient_tiles_kernel<Loop>, hopper_grid(tiles), Loop::kThreads, Loop::kShared, stream, maps,
-           tiles, p);
+    const auto kernel = gradient_tiles_kernel<Loop>;
+    const Schedule tiles = hopper_schedule<Loop>(kernel, chunk, false, Loop::kShared);
+    launch_hopper_loop<Loop>(kernel, tiles, Loop::kShared, stream, maps_of<Loop>(chunk), tiles, p);
   });
 }
 

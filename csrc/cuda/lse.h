@@ -59,7 +59,9 @@ struct LseParams {
 void launch_bounds(const Features&, const float* bias, Bounds* bounds, Type,
                    cudaStream_t);  // bounds: zeros before
 void launch_lse(const LseParams&, Type, Precision, cudaStream_t);
-void launch_lse_sm90(const LseParams&, Type, cudaStream_t);  // half-precision features
+// Of half-precision features on Hopper.
+Schedule lse_schedule_sm90(const Features&, Type, bool mirrored);
+void launch_lse_sm90(const LseParams&, Type, cudaStream_t);
 
 // Adds the partial sums up, in a fixed order: lse = ln(sum) + c; a sum too small or too large to trust, or
 // NaN, becomes NaN with all bits set, for launch_lse_online.

@@ -6,7 +6,7 @@ namespace {
 
 template <typename Loop, bool kColumnSums>
 struct LseEpilogue {
-  static constexpr bool kUnrolled = kColumnSums;
+  __device__ static constexpr bool unrolled() { return kColumnSums; }
   static constexpr int kTiles = Loop::kTiles;
   const LseParams& p;
   float factor, shift;
@@ -54,7 +54,7 @@ struct LseEpilogue {
   __device__ __forceinline__ void end_strip(const Visit& v, int warpgroup) {
     if constexpr (kColumnSums) {
       const Lane lane;
-      const int thread = threadIdx.x % Loop::kWarpgroup, warp = thread / kWarp;
+      const int thread = threadIdx.x % kWarpgroup, warp = thread / kWarp;
       float* of_warps = reinterpret_cast<float*>(dynamic_shared() + Loop::kShared) + warpgroup * 4 * kBlock;
 #pragma unroll
       for (int strip = 0; strip < Loop::kStripTiles; ++strip) {
@@ -93,9 +93,9 @@ struct LseEpilogue {
 
   __device__ __forceinline__ static void sync(int warpgroup) {
     if (warpgroup == 0)
-      named_barrier<1>(Loop::kWarpgroup);
+      named_barrier<1>(kWarpgroup);
     else
-      named_barrier<2>(Loop::kWarpgroup);
+      named_barrier<2>(kWarpgroup);
   }
 };
 
@@ -109,17 +109,26 @@ __global__ void __launch_bounds__(Loop::kThreads, 1)
 #endif
 }
 
+template <typename Loop>
+constexpr size_t kSharedWithColumns = Loop::kShared + 8 * kBlock * sizeof(float);
+
 }  // namespace
 
-void launch_lse_sm90(const LseParams& p, Type type, cudaStream_t stream) {
-  dispatch_hopper_loop(p.features, type, [&](auto loop, const TensorMaps& maps) {
+Schedule lse_schedule_sm90(const Features& features, Type type, bool mirrored) {
+  return dispatch_hopper_loop(features, type, [&](auto loop) {
     using Loop = decltype(loop);
-    const dim3 grid = hopper_grid(p.schedule);
+    return hopper_schedule<Loop>(lse_kernel<Loop, true>, features, mirrored, kSharedWithColumns<Loop>);
+  });
+}
+
+void launch_lse_sm90(const LseParams& p, Type type, cudaStream_t stream) {
+  dispatch_hopper_loop(p.features, type, [&](auto loop) {
+    using Loop = decltype(loop);
+    const TensorMaps maps = maps_of<Loop>(p.features);
     if (p.column_sums != nullptr)
-      launch(lse_kernel<Loop, true>, grid, Loop::kThreads, Loop::kShared + 8 * kBlock * sizeof(float), stream,
-             maps, p);
+      launch_hopper_loop<Loop>(lse_kernel<Loop, true>, p.schedule, kSharedWithColumns<Loop>, stream, maps, p);
     else
-      launch(lse_kernel<Loop, false>, grid, Loop::kThreads, Loop::kShared, stream, maps, p);
+      launch_hopper_loop<Loop>(lse_kernel<Loop, false>, p.schedule, Loop::kShared, stream, maps, p);
   });
 }
 

@@ -119,6 +119,38 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+// In a cluster of blocks of threads: a barrier of all their threads; an arrival at what `barrier` is in the
+// block of this rank; a wait for such arrivals.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
+          : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra reached;\n"
+      "bra again;\n"
+      "reached:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
 // The box of `map` whose first element is (column, row); its bytes arrive at the barrier.
 __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int column, int row,
                                          uint64_t* barrier) {
@@ -126,6 +158,15 @@ __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int col
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
       "[%4];" ::"r"(shared_address(to)),
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+// The same to the same place of each block of the cluster in the bits of `blocks`, at its own barrier.
+__device__ __forceinline__ void tma_load_multicast(void* to, const TensorMap* map, int column, int row,
+                                                   uint64_t* barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
       : "memory");
 }
 // `bytes` in a row, a multiple of 16 as both addresses are; they arrive at the barrier.

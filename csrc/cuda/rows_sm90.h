@@ -20,7 +20,6 @@
 
 namespace cl_kernels::cuda {
 
-constexpr int kWarpgroup = 128;
 constexpr int kRowThreads = 3 * kWarpgroup;
 constexpr int kOwners = 128;
 constexpr int kConsumerWarps = 8;
@@ -113,10 +112,6 @@ __device__ __forceinline__ int place_of_values(int j, int count) {
 }
 
 // As a value that the compiler knows to be one for the warp.
-__device__ __forceinline__ int warpgroup_of_thread() {
-  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-}
-
 // One thread brings the owners from first_i on, and all tiles of the range. `terms`: kTermBytes a tile, each
 // at a multiple of 16 bytes.
 template <typename Shape, bool kSameValues>

@@ -7,7 +7,7 @@ namespace {
 
 template <typename Loop>
 struct SimilarityEpilogue {
-  static constexpr bool kUnrolled = false;
+  __device__ static constexpr bool unrolled() { return false; }
   static constexpr int kTiles = Loop::kTiles;
   using T = typename Loop::Element;
   const SimilarityParams& p;
@@ -56,11 +56,11 @@ __global__ void __launch_bounds__(Loop::kThreads, 1)
 }  // namespace
 
 void launch_similarity_sm90(const SimilarityParams& p, Type type, cudaStream_t stream) {
-  const Schedule tiles = schedule(p.features.n, p.features.m, false, multiprocessors_here());
-  dispatch_hopper_loop(p.features, type, [&](auto loop, const TensorMaps& maps) {
+  dispatch_hopper_loop(p.features, type, [&](auto loop) {
     using Loop = decltype(loop);
-    launch(similarity_kernel<Loop>, hopper_grid(tiles), Loop::kThreads, Loop::kShared, stream, maps, tiles,
-           p);
+    const auto kernel = similarity_kernel<Loop>;
+    const Schedule tiles = hopper_schedule<Loop>(kernel, p.features, false, Loop::kShared);
+    launch_hopper_loop<Loop>(kernel, tiles, Loop::kShared, stream, maps_of<Loop>(p.features), tiles, p);
   });
 }
 

@@ -4,74 +4,34 @@
 // 128 rows. It walks strips of columns, kStrip tiles wide, and along each strip the rows. The features go by
 // in chunks of 64: those of a strip's columns stay in shared memory until its last row, those of a row until
 // its last tile, all in rings whose slots are refilled one by one, so that the copies run ahead across tiles
-// and strips alike.
+// and strips alike. The warpgroups take turns to multiply: while the tensor cores work for one, the other is
+// busy with its tile.
 //
-// The warpgroups take turns to multiply: while the tensor cores work for one, the other is busy with its
-// tile. Where a strip does not fit, even one tile wide, the columns are copied for every tile (kStreamed),
-// and the warpgroups share each chunk at once instead.
-//
-// A strip of two tiles, where the features are 256 at most, halves what a row brings from L2: a tile of 128 x
-// 128 takes 8 d clocks and, of x, 256 d bytes, 32 a clock where it is alone in its strip and 16 where it is
-// not.
+// A tile of 128 x 128 takes 8 d clocks and, of x, 256 d bytes: 32 a clock where a block of threads is alone
+// with its strip of one tile. A strip of two tiles, where the features are 256 at most, halves what a row
+// brings from L2. Up to 512 features two blocks of threads do, a cluster whose strips lie side by side: each
+// copies half of a row for both. Of more features not even one tile's columns stay: streamed_sm90.h.
 #pragma once
 
 #include "launch.h"
-#include "lse.h"
-#include "wgmma.h"
+#include "streamed_sm90.h"
 
-// Kernels of this file's loop trap on other architectures.
+// Kernels of this file's loops trap on other architectures.
 #if defined(CL_KERNELS_WGMMA) || defined(CL_KERNELS_EMULATED)
 #define CL_KERNELS_HOPPER 1
 #endif
 
 namespace cl_kernels::cuda {
 
-struct TensorMaps {
-  TensorMap x, y;
-};
-
-// The meeting of a block of rows and a strip of columns.
-struct Visit {
-  Group group;
-  int row, column, width;  // in blocks; the strip's width
-  bool mirrored, last_row;
-
-  // Tiles below the diagonal are left out.
-  __device__ __forceinline__ bool has(int strip) const { return !mirrored || row <= column + strip; }
-};
-
-// f(visit) for the programs of a block of threads, in the order that all its warpgroups follow.
-template <int kStrip, typename F>
-__device__ __forceinline__ void for_visits(const Schedule& schedule, F f) {
-  const int64_t programs = schedule.programs();
-  for (int64_t program = blockIdx.x; program < programs; program += gridDim.x) {
-    const Group group = schedule.group(static_cast<int>(program));
-    for (int column = group.column; column < group.column_end; column += kStrip) {
-      const int width = min(kStrip, group.column_end - column);
-      const int row_end = schedule.mirrored ? min(group.row_end, column + width) : group.row_end;
-      for (int row = group.row; row < row_end; ++row)
-        f(Visit{group, row, column, width, schedule.mirrored, row + 1 == row_end});
-    }
-  }
-}
-
-// A place in a ring of slots, and the parity of the phase that fills it.
-template <int kSlots>
-struct Place {
-  int slot = 0, parity = 0;
-  __device__ __forceinline__ void advance(int by) {  // by at most kSlots
-    slot += by;
-    if (slot >= kSlots) slot -= kSlots, parity ^= 1;
-  }
-};
-
-template <typename T, int kStrip, bool kStreamed>
+template <typename T, int kStrip, int kCluster_>
 struct HopperLoop {
   using Element = T;
+  static constexpr int kCluster = kCluster_;
+  using Together = Cluster<kCluster>;
   static constexpr int kStripTiles = kStrip;
-  static constexpr int kWarpgroup = 128;
   static constexpr int kThreads = 3 * kWarpgroup;
-  static constexpr int kRows = kBlock / 2;   // of a warpgroup
+  static constexpr int kRows = kBlock / 2;  // of a warpgroup
+  static constexpr int kBoxRows = kRows / kCluster;
   static constexpr int kTiles = kBlock / 8;  // of a fragment
   static constexpr int kSlotsX = 11, kSlotsY = 8;
   static constexpr int kBytesX = kRows * 128, kBytesY = kBlock * 128;
@@ -93,8 +53,8 @@ struct HopperLoop {
   }
 
   // Epilogue(params), in the threads that multiply, sees the tiles:
-  //   begin_rows(visit, first_i)             before the products of a warp's 16 rows with a strip
-  //   tile(c, visit, strip, first_i, first_j)  each tile's fragment; strip is constant where kUnrolled
+  //   begin_rows(visit, first_i)             before the tiles of a warp's 16 rows in a strip
+  //   tile(c, visit, strip, first_i, first_j)  each tile's fragment; strip is constant where unrolled()
   //   end_rows(visit, first_i)
   //   end_strip(visit, warpgroup)            after a strip's last row
   template <typename Epilogue, typename Params>
@@ -105,7 +65,7 @@ struct HopperLoop {
       Barriers& b = barriers();
       for (int slot = 0; slot < kSlotsX; ++slot) {
         mbarrier_init(&b.full_x[slot], 1);
-        mbarrier_init(&b.empty_x[slot], kWarpgroup / kWarp);
+        mbarrier_init(&b.empty_x[slot], kCluster * kWarpgroup / kWarp);
       }
       for (int slot = 0; slot < kSlotsY; ++slot) {
         mbarrier_init(&b.full_y[slot], 1);
@@ -116,7 +76,7 @@ struct HopperLoop {
       tma_prefetch(&maps.x);
       tma_prefetch(&maps.y);
     }
-    __syncthreads();
+    Together::sync();
     if (threadIdx.x < kWarpgroup) {
       registers_down<40>();
       if (threadIdx.x == 0) copy(maps, schedule, chunks);
@@ -124,7 +84,7 @@ struct HopperLoop {
       registers_up<232>();
       multiply<Epilogue>(schedule, chunks, params);
     }
-    __syncthreads();
+    Together::sync();  // no block ends while another still arrives at its barriers
   }
 
  private:
@@ -133,10 +93,10 @@ struct HopperLoop {
     Place<kSlotsX> x;
     Place<kSlotsY> y;
     auto copy_x = [&](int row, int warpgroup, int chunk) {
-      mbarrier_wait(&b.empty_x[x.slot], x.parity ^ 1);
+      Together::wait(&b.empty_x[x.slot], x.parity ^ 1);
       mbarrier_arrive_expect(&b.full_x[x.slot], kBytesX);
-      tma_load(x_slot(x.slot), &maps.x, chunk * kBoxColumns, row * kBlock + warpgroup * kRows,
-               &b.full_x[x.slot]);
+      Together::template load<kRows>(x_slot(x.slot), &maps.x, chunk * kBoxColumns,
+                                     row * kBlock + warpgroup * kRows, &b.full_x[x.slot]);
       x.advance(1);
     };
     auto copy_y = [&](int column, int chunk) {
@@ -146,55 +106,55 @@ struct HopperLoop {
       y.advance(1);
     };
     // In the order of their use.
-    for_visits<kStrip>(schedule, [&](const Visit& v) {
+    for_visits<kStrip, 1, kCluster>(schedule, [&](const Visit& v) {
       const bool enters = v.row == v.group.row;
 #pragma unroll 1
       for (int chunk = 0; chunk < chunks; ++chunk) {
-        if (kStreamed || enters) copy_y(v.column, chunk);
+        if (enters) copy_y(v.column, chunk);
         copy_x(v.row, 0, chunk);
-        if (kStreamed) copy_x(v.row, 1, chunk);
       }
-      if constexpr (!kStreamed) {
 #pragma unroll 1
-        for (int chunk = 0; chunk < chunks; ++chunk) copy_x(v.row, 1, chunk);
-        for (int strip = 1; enters && strip < v.width; ++strip)
+      for (int chunk = 0; chunk < chunks; ++chunk) copy_x(v.row, 1, chunk);
+      for (int strip = 1; enters && strip < v.width; ++strip)
 #pragma unroll 1
-          for (int chunk = 0; chunk < chunks; ++chunk) copy_y(v.column + strip, chunk);
-      }
+        for (int chunk = 0; chunk < chunks; ++chunk) copy_y(v.column + strip, chunk);
     });
   }
 
   // An arrival of the warp, after what its threads did.
-  __device__ __forceinline__ static void arrive(uint64_t* barrier) {
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) mbarrier_arrive(barrier);
-  }
+  __device__ __forceinline__ static void arrive(uint64_t* barrier) { Cluster<1>::arrive(barrier); }
 
   template <typename Epilogue, typename Params>
   __device__ __forceinline__ static void multiply(const Schedule& schedule, int chunks,
                                                   const Params& params) {
     Barriers& b = barriers();
-    const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
+    const int warpgroup = warpgroup_of_thread() - 1;
     const int warp_row = warpgroup * kRows + static_cast<int>(threadIdx.x) / kWarp % 4 * 16;
     Epilogue epilogue(params);
     Place<kSlotsX> x;
     Place<kSlotsY> y;
-    x.advance(kStreamed ? warpgroup : warpgroup * chunks);
+    x.advance(warpgroup * chunks);
     float c[4 * kTiles];       // one for all tiles, so that they share its registers
     int turn = warpgroup ^ 1;  // the first warpgroup has the first
 
-    for_visits<kStrip>(schedule, [&](const Visit& v) {
+    for_visits<kStrip, 1, kCluster>(schedule, [&](const Visit& v) {
       const int first_i = v.row * kBlock + warp_row;
       epilogue.begin_rows(v, first_i);
       const Place<kSlotsX> x_begin = x;
       Place<kSlotsY> y_at = y;
-      const bool leaves_y = kStreamed || v.last_row;
-#pragma unroll(Epilogue::kUnrolled ? kStrip : 1)
+      const bool leaves_y = v.last_row;
+#pragma unroll(Epilogue::unrolled() ? kStrip : 1)
       for (int strip = 0; strip < kStrip; ++strip) {
         if (strip >= v.width) continue;
         if (!v.has(strip)) {
 #pragma unroll 1
           for (int chunk = 0; chunk < chunks; ++chunk) {
+            if constexpr (kCluster > 1) {  // the others multiply these rows
+              mbarrier_wait(&b.full_y[y_at.slot], y_at.parity);
+              mbarrier_wait(&b.full_x[x.slot], x.parity);
+              Together::arrive(&b.empty_x[x.slot]);
+              x.advance(1);
+            }
             if (leaves_y) arrive(&b.empty_y[y_at.slot]);
             y_at.advance(1);
           }
@@ -205,10 +165,10 @@ struct HopperLoop {
         Place<kSlotsX> x_done = x;
         Place<kSlotsY> y_done = y_at;
         auto leave = [&] {
-          if (leaves_x) arrive(&b.empty_x[x_done.slot]);
+          if (leaves_x) Together::arrive(&b.empty_x[x_done.slot]);
           if (leaves_y) arrive(&b.empty_y[y_done.slot]);
         };
-        if (!kStreamed) mbarrier_wait(&b.turn[warpgroup], turn);
+        mbarrier_wait(&b.turn[warpgroup], turn);
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk) {
           mbarrier_wait(&b.full_y[y_at.slot], y_at.parity);
@@ -225,13 +185,11 @@ struct HopperLoop {
             leave();
             x_done = x, y_done = y_at;
           }
-          x.advance(kStreamed ? 2 : 1);
+          x.advance(1);
           y_at.advance(1);
         }
-        if (!kStreamed) {
-          arrive(&b.turn[warpgroup ^ 1]);
-          turn ^= 1;
-        }
+        arrive(&b.turn[warpgroup ^ 1]);
+        turn ^= 1;
         wgmma_wait<0>();
         wgmma_keep(c);
         leave();
@@ -241,9 +199,9 @@ struct HopperLoop {
         wgmma_keep(first);
         epilogue.tile(c, v, strip, first[0], first[1]);
       }
-      if (!kStreamed) x.advance(chunks);  // the other warpgroup's
+      x.advance(chunks);  // the other warpgroup's
       if (leaves_y) y = y_at;
-      epilogue.end_rows(v, first_i);
+      if (kCluster == 1 || v.has(0)) epilogue.end_rows(v, first_i);
       if (v.last_row) epilogue.end_strip(v, warpgroup);
     });
   }
@@ -261,26 +219,42 @@ inline int multiprocessors_here() {
 #endif
 }
 
-// f(loop, maps) for the loop of these features.
+// f(loop) for the loop of these features.
 template <typename F>
-void dispatch_hopper_loop(const Features& features, Type type, F f) {
-  const bool bf16 = type == Type::kBf16;
-  const TensorMaps maps = {
-      make_tensor_map(features.x, features.x_stride, features.n, features.d, kBlock / 2, bf16),
-      make_tensor_map(features.y, features.y_stride, features.m, features.d, kBlock, bf16)};
+auto dispatch_hopper_loop(const Features& features, Type type, F f) {
   auto dispatch = [&](auto t) {
     using T = decltype(t);
     const int chunks = ceil_div(features.d, kBoxColumns);
-    if (chunks <= 4) return f(HopperLoop<T, 2, false>(), maps);
-    if (chunks <= 8) return f(HopperLoop<T, 1, false>(), maps);
-    f(HopperLoop<T, 1, true>(), maps);
+    if (chunks <= 4) return f(HopperLoop<T, 2, 1>());
+    if (chunks <= 8) return f(HopperLoop<T, 1, 2>());
+    return f(StreamedLoop<T>());
   };
-  bf16 ? dispatch(bf16_t()) : dispatch(half_t());
+  return type == Type::kBf16 ? dispatch(bf16_t()) : dispatch(half_t());
 }
 
-// A block of threads for each multiprocessor, or for each program if they are fewer.
-inline dim3 hopper_grid(const Schedule& schedule) {
-  return dim3(static_cast<unsigned>(std::min<int64_t>(schedule.programs(), multiprocessors_here())));
+template <typename Loop>
+TensorMaps maps_of(const Features& features) {
+  constexpr bool kBfloat16 = std::is_same_v<typename Loop::Element, bf16_t>;
+  return {make_tensor_map(features.x, features.x_stride, features.n, features.d, Loop::kBoxRows, kBfloat16),
+          make_tensor_map(features.y, features.y_stride, features.m, features.d, kBlock, kBfloat16)};
+}
+
+// For a kernel of this loop on this device.
+template <typename Loop, typename Kernel>
+Schedule hopper_schedule(Kernel kernel, const Features& features, bool mirrored, size_t shared_bytes) {
+  const int at_once = Loop::kCluster == 1
+                          ? multiprocessors_here()
+                          : clusters_at_once(Loop::kCluster, kernel, Loop::kThreads, shared_bytes);
+  return schedule(features.n, features.m, mirrored, at_once, Loop::kCluster);
+}
+
+// A kernel of this loop: a cluster for each program, or for as many as run at once.
+template <typename Loop, typename... Parameters, typename... Arguments>
+void launch_hopper_loop(void (*kernel)(Parameters...), const Schedule& schedule, size_t shared_bytes,
+                        cudaStream_t stream, const Arguments&... arguments) {
+  const int64_t clusters = std::min<int64_t>(schedule.programs(), schedule.at_once);
+  launch_clusters(Loop::kCluster, kernel, dim3(static_cast<unsigned>(clusters * Loop::kCluster)),
+                  Loop::kThreads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace cl_kernels::cuda

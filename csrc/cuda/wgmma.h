@@ -6,6 +6,13 @@
 
 namespace cl_kernels::cuda {
 
+constexpr int kWarpgroup = 128;
+
+// Known to be the same for all threads of a warp: branches on it do not diverge.
+__device__ __forceinline__ int warpgroup_of_thread() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+}
+
 // A tile in shared memory, in rows of 64 half-precision elements, 128 bytes, swizzled as the copy engine
 // does: where it starts, and in bytes how far apart its groups of 8 rows are (`stride`) and, where the
 // product runs along rows, its groups of 64 columns (`leading`).

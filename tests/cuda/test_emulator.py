@@ -23,6 +23,23 @@ def test_products(program: Path, case: str) -> None:
     assert subprocess.run([program, case]).returncode == 0
 
 
+@pytest.mark.parametrize("copies", ["late", "early"])
+def test_blocks_of_a_cluster_copy_for_each_other(
+    program: Path, copies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if copies == "early":
+        monkeypatch.setenv("CL_KERNELS_EMULATED_COPIES", copies)
+    assert subprocess.run([program, "cluster"]).returncode == 0
+    assert subprocess.run([program, "cluster, not released by all"]).returncode == 1
+
+
+@pytest.mark.parametrize(("case", "what"), [("ends early", "has ended"), ("no meeting", "is not there yet")])
+def test_mistakes_of_a_cluster_end_the_program(program: Path, case: str, what: str) -> None:
+    result = subprocess.run([program, f"cluster, {case}"], capture_output=True, text=True)
+    assert result.returncode < 0
+    assert what in result.stderr
+
+
 @pytest.mark.parametrize("case", ["mma, no wait", "wgmma, no wait", "wgmma, refilled"])
 def test_a_missing_wait_gives_wrong_numbers(program: Path, case: str) -> None:
     assert subprocess.run([program, case]).returncode == 1

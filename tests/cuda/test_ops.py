@@ -80,7 +80,10 @@ LARGER = [
     ("contrastive", "self, labels", (200, 1, 256)),
     ("contrastive", "both axes", (150, 270, 64)),
     ("contrastive", "keys, frozen", (70, 500, 128)),
+    ("contrastive", "self, labels", (300, 1, 290)),
+    ("contrastive", "both axes", (150, 270, 290)),
     ("contrastive", "self", (260, 1, 600)),
+    ("contrastive", "both axes", (150, 270, 600)),
     ("similarity", "keys, normalize", (140, 264, 72)),
 ]
 

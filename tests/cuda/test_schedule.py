@@ -39,31 +39,37 @@ def schedule(library: ctypes.CDLL, *problem: int) -> dict[str, int]:
 
 
 def groups(library: ctypes.CDLL, *problem: int) -> numpy.ndarray:
-    found = numpy.zeros((schedule(library, *problem)["programs"], 6), numpy.int32)
+    found = numpy.zeros((schedule(library, *problem)["programs"] * problem[-1], 6), numpy.int32)
     library.make_groups(*problem, found.ctypes.data_as(ctypes.c_void_p))
     return found
 
 
 @given(
     n=st.integers(1, 40_000), m=st.integers(1, 40_000), mirrored=st.booleans(),
-    processors=st.sampled_from([1, 3, 108, 132]),
+    at_once=st.sampled_from([1, 3, 33, 108, 132]), cluster=st.sampled_from([1, 2, 4]),
 )  # fmt: skip
 def test_every_tile_is_visited_once(
-    library: ctypes.CDLL, n: int, m: int, mirrored: bool, processors: int
+    library: ctypes.CDLL, n: int, m: int, mirrored: bool, at_once: int, cluster: int
 ) -> None:
     m = n if mirrored else m
-    problem = (n, m, int(mirrored), processors)
+    problem = (n, m, int(mirrored), at_once, cluster)
     plan = schedule(library, *problem)
     assert plan["row_blocks"] == -(-n // BLOCK)
     assert plan["column_blocks"] == -(-m // BLOCK)
     visits = numpy.zeros((plan["row_blocks"], plan["column_blocks"]), int)
     slots = set()
-    for row, row_end, column, column_end, row_group, column_group in groups(library, *problem):
+    for at, found in enumerate(groups(library, *problem)):
+        row, row_end, column, column_end, row_group, column_group = found
         assert row < row_end
-        assert column < column_end
+        assert column < column_end or at % cluster > 0  # the last cluster may be wider than what is left
+        if column == column_end:
+            continue
         visits[row:row_end, column:column_end] += 1
+        assert (row_group, column_group) not in slots  # nor do two blocks write to the same slots
         slots.add((row_group, column_group))
-    assert len(slots) == plan["programs"]  # no two programs write to the same slots
+        assert row_group < plan["row_groups"] and column_group < plan["column_groups"]
+        if mirrored:
+            assert row <= column  # a strip's first row has a tile
     if mirrored:
         above = numpy.triu(numpy.ones_like(visits)) == 1
         assert (visits[above] == 1).all()
@@ -71,14 +77,21 @@ def test_every_tile_is_visited_once(
         assert (visits == 1).all()
 
 
-@given(n=st.integers(1, MOST_ROWS), m=st.integers(1, MOST_ROWS), mirrored=st.booleans())
-def test_memory_and_parallelism_of_any_size(library: ctypes.CDLL, n: int, m: int, mirrored: bool) -> None:
+@given(
+    n=st.integers(1, MOST_ROWS), m=st.integers(1, MOST_ROWS), mirrored=st.booleans(),
+    cluster=st.sampled_from([1, 2, 4]),
+)  # fmt: skip
+def test_memory_and_parallelism_of_any_size(
+    library: ctypes.CDLL, n: int, m: int, mirrored: bool, cluster: int
+) -> None:
     m = n if mirrored else m
-    plan = schedule(library, n, m, int(mirrored), 132)
+    plan = schedule(library, n, m, int(mirrored), 132 // cluster, cluster)
     assert plan["row_blocks"] == -(-n // BLOCK)
     assert 1 <= plan["programs"] <= 2**31 - 1
     tiles = plan["row_blocks"] * plan["column_blocks"] // (2 if mirrored else 1)
-    assert plan["programs"] >= min(132, tiles) // 2
+    # A tile of a cluster is as many rows by as many columns where mirrored, two rows by as many else.
+    of_cluster = cluster * (cluster if mirrored else min(cluster, 2))
+    assert plan["programs"] >= min(132 // cluster, tiles // of_cluster) // 2
     # Partial sums: a float for each row and group of columns, and the other way round.
     assert plan["column_groups"] * n + plan["row_groups"] * m <= 2 * 96 * (n + m) + 2**20
 

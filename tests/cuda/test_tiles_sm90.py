@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from emulator import build
-from torch.utils import cpp_extension
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if reason := build.obstacle():
+        pytest.skip(reason)
+    path = tmp_path_factory.mktemp("tiles") / "tiles_sm90"
+    build.compile_program(path, build.FOLDER / "tiles_sm90.cpp")
+    return path
 
 
 @pytest.mark.slow
-def test_tiles(tmp_path: Path) -> None:
-    if reason := build.obstacle():
-        pytest.skip(reason)
-    program = tmp_path / "tiles_sm90"
-    folder = build.ROOT / "tests" / "emulator"
-    includes = [f"-I{path}" for path in (folder, build.SOURCES, f"{build.toolkit()}/include")]
-    subprocess.run(
-        [cpp_extension.get_cxx_compiler(), *build.FLAGS, "-include", str(folder / "emulator.h"), *includes,
-         str(folder / "tiles_sm90.cpp"), "-o", str(program)],
-        check=True,
-    )  # fmt: skip
-    done = subprocess.run([str(program)], capture_output=True, text=True)
+@pytest.mark.parametrize("copies", ["late", "early"])
+def test_tiles(program: Path, copies: str) -> None:
+    """Copies as late as their waits allow, and as early: over what other blocks of a cluster still read."""
+    chosen = {"CL_KERNELS_EMULATED_COPIES": copies} if copies == "early" else {}
+    done = subprocess.run([program], capture_output=True, text=True, env=os.environ | chosen)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -103,7 +103,7 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 template <int kBarrier>
 void named_barrier(int threads) {
-  emulator::meet(emulator::block.named[kBarrier], threads);
+  emulator::meet(current->block->named[kBarrier], threads);
 }
 
 // Barriers in shared memory, in 64 bits: phase 1, arrivals expected 12, arrivals pending 12, bytes
@@ -117,6 +117,7 @@ struct BarrierState {
     std::memcpy(&state, barrier, sizeof(state));
     return state;
   }
+  bool initialised() const { return bytes != -1 || expected != 0xfff || pending != 0xfff; }
   void store(uint64_t* barrier) {
     if (pending == 0 && bytes == 0) phase ^= 1, pending = expected, emulator::progress = true;
     std::memcpy(barrier, this, sizeof(*this));
@@ -128,23 +129,24 @@ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   std::memcpy(barrier, &state, sizeof(state));
 }
 inline void mbarrier_init_fence() {}
-inline void mbarrier_arrive(uint64_t* barrier) {
-  BarrierState state = BarrierState::of(barrier);
-  if (state.pending == 0) emulator::fail("more arrivals at a barrier than it expects");
-  --state.pending;
-  state.store(barrier);
-}
 inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
   BarrierState state = BarrierState::of(barrier);
+  if (!state.initialised()) emulator::fail("an arrival at a barrier that is not there yet");
   if (state.pending == 0) emulator::fail("more arrivals at a barrier than it expects");
   --state.pending;
   state.bytes += bytes;
   state.store(barrier);
 }
+inline void mbarrier_arrive(uint64_t* barrier) {
+  mbarrier_arrive_expect(barrier, 0);
+}
+inline void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+  mbarrier_arrive(emulator::in_block(barrier, rank));
+}
 inline void mbarrier_wait(uint64_t* barrier, int parity) {
   emulator::wait_until([&] {
     // A copy is carried out when it is waited for.
-    auto& transfers = emulator::block.transfers;
+    auto& transfers = current->block->transfers;
     for (size_t i = 0; i < transfers.size();)
       if (transfers[i].first == barrier) {
         auto copy = std::move(transfers[i].second);
@@ -157,41 +159,65 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) {
   });
 }
 
+inline void mbarrier_wait_cluster(uint64_t* barrier, int parity) {
+  mbarrier_wait(barrier, parity);
+}
+inline void cluster_sync() {
+  int live = 0;
+  for (const emulator::Block* block : emulator::cluster) live += block->live;
+  emulator::meet(emulator::all_of_cluster, live);
+}
+
 inline void bytes_arrive(uint64_t* barrier, int bytes) {
   BarrierState state = BarrierState::of(barrier);
   state.bytes -= bytes;
   state.store(barrier);
 }
-inline void start_transfer(uint64_t* barrier, std::function<void()> copy) {
+// In the shared memory of the block `rank` of the cluster, at its barrier.
+inline void start_transfer(int rank, uint64_t* barrier, std::function<void()> copy) {
+  if (!BarrierState::of(barrier).initialised()) emulator::fail("a copy to a barrier that is not there yet");
   if (emulator::early_copies)
     copy();
   else
-    emulator::block.transfers.emplace_back(barrier, std::move(copy));
+    emulator::cluster[rank]->transfers.emplace_back(barrier, std::move(copy));
+}
+inline int cluster_rank() {
+  return static_cast<int>(current->block->index.x % emulator::cluster.size());
 }
 
-// The box of `map` whose first element is (column, row), 128-byte rows swizzled, zeros outside the matrix.
-inline void tma_load(void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
+inline void load_box(int rank, void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
   if (reinterpret_cast<uintptr_t>(to) % 1024 != 0)
     emulator::fail("a swizzled tile is not aligned to 1024 bytes");
-  auto copy = [=] {
-    for (int r = 0; r < map->box_rows; ++r)
+  start_transfer(rank, barrier, [=, map = *map] {
+    for (int r = 0; r < map.box_rows; ++r)
       for (int c = 0; c < 64; ++c) {
         uint16_t value = 0;
-        if (row + r >= 0 && row + r < map->rows && column + c >= 0 && column + c < map->columns)
-          std::memcpy(&value, map->data + (row + r) * map->row_bytes + 2 * (column + c), 2);
+        if (row + r >= 0 && row + r < map.rows && column + c >= 0 && column + c < map.columns)
+          std::memcpy(&value, map.data + (row + r) * map.row_bytes + 2 * (column + c), 2);
         const int at = r * 128 + 2 * c;
         std::memcpy(static_cast<unsigned char*>(to) + (at ^ (at >> 7 & 7) << 4), &value, 2);
       }
-    bytes_arrive(barrier, map->box_rows * 128);
-  };
-  start_transfer(barrier, copy);
+    bytes_arrive(barrier, map.box_rows * 128);
+  });
+}
+// The box of `map` whose first element is (column, row), 128-byte rows swizzled, zeros outside the matrix.
+inline void tma_load(void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
+  load_box(cluster_rank(), to, map, column, row, barrier);
+}
+// The same to the same place of each block of the cluster in `blocks`.
+inline void tma_load_multicast(void* to, const TensorMap* map, int column, int row, uint64_t* barrier,
+                               uint16_t blocks) {
+  for (int rank = 0; rank < 16; ++rank)
+    if (blocks >> rank & 1)
+      load_box(rank, emulator::in_block(static_cast<unsigned char*>(to), rank), map, column, row,
+               emulator::in_block(barrier, rank));
 }
 // `bytes` in a row.
 inline void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
   for (const uintptr_t x : {reinterpret_cast<uintptr_t>(to), reinterpret_cast<uintptr_t>(from)})
     if ((x | static_cast<uintptr_t>(bytes)) % 16 != 0)
       emulator::fail("a bulk copy is not aligned to 16 bytes");
-  start_transfer(barrier, [=] {
+  start_transfer(cluster_rank(), barrier, [=] {
     std::memcpy(to, from, bytes);
     bytes_arrive(barrier, bytes);
   });

@@ -1,4 +1,5 @@
-// Runs CUDA kernels on the CPU: every thread of a block is a fiber, one block after the other.
+// Runs CUDA kernels on the CPU: every thread of a block is a fiber, one block after the other. The blocks of
+// a cluster run at once, each with shared memory of its own (dynamic: what is static here is one for all).
 //
 // The kernels of csrc/cuda are compiled as C++ with this header included first. What a warp does together
 // (shuffles, ldmatrix, mma, wgmma) meets at a barrier of the warp and exchanges values by its layout in the
@@ -68,8 +69,11 @@ struct Warp {
   float a[2][16][16], b[2][16][8];
 };
 
+struct Block;
+
 struct Fiber {
   uint3 thread;
+  Block* block;
   Warp* warp;
   int lane;
   bool done, started;
@@ -79,34 +83,48 @@ struct Fiber {
 };
 
 struct Block {
+  uint3 index;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<std::unique_ptr<Warp>> warps;
   Meeting all, named[16];
   int live = 0;
   std::vector<std::pair<const void*, std::function<void()>>> transfers;  // bulk copies, by their barrier
+  std::unique_ptr<unsigned char[]> memory = std::make_unique<unsigned char[]>(kShared + 1024);
+
+  unsigned char* shared() {
+    auto at = reinterpret_cast<uintptr_t>(memory.get());
+    return reinterpret_cast<unsigned char*>((at + 1023) / 1024 * 1024);
+  }
 };
 
-inline Block block;
+inline std::vector<std::unique_ptr<Block>> blocks;  // as many as any cluster had
+inline std::vector<Block*> cluster;                 // those that run
+inline Meeting all_of_cluster;
 inline bool early_copies = false;
 inline Fiber* current = nullptr;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline bool progress = false;
-inline std::unique_ptr<unsigned char[]> shared_memory;
 inline size_t shared_size = 0;
-
-inline uint3 block_index;
 inline dim3 block_size, grid_size;
 
 inline unsigned char* shared_base() {
-  auto at = reinterpret_cast<uintptr_t>(shared_memory.get());
-  return reinterpret_cast<unsigned char*>((at + 1023) / 1024 * 1024);
+  return current->block->shared();
 }
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulator: %s (block %u %u, thread %u)\n", what, block_index.x, block_index.y,
+  const uint3 block = current ? current->block->index : uint3{};
+  std::fprintf(stderr, "emulator: %s (block %u %u, thread %u)\n", what, block.x, block.y,
                current ? current->thread.x : 0);
   std::abort();
+}
+
+// The place in the shared memory of a block of the cluster that is `at` in this block's.
+template <typename T>
+T* in_block(T* at, int rank) {
+  Block& block = *cluster.at(rank);
+  if (block.live == 0) fail("shared memory of a block that has ended is used");
+  return reinterpret_cast<T*>(block.shared() + (reinterpret_cast<unsigned char*>(at) - shared_base()));
 }
 
 inline void yield() {
@@ -161,7 +179,7 @@ inline void enter() {
   self->done = true;
   progress = true;
   --self->warp->live;
-  --block.live;
+  --self->block->live;
   _longjmp(scheduler, 1);
 }
 
@@ -187,7 +205,8 @@ inline void resume(Fiber& fiber) {
   current = nullptr;
 }
 
-inline void run_block(int threads) {
+inline void prepare(Block& block, uint3 index, int threads) {
+  block.index = index;
   while (static_cast<int>(block.fibers.size()) < threads) {
     block.fibers.push_back(std::make_unique<Fiber>());
     block.fibers.back()->stack = std::make_unique<unsigned char[]>(kStack);
@@ -197,6 +216,7 @@ inline void run_block(int threads) {
     if (i % kWarp == 0) block.warps.push_back(std::make_unique<Warp>());
     Fiber& fiber = *block.fibers[i];
     fiber.thread = {static_cast<unsigned>(i), 0, 0};
+    fiber.block = &block;
     fiber.warp = block.warps.back().get();
     fiber.warp->live++;
     fiber.lane = i % kWarp;
@@ -208,35 +228,52 @@ inline void run_block(int threads) {
   block.live = threads;
   block.transfers.clear();
   // Not zero, and NaN in float, half and bf16.
-  std::memset(shared_base(), 0xff, shared_size);
-  while (block.live > 0) {
-    progress = false;
-    for (int i = 0; i < threads; ++i)
-      if (!block.fibers[i]->done) resume(*block.fibers[i]);
-    if (!progress) fail("all threads wait: deadlock");
-  }
-  if (!block.transfers.empty()) fail("a bulk copy that nothing waited for");
+  std::memset(block.shared(), 0xff, shared_size);
 }
 
-inline void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> kernel) {
+inline void run_cluster(uint3 first, int threads) {
+  uint3 index = first;
+  for (Block* block : cluster) prepare(*block, index, threads), ++index.x;
+  all_of_cluster = Meeting();
+  auto runs = [](const Block* block) { return block->live > 0; };
+  // Each block in turn as far as it gets without the others.
+  while (std::any_of(cluster.begin(), cluster.end(), runs)) {
+    bool any = false;
+    for (Block* block : cluster) {
+      do {
+        progress = false;
+        for (int i = 0; i < threads; ++i)
+          if (!block->fibers[i]->done) resume(*block->fibers[i]);
+        any |= progress;
+      } while (progress);
+    }
+    if (!any) fail("all threads wait: deadlock");
+  }
+  for (Block* block : cluster)
+    if (!block->transfers.empty()) fail("a bulk copy that nothing waited for");
+}
+
+inline void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> kernel, int cluster_size) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   early_copies = std::getenv("CL_KERNELS_EMULATED_COPIES") != nullptr;
   if (threads % kWarp != 0) fail("blocks must be whole warps");
+  if (grid.x % cluster_size != 0) fail("a grid must be whole clusters");
   const char* least = std::getenv("CL_KERNELS_EMULATED_SHARED");
   if (shared_bytes > (least != nullptr ? std::stoul(least) : kShared))
     fail("more shared memory than a multiprocessor has");
-  if (!shared_memory) shared_memory = std::make_unique<unsigned char[]>(kShared + 1024);
+  cluster.clear();
+  for (int rank = 0; rank < cluster_size; ++rank) {
+    if (static_cast<int>(blocks.size()) == rank) blocks.push_back(std::make_unique<Block>());
+    cluster.push_back(blocks[rank].get());
+  }
   shared_size = shared_bytes;
   body = std::move(kernel);
   block_size = dim3(threads);
   grid_size = grid;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block_index = {x, y, z};
-        run_block(threads);
-      }
+      for (unsigned x = 0; x < grid.x; x += cluster_size) run_cluster({x, y, z}, threads);
   body = nullptr;
 }
 
@@ -250,12 +287,12 @@ T bits_as(uint32_t bits) {
 }  // namespace emulator
 
 #define threadIdx (emulator::current->thread)
-#define blockIdx (emulator::block_index)
+#define blockIdx (emulator::current->block->index)
 #define blockDim (emulator::block_size)
 #define gridDim (emulator::grid_size)
 
 inline void __syncthreads() {
-  emulator::meet(emulator::block.all, emulator::block.live);
+  emulator::meet(emulator::current->block->all, emulator::current->block->live);
 }
 inline void __syncwarp(unsigned = 0xffffffffu) {
   emulator::meet_warp();

@@ -9,7 +9,16 @@
 
 using namespace cl_kernels::cuda;
 
-enum Mistake { kNone, kNoWaitForProduct, kNoWaitForCopy, kRefilledEarly, kDeadlock };
+enum Mistake {
+  kNone,
+  kNoWaitForProduct,
+  kNoWaitForCopy,
+  kRefilledEarly,
+  kDeadlock,
+  kNotReleasedByAll,
+  kEndsEarly,
+  kNoMeeting
+};
 
 constexpr int kRows = 64, kColumns = 64, kTile = 64 * 128;
 
@@ -93,8 +102,57 @@ __global__ void by_mma(const bf16_t* x, float* y, Mistake mistake) {
   for (int i = 0; i < 32; ++i) y[i * 128 + threadIdx.x] = out[i / 4][i % 4];
 }
 
+// y [2, 2, 64, 64]: in each block of a cluster of two the rows of x [128, 64], 64 at a time, of which each
+// block copies half for both.
+__global__ void by_cluster(const TensorMap map, bf16_t* y, Mistake mistake) {
+  unsigned char* memory = dynamic_shared();
+  uint64_t* full = reinterpret_cast<uint64_t*>(memory + kTile);
+  uint64_t* empty = full + 1;
+  const int rank = blockIdx.x, releases = mistake == kNotReleasedByAll ? 1 : 2;
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, releases);
+    mbarrier_init_fence();
+  }
+  if (mistake == kNoMeeting)
+    __syncthreads();
+  else
+    cluster_sync();
+  for (int round = 0; round < 2; ++round) {
+    if (threadIdx.x == 0) {
+      if (round > 0) mbarrier_wait_cluster(empty, 0);
+      mbarrier_arrive_expect(full, kTile);
+      tma_load_multicast(memory + rank * kTile / 2, &map, 0, round * kRows + rank * kRows / 2, full, 3);
+    }
+    mbarrier_wait(full, round);
+    for (int at = threadIdx.x; at < kTile / 2; at += 32) {
+      const int byte = 2 * at;
+      y[(rank * 2 + round) * kTile / 2 + at] =
+          *reinterpret_cast<bf16_t*>(memory + (byte ^ (byte >> 7 & 7) << 4));
+    }
+    __syncwarp();
+    const int other = threadIdx.x == 0 ? rank : 1 - rank;
+    if (static_cast<int>(threadIdx.x) < releases) mbarrier_arrive_at(empty, other);
+  }
+  if (mistake != kEndsEarly) cluster_sync();
+}
+
+int check_cluster(Mistake mistake) {
+  std::vector<bf16_t> x(2 * kRows * 64), y(2 * x.size());
+  for (size_t at = 0; at < x.size(); ++at) x[at] = __float2bfloat16_rn(static_cast<float>(at % 251));
+  launch_clusters(2, by_cluster, dim3(2), 32, kTile + 16, nullptr,
+                  make_tensor_map(x.data(), 64, 2 * kRows, 64, kRows / 2, true), y.data(), mistake);
+  for (size_t at = 0; at < y.size(); ++at)
+    if (to_float(y[at]) != to_float(x[at % x.size()])) return 1;
+  return 0;
+}
+
 int main(int, char** arguments) {
   const std::string name = arguments[1];
+  if (name == "cluster") return check_cluster(kNone);
+  if (name == "cluster, not released by all") return check_cluster(kNotReleasedByAll);
+  if (name == "cluster, ends early") return check_cluster(kEndsEarly);
+  if (name == "cluster, no meeting") return check_cluster(kNoMeeting);
   const bool portable = name.rfind("mma", 0) == 0;
   const Mistake mistake = name == "wgmma, no wait"    ? kNoWaitForProduct
                           : name == "mma, no wait"    ? kNoWaitForCopy

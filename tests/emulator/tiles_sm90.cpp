@@ -87,7 +87,7 @@ struct Case {
   int offset = INT_MAX;  // none
   Among among = kAll;
   float scale = 1;
-  int processors = 2;
+  int at_once = 0;  // the device's
 
   std::string name() const {
     return std::to_string(n) + " x " + std::to_string(m) + " x " + std::to_string(d) +
@@ -106,7 +106,8 @@ void check_lse(const Case& c) {
   const PairRules rules{c.n,        c.m,     c.offset != INT_MAX, c.offset == INT_MAX ? 0 : c.offset,
                         c.mirrored, c.among, own.data(),          other.data()};
   const Bounds bounds{x.largest_norm(), y.largest_norm(), c.biased ? 1.0f : 0.0f};
-  const Schedule s = schedule(c.n, c.m, c.mirrored, c.processors);
+  Schedule s = lse_schedule_sm90(features_of(x, y), type_of_element<T>(), c.mirrored);
+  if (c.at_once > 0) s = schedule(c.n, c.m, c.mirrored, c.at_once, s.cluster);
   std::vector<float> rows(s.column_groups * c.n), columns(s.row_groups * c.m);
   launch_lse_sm90({features_of(x, y),
                    rules,
@@ -282,27 +283,32 @@ void check_all() {
     check_lse<T>({.n = n, .m = n, .d = 40, .mirrored = true, .columns = true, .offset = 0, .scale = 10});
     check_lse<T>({.n = n, .m = n, .d = 290, .mirrored = true, .columns = true, .among = kDifferent});
   }
-  check_lse<T>({.n = 1300, .m = 1300, .d = 16, .mirrored = true, .columns = true, .processors = 1});
-  check_lse<T>({.n = 1300, .m = 900, .d = 16, .columns = true, .processors = 1});
-  check_lse<T>({.n = 900, .m = 600, .d = 200, .columns = true, .processors = 1});
-  check_lse<T>({.n = 600, .m = 600, .d = 450, .mirrored = true, .columns = true, .processors = 1});
-  check_lse<T>({.n = 700, .m = 700, .d = 520, .mirrored = true, .columns = true, .processors = 1});
-  check_lse<T>({.n = 300,
-                .m = 290,
-                .d = 72,
-                .columns = true,
-                .biased = true,
-                .offset = -100,
-                .among = kSame,
-                .scale = 40});
+  check_lse<T>({.n = 1300, .m = 1300, .d = 16, .mirrored = true, .columns = true, .at_once = 1});
+  check_lse<T>({.n = 1300, .m = 900, .d = 16, .columns = true, .at_once = 1});
+  check_lse<T>({.n = 900, .m = 600, .d = 200, .columns = true, .at_once = 1});
+  check_lse<T>({.n = 600, .m = 600, .d = 450, .mirrored = true, .columns = true, .at_once = 1});
+  check_lse<T>({.n = 700, .m = 700, .d = 520, .mirrored = true, .columns = true, .at_once = 1});
   check_lse<T>(
       {.n = 300, .m = 290, .d = 72, .biased = true, .offset = 100, .among = kDifferent, .scale = -40});
-  check_similarity<T>(150, 301, 90, true, 301, 0);
-  check_similarity<T>(150, 304, 90, true, 312, 3);
-  for (Positives positives : {kNoPositives, kLabels, kIndex, kMask}) {
-    check_gradient<T>({.n = 150, .m = 270, .d = 40, .scale = 2}, positives, false, 8, 0, 150);
-    check_gradient<T>({.n = 150, .m = 270, .d = 40, .biased = true, .offset = 20, .among = kSame, .scale = 2},
-                      positives, true, 90, 128, 150);
+  // A width of each loop: alone, a cluster of two, of four.
+  for (int d : {40, 264, 516}) {
+    check_lse<T>({.n = 900, .m = 900, .d = d, .mirrored = true, .columns = true, .at_once = 1});
+    check_lse<T>({.n = 300,
+                  .m = 290,
+                  .d = d,
+                  .columns = true,
+                  .biased = true,
+                  .offset = -100,
+                  .among = kSame,
+                  .scale = 40});
+    check_similarity<T>(150, 301, d, true, 301, 0);
+    check_similarity<T>(150, 304, d, true, 312, 3);
+    for (Positives positives : {kNoPositives, kLabels, kIndex, kMask}) {
+      check_gradient<T>({.n = 150, .m = 270, .d = d, .scale = 2}, positives, false, 8, 0, 150);
+      check_gradient<T>(
+          {.n = 150, .m = 270, .d = d, .biased = true, .offset = 20, .among = kSame, .scale = 2}, positives,
+          true, 90, 128, 150);
+    }
   }
 }
 
