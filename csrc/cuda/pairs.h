@@ -68,7 +68,9 @@ __device__ __forceinline__ uint32_t columns_that_count(const PairRules& rules, i
   };
   uint32_t bits = first(rules.m - column);
   if (rules.above) bits &= ~first(i + 1 - column);
-  if (rules.excludes) bits &= ~bit_of_column<kTiles>(i + rules.offset - column);
+  const int excluded = i + rules.offset - column;
+  if (rules.excludes && excluded >= 0 && excluded < 8 * kTiles && excluded % 8 < 2)
+    bits &= ~(1u << (excluded / 8 * 2 + excluded % 8));
   return bits;
 }
 
