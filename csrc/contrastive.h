@@ -45,7 +45,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrasti
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     const ContrastIncoming&, const Contrast&, const ContrastSaved&,
-    std::array<bool, 3> needs);  // q, k, key_bias
-// -> grad_q [N, D], grad_k [M, D], grad_scale [], grad_key_bias [M]
+    std::array<bool, 4> needs);  // q, k, scale, key_bias
+// -> grad_q [N, D], grad_k [M, D], grad_scale [], grad_key_bias [M]; [0] what was not asked for
 
 }  // namespace cl_kernels

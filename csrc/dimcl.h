@@ -20,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
     const std::optional<at::Tensor>& grad_positive_sum,  // [2D]
     const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
     const std::optional<at::Tensor>& positive_mask, const at::Tensor& lse, const at::Tensor& mean,
-    const at::Tensor& rnorm);
-// -> grad_z0 [N, D], grad_z1 [N, D], grad_scale []
+    const at::Tensor& rnorm, bool needs_scale);
+// -> grad_z0 [N, D], grad_z1 [N, D], grad_scale [] | [0]
 
 }  // namespace cl_kernels

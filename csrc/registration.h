@@ -16,11 +16,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// A scale's gradient, which comes with the others.
-Tensor if_needed(const Tensor& grad, bool needed) {
-  return needed ? grad : grad.new_empty({0});
-}
-
 // The schemas' arguments one by one, here alone.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward_op(
     const Tensor& q, const optional<Tensor>& k, const Tensor& scale, optional<int64_t> exclude,
@@ -40,24 +35,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_backward_op(
     const optional<Tensor>& positive_index, const optional<Tensor>& positive_mask,
     const optional<Tensor>& key_bias, bool both_axes, const Tensor& lse, const Tensor& lse_cols,
     const Tensor& residual, std::array<bool, 4> needs) {
-  const auto [needs_q, needs_k, needs_scale, needs_bias] = needs;
-  auto [grad_q, grad_k, grad_scale, grad_bias] =
-      contrastive_backward({grad_lse, grad_lse_cols, grad_positive_sum},
-                           {q, k, scale, exclude, row_labels, col_labels, among, label_positives,
-                            positive_index, positive_mask, key_bias, both_axes},
-                           {lse, lse_cols, residual}, {needs_q, needs_k, needs_bias});
-  return {grad_q, grad_k, if_needed(grad_scale, needs_scale), grad_bias};
-}
-
-std::tuple<Tensor, Tensor, Tensor> dimcl_backward_op(const optional<Tensor>& grad_lse,
-                                                     const optional<Tensor>& grad_positive_sum,
-                                                     const Tensor& z0, const Tensor& z1, const Tensor& scale,
-                                                     const optional<Tensor>& positive_mask, const Tensor& lse,
-                                                     const Tensor& mean, const Tensor& rnorm,
-                                                     bool needs_scale) {
-  auto [grad_z0, grad_z1, grad_scale] =
-      dimcl_backward(grad_lse, grad_positive_sum, z0, z1, scale, positive_mask, lse, mean, rnorm);
-  return {grad_z0, grad_z1, if_needed(grad_scale, needs_scale)};
+  return contrastive_backward({grad_lse, grad_lse_cols, grad_positive_sum},
+                              {q, k, scale, exclude, row_labels, col_labels, among, label_positives,
+                               positive_index, positive_mask, key_bias, both_axes},
+                              {lse, lse_cols, residual}, needs);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_target_forward_op(
@@ -86,7 +67,7 @@ void register_ops(torch::Library& m) {
   m.impl("soft_target_forward", soft_target_forward_op);
   m.impl("soft_target_backward", soft_target_backward_op);
   m.impl("dimcl_forward", dimcl_forward);
-  m.impl("dimcl_backward", dimcl_backward_op);
+  m.impl("dimcl_backward", dimcl_backward);
   m.impl("similarity_forward", similarity_forward);
   m.impl("similarity_backward", similarity_backward);
   m.impl("masked_log_softmax_forward", masked_log_softmax_forward);

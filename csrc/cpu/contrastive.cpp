@@ -155,7 +155,7 @@ class Engine {
     if (problem_.both_axes) incoming.lse_cols = rows.grad_lse_cols;
     if (has_positives()) incoming.positive_sum = rows.grad_positive_sum;
     auto [grad_q, grad_k, grad_scale, grad_bias] =
-        gradient(incoming, {lse, lse_cols, none()}, {options.needs[0], options.needs[1], false});
+        gradient(incoming, {lse, lse_cols, none()}, {options.needs[0], options.needs[1], true, false});
     return {loss, grad_q, grad_k, grad_scale};
   }
 
@@ -172,7 +172,7 @@ class Engine {
 
   // From the residual: where only the queries and the scale need a gradient.
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gradient_from_residual(
-      const at::Tensor& residual, const ContrastIncoming& incoming, bool need_q) {
+      const at::Tensor& residual, const ContrastIncoming& incoming, bool need_q, bool need_scale) {
     const int64_t d = q_.d();
     std::vector<T> lse_grad(n(), T(0)), positive_grad(n(), T(0));
     if (incoming.lse) copy_rows(*incoming.lse, lse_grad.data());
@@ -189,36 +189,37 @@ class Engine {
       for (int64_t c = 0; c < d; ++c) out[i * d + c] += (lse_grad[i] + positive_grad[i]) * positive[c];
     });
     auto none = [&] { return at::empty({0}, grad.options()); };
-    at::Tensor grad_scale = contraction<T>(sum_rows(q_), grad);
+    at::Tensor grad_scale = need_scale ? contraction<T>(sum_rows(q_), grad) : none();
     return {need_q ? finish(grad) : none(), none(), grad_scale, none()};
   }
 
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gradient(const ContrastIncoming& incoming,
                                                                       const ContrastSaved& saved,
-                                                                      std::array<bool, 3> needs) {
+                                                                      std::array<bool, 4> needs) {
     const at::TensorOptions options = q_.tensor().options().dtype(sum_type<Mode>());
-    const at::Tensor none = at::empty({0}, options);
+    auto none = [&] { return at::empty({0}, options); };
+    const auto [needs_q, needs_k, needs_scale, needs_bias] = needs;
     if (problem_.both_axes) cols_.set(incoming.lse_cols, saved.lse_cols);
     set_rows(incoming.lse, incoming.positive_sum, saved.lse);
 
     if (symmetric_) {
       at::Tensor grad = large_zeros<T>({n(), q_.padded_d()});
       triangle_gradient(grad);
-      at::Tensor grad_scale = contraction<T>(sum_rows(q_), grad).mul_(0.5);
-      return {needs[0] ? finish(grad) : none, at::empty({0}, options), grad_scale, at::empty({0}, options)};
+      at::Tensor grad_scale = needs_scale ? contraction<T>(sum_rows(q_), grad).mul_(0.5) : none();
+      return {needs_q ? finish(grad) : none(), none(), grad_scale, none()};
     }
     const bool self = !k_;
-    const bool need_q = needs[0] || !needs[1];  // one of them, for the gradient of the scale
-    const bool need_k = self ? needs[0] : needs[1];
-    at::Tensor grad_q = need_q ? large_zeros<T>({n(), q_.padded_d()}) : none;
-    at::Tensor grad_k = need_k ? large_zeros<T>({m(), q_.padded_d()}) : none;
-    at::Tensor grad_bias = needs[2] ? at::zeros({m()}, options) : at::empty({0}, options);
-    rectangle_gradient(need_q, need_k, needs[2], grad_q, grad_k, grad_bias);
-    at::Tensor grad_scale =
-        need_q ? contraction<T>(sum_rows(q_), grad_q) : contraction<T>(sum_rows(key()), grad_k);
-    if (self && need_k) grad_q.add_(grad_k);
-    return {needs[0] ? finish(grad_q) : none, !self && needs[1] ? finish(grad_k) : at::empty({0}, options),
-            grad_scale, grad_bias};
+    const bool into_q = needs_q || !needs_k;  // one of them, for the gradient of the scale
+    const bool into_k = self ? needs_q : needs_k;
+    at::Tensor grad_q = into_q ? large_zeros<T>({n(), q_.padded_d()}) : none();
+    at::Tensor grad_k = into_k ? large_zeros<T>({m(), q_.padded_d()}) : none();
+    at::Tensor grad_bias = needs_bias ? at::zeros({m()}, options) : none(), grad_scale = none();
+    rectangle_gradient(into_q, into_k, needs_bias, grad_q, grad_k, grad_bias);
+    if (needs_scale)
+      grad_scale = into_q ? contraction<T>(sum_rows(q_), grad_q) : contraction<T>(sum_rows(key()), grad_k);
+    if (self && into_k) grad_q.add_(grad_k);
+    return {needs_q ? finish(grad_q) : none(), !self && needs_k ? finish(grad_k) : none(), grad_scale,
+            grad_bias};
   }
 
  private:
@@ -738,12 +739,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrasti
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     const ContrastIncoming& incoming, const Contrast& problem, const ContrastSaved& saved,
-    std::array<bool, 3> needs) {
+    std::array<bool, 4> needs) {
+  const bool of_queries = saved.residual.dim() == 2 && !needs[1] && !needs[3];
   cpu::check(problem);
   return cpu::with_mode(problem.q.scalar_type(), [&](auto mode) {
     cpu::Engine<decltype(mode)> engine(problem);
-    if (saved.residual.dim() == 2 && !needs[1] && !needs[2])
-      return engine.gradient_from_residual(saved.residual, incoming, needs[0]);
+    if (of_queries) return engine.gradient_from_residual(saved.residual, incoming, needs[0], needs[2]);
     return engine.gradient(incoming, saved, needs);
   });
 }

@@ -89,13 +89,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
     const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_positive_sum,
     const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
     const std::optional<at::Tensor>& positive_mask, const at::Tensor& lse, const at::Tensor& mean,
-    const at::Tensor& rnorm) {
+    const at::Tensor& rnorm, bool needs_scale) {
   check(z0, z1, positive_mask);
   const at::Tensor x = standardised(z0, z1, mean, rnorm);
   const at::Tensor nothing = at::empty({0}, lse.options());
   auto [grad, unused_k, grad_scale, unused_bias] = contrastive_backward(
       {grad_lse, std::nullopt, grad_positive_sum}, column_problem(x, scale, positive_mask),
-      {lse, nothing, nothing}, {true, false, false});
+      {lse, nothing, nothing}, {true, false, needs_scale, false});
   const at::Tensor out = through_moments(grad, x, rnorm).to(z0.scalar_type());
   return {out[0].clone(at::MemoryFormat::Contiguous), out[1].clone(at::MemoryFormat::Contiguous), grad_scale};
 }

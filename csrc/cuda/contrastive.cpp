@@ -14,10 +14,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrasti
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     const ContrastIncoming& incoming, const Contrast& problem, const ContrastSaved& saved,
-    std::array<bool, 3> needs) {
-  const auto [needs_q, needs_k, needs_bias] = needs;
+    std::array<bool, 4> needs) {
+  const auto [needs_q, needs_k, needs_scale, needs_bias] = needs;
   if (problem.k && saved.residual.numel() > 0 && !needs_k && !needs_bias) {
-    auto [grad_q, grad_scale] = cuda::gradient_from_residual(incoming, problem, saved.residual, needs_q);
+    auto [grad_q, grad_scale] =
+        cuda::gradient_from_residual(incoming, problem, saved.residual, {needs_q, needs_scale});
     return {grad_q, saved.residual.new_empty({0}), grad_scale, saved.residual.new_empty({0})};
   }
   cuda::Gradients out = cuda::engine_backward(incoming, problem, saved, needs);

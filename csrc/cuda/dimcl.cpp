@@ -94,15 +94,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dimcl_backward(
     const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_positive_sum,
     const at::Tensor& z0, const at::Tensor& z1, const at::Tensor& scale,
     const std::optional<at::Tensor>& positive_mask, const at::Tensor& lse, const at::Tensor&,
-    const at::Tensor&) {
+    const at::Tensor&, bool needs_scale) {
   cuda::check_arguments(z0, z1, positive_mask);
   const cuda::DeviceGuard guard(z0);
   const int64_t n = z0.size(0), d = z0.size(1);
   const cuda::Columns columns = cuda::standardise(z0, z1);
   const at::Tensor nothing = at::empty({0}, lse.options());
-  const cuda::Gradients grads = cuda::engine_backward({grad_lse, std::nullopt, grad_positive_sum},
-                                                      cuda::column_problem(columns.x, scale, positive_mask),
-                                                      {lse, nothing, nothing}, {true, false, false}, true);
+  const cuda::Gradients grads = cuda::engine_backward(
+      {grad_lse, std::nullopt, grad_positive_sum}, cuda::column_problem(columns.x, scale, positive_mask),
+      {lse, nothing, nothing}, {true, false, needs_scale, false}, true);
   at::Tensor grad_z0 = at::empty({n, d}, z0.options()), grad_z1 = at::empty({n, d}, z1.options());
   at::Tensor along = cuda::empty_like_device(z0, {2, 2 * d}, at::kFloat);
   const at::Tensor grad_x = grads.q.contiguous();

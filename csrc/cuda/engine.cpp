@@ -415,8 +415,8 @@ at::Tensor mirrored_gradients(const Problem& p, const GradientRules& rules) {
   return out;
 }
 
-// The gradient of x from its parts, in its type or in float, and the sum of x . parts: the gradient of the
-// scale.
+// The gradient of x from its parts, in its type or in float, and x . parts of each row, whose sum is the
+// gradient of the scale.
 std::pair<at::Tensor, at::Tensor> combine(const Problem& p, const at::Tensor& parts, const at::Tensor& x,
                                           const at::Tensor& unit, bool in_float, double share) {
   const int64_t n = parts.size(1), d = parts.size(2);
@@ -427,7 +427,7 @@ std::pair<at::Tensor, at::Tensor> combine(const Problem& p, const at::Tensor& pa
        static_cast<int>(d), x.const_data_ptr(), row_stride(x), p.scale, data_of<float>(unit),
        static_cast<float>(share), grad.mutable_data_ptr(), along.mutable_data_ptr<double>()},
       p.type, in_float, stream());
-  return {grad, along.sum().to(at::kFloat)};
+  return {grad, along};
 }
 
 // The statistics of frozen keys, positives by index or none, and their residual, by an attention over the
@@ -500,15 +500,22 @@ Statistics engine_forward(const Contrast& contrast, bool save_gradient) {
 }
 
 Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& contrast,
-                          const ContrastSaved& saved, std::array<bool, 3> needs, bool in_float) {
+                          const ContrastSaved& saved, std::array<bool, 4> needs, bool in_float) {
   const DeviceGuard guard(contrast.q);
   Problem p(contrast);
   if (p.mask.defined()) p.mask = weights_of(p.mask);
-  const auto [needs_q, needs_k, needs_bias] = needs;
+  const auto [needs_q, needs_k, needs_scale, needs_bias] = needs;
   at::Tensor bound = make_bound(p);
   const at::Tensor unit = p.in_registers() ? at::Tensor() : bound;  // of chunks; the row kernels take it off
   const auto nothing = [&] { return floats(p, {0}); };              // of an op's outputs none may be another
   Gradients out{nothing(), nothing(), nothing(), nothing()};
+  at::Tensor along;
+  const auto finished = [&, of_q = needs_q, of_k = needs_k, of_scale = needs_scale] {
+    if (!of_q) out.q = nothing();
+    if (!of_k) out.k = nothing();
+    if (of_scale) out.scale = along.sum().to(at::kFloat);
+    return out;
+  };
 
   const bool mirrored = p.symmetric && !needs_bias;
   const TermsSource of_rows = row_source(p, saved.lse, incoming.lse, incoming.positive_sum);
@@ -521,9 +528,8 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
     const GradientRules both = rules_of(p, terms.rows.terms, terms.rows.terms, bound);
     const at::Tensor parts =
         p.in_registers() ? row_gradients(p, p.features(), both) : mirrored_gradients(p, both);
-    std::tie(out.q, out.scale) = combine(p, parts, p.q, unit, in_float, 0.5);
-    if (!needs_q) out.q = nothing();
-    return out;
+    std::tie(out.q, along) = combine(p, parts, p.q, unit, in_float, 0.5);
+    return finished();
   }
 
   const GradientRules rules = rules_of(p, terms.rows.terms, terms.columns.terms, bound);
@@ -543,14 +549,12 @@ Gradients engine_backward(const ContrastIncoming& incoming, const Contrast& cont
         p.precision, stream());
   }
   if (p.self_keys && into_q && into_k) {
-    std::tie(out.q, out.scale) = combine(p, at::cat({by_rows, by_cols}), p.q, unit, in_float, 0.5);
-    return out;
+    std::tie(out.q, along) = combine(p, at::cat({by_rows, by_cols}), p.q, unit, in_float, 0.5);
+    return finished();
   }
-  if (into_k) std::tie(out.k, out.scale) = combine(p, by_cols, p.k, unit, in_float, 1);
-  if (into_q) std::tie(out.q, out.scale) = combine(p, by_rows, p.q, unit, in_float, 1);
-  if (!needs_q) out.q = nothing();
-  if (!needs_k) out.k = nothing();
-  return out;
+  if (into_k) std::tie(out.k, along) = combine(p, by_cols, p.k, unit, in_float, 1);
+  if (into_q) std::tie(out.q, along) = combine(p, by_rows, p.q, unit, in_float, 1);
+  return finished();
 }
 
 }  // namespace cl_kernels::cuda

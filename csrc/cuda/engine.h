@@ -24,7 +24,7 @@ Statistics engine_forward(const Contrast&, bool save_gradient);
 
 // The gradients of q and k in their type, or in float.
 Gradients engine_backward(const ContrastIncoming&, const Contrast&, const ContrastSaved&,
-                          std::array<bool, 3> needs, bool in_float = false);
+                          std::array<bool, 4> needs, bool in_float = false);
 
 // How features of this type multiply: float32 by torch.get_float32_matmul_precision(), "medium" as "high".
 Precision precision_of(const at::Tensor& features);

@@ -9,7 +9,8 @@ namespace cl_kernels::cuda {
 
 std::pair<at::Tensor, at::Tensor> gradient_from_residual(const ContrastIncoming& incoming,
                                                          const Contrast& problem, const at::Tensor& residual,
-                                                         bool needs_q) {
+                                                         std::array<bool, 2> needs) {
+  const auto [needs_q, needs_scale] = needs;
   const at::Tensor& q = problem.q;
   const std::optional<at::Tensor>& positive_index = problem.positive_index;
   const DeviceGuard guard(q);
@@ -39,7 +40,7 @@ std::pair<at::Tensor, at::Tensor> gradient_from_residual(const ContrastIncoming&
   if (needs_q) params.grad = grad.mutable_data_ptr();
   params.along = along.mutable_data_ptr<double>();
   launch_residual_gradient(params, type_of(x), stream());
-  return {grad, along.sum().to(at::kFloat)};
+  return {grad, needs_scale ? along.sum().to(at::kFloat) : at::empty({0}, kept.options())};
 }
 
 }  // namespace cl_kernels::cuda

@@ -7,9 +7,9 @@
 
 namespace cl_kernels::cuda {
 
-// grad_q [N, D] ([0] unless needs_q) and grad_scale [].
+// grad_q [N, D] and grad_scale [], [0] unless needed.
 std::pair<at::Tensor, at::Tensor> gradient_from_residual(const ContrastIncoming&, const Contrast&,
                                                          const at::Tensor& residual,  // [N, D]
-                                                         bool needs_q);
+                                                         std::array<bool, 2> needs);
 
 }  // namespace cl_kernels::cuda
