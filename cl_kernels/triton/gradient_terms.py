@@ -19,10 +19,8 @@ from torch import Tensor
 
 from ..problem import Contrast
 from . import launch
-from .pairs import index_range
+from .pairs import index_range, label_numbers
 from .tiles import LOG2E, NOTHING
-
-_COLUMNS = tl.constexpr(16)  # whose labels are looked through at a time
 
 
 class Terms(NamedTuple):
@@ -35,24 +33,6 @@ class Terms(NamedTuple):
     positives: bool  # whether any weight counts
     partner: Tensor | None = None  # [n]: the index of each one's positive
     tags: Tensor | None = None  # [n] int64: the label's number, and above it the bits of the weight
-
-
-@triton.jit
-def _numbers(b_label, columns, m, BLOCK: tl.constexpr):
-    """int32 that are equal where int64 labels are: themselves from -2^31 to below 2^31 - 1 - m; for others,
-    from there on, the first of the m columns that has the label, m where none has."""
-    beyond = 2147483647 - m
-    large = (b_label >= beyond) | (b_label < -2147483648)
-    number = b_label.to(tl.int32)
-    if tl.max(large.to(tl.int32), 0) > 0:
-        column = tl.full((BLOCK,), 0, tl.int32) + m
-        for first in range(0, m, _COLUMNS):
-            j = first + tl.arange(0, _COLUMNS)
-            of_column = tl.load(columns + j, mask=j < m, other=0)
-            same = (b_label[:, None] == of_column[None, :]) & (j < m)[None, :]
-            column = tl.minimum(column, tl.min(tl.where(same, j[None, :], m), 1))
-        number = tl.where(large, beyond + column, number)
-    return number
 
 
 @triton.jit
@@ -89,7 +69,7 @@ def _terms_kernel(
         tl.store(index_ranges + block, first)
         tl.store(index_ranges + blocks + block, last)
     if labels is not None:
-        number = _numbers(tl.load(labels + i, mask=i < n, other=0), columns, m, BLOCK)
+        number = label_numbers(tl.load(labels + i, mask=i < n, other=0), columns, m, BLOCK)
         above = weight.to(tl.int32, bitcast=True).to(tl.int64) << 32
         tl.store(tags + i, above | number.to(tl.uint32, bitcast=True).to(tl.int64), mask=i < n)
     if bound is not None:

@@ -30,7 +30,7 @@ from .. import configs
 from ..problem import Contrast
 from . import launch
 from .class_sums import by_class_sums, class_positives
-from .pairs import counted, mask_arguments, mask_tile, on_edge
+from .pairs import counted, label_numbers, mask_arguments, mask_tile, on_edge
 from .tiles import LN2, LOG2E, NOTHING, Matrix, dot, load_rows, product, scalar
 
 MOST_GROUPS = 128  # of rows or of columns: they times N floats stay small
@@ -45,12 +45,16 @@ TINY = tl.constexpr(2.0**-100)  # sums below this, relative to a shift, have los
 
 @triton.jit
 def _norms_kernel(
-    q, k, norms, n, m, d, q_blocks, q_strides, k_strides,
+    q, k, norms, labels, numbers, n, m, d, q_blocks, q_strides, k_strides,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The largest norm of a row in each block of q, then in each block of k."""
+    """The largest norm of a row in each block of q, then in each block of k; and numbers of q's labels."""
     block = tl.program_id(0)
     if block < q_blocks:
+        if labels is not None:
+            i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+            b_label = tl.load(labels + i, mask=i < n, other=0)
+            tl.store(numbers + i, label_numbers(b_label, labels, n, BLOCK_M), mask=i < n)
         norm = _largest_norm(Matrix(q, *q_strides), block * BLOCK_M, n, d, BLOCK_M, BLOCK_D)
     else:
         first = (block - q_blocks) * BLOCK_N
@@ -119,12 +123,14 @@ def _largest(norms, first, last):
 @triton.jit
 def _plain_sums(
     q, k, factor, labels, rows, cols, sizes, d, span,
-    MIRRORED: tl.constexpr, AMONG: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+    MIRRORED: tl.constexpr, AMONG: tl.constexpr, POSITIVES: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of 2^S over rows and columns, of logits that need no shift. Down a column of tiles a thread adds
-    up its own exponentials, which are reduced over lanes and warps once, at the end; a row's lie in one warp.
-    """
+    """Sums of 2^S over rows and columns, of logits that need no shift, and of S and 1 over positives by
+    label. Down a column of tiles a thread adds up its own terms, which are reduced over lanes and warps once,
+    at the end; a row's lie in one warp."""
+    LABELS: tl.constexpr = (POSITIVES == "labels") or (AMONG != "all")
     n, m = sizes[0], sizes[1]
     begin_i, last_i, begin_j, last_j = span
     i_d = tl.arange(0, BLOCK_D)
@@ -133,7 +139,7 @@ def _plain_sums(
         j = first_j + tl.arange(0, BLOCK_N)
         if WHOLE:
             b_k = load_rows(k, j, j < m, i_d, i_d < d, EVEN_D)
-        if AMONG != "all":
+        if LABELS:
             b_col_label = tl.load(labels[1] + j, mask=j < m, other=0)
         end_i = last_i
         if MIRRORED:
@@ -141,6 +147,8 @@ def _plain_sums(
         if block_j != begin_j:
             tl.debug_barrier()  # what the column of tiles before wrote, by other threads
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        positive_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        positive_count = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for block_i in tl.range(begin_i, end_i, disable_licm=True):
             first_i = block_i * BLOCK_M
             i = first_i + tl.arange(0, BLOCK_M)
@@ -150,22 +158,40 @@ def _plain_sums(
             else:
                 s = product(q, k, i, i < n, j, j < m, d, BLOCK_D, EVEN_D, PRECISION)
             e = tl.exp2(s * factor)
-            if AMONG != "all":
+            if LABELS:
                 b_row_label = tl.load(labels[0] + i, mask=i < n, other=0)
                 same = b_row_label[:, None] == b_col_label[None, :]
-                e = tl.where(same if AMONG == "same" else ~same, e, 0.0)
+                if AMONG != "all":
+                    e = tl.where(same if AMONG == "same" else ~same, e, 0.0)
+            if POSITIVES == "labels":
+                # In the layout of S: what did not depend on it would be made again in another one.
+                count = tl.where(same & ((s == s) | (s != s)), 1.0, 0.0)
             if on_edge(first_i, first_j, sizes, BLOCK_M, BLOCK_N):
-                e = tl.where(_counted(i, j, sizes, MIRRORED), e, 0.0)
+                m_pair = _counted(i, j, sizes, MIRRORED)
+                e = tl.where(m_pair, e, 0.0)
+                if POSITIVES == "labels":
+                    count = tl.where(m_pair, count, 0.0)
             total += e
-            part = tl.sum(e, 1)
             first_block = tl.maximum(begin_j, first_i // BLOCK_N) if MIRRORED else begin_j
-            if block_j == first_block:
+            again = block_j != first_block
+            if not again:
                 tl.store(rows + i, tl.zeros((BLOCK_M,), tl.float32), mask=i < n)
+            if POSITIVES == "labels":
+                positive = tl.where(count != 0, s, 0.0)  # a NaN of weight 0 does not count
+                positive_total += positive
+                positive_count += count
+                part, part_positive, part_count = tl.reduce((e, positive, count), 1, _plus3)
+                _add(rows + 2 * n + i, part_positive * factor, i < n, again)
+                _add(rows + 3 * n + i, part_count, i < n, again)
             else:
-                part += tl.load(rows + n + i, mask=i < n, other=0.0)
-            tl.store(rows + n + i, part, mask=i < n)
+                part = tl.sum(e, 1)
+            _add(rows + n + i, part, i < n, again)
         tl.store(cols + j, tl.zeros((BLOCK_N,), tl.float32), mask=j < m)
         tl.store(cols + m + j, tl.sum(total, 0), mask=j < m)
+        if POSITIVES == "labels":
+            of_column, count_of_column = tl.reduce((positive_total, positive_count), 0, _plus)
+            tl.store(cols + 2 * m + j, of_column * factor, mask=j < m)
+            tl.store(cols + 3 * m + j, count_of_column, mask=j < m)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -204,14 +230,14 @@ def _lse_kernel(
     q_blocks = tl.cdiv(n, BLOCK_M)
     last_i = tl.minimum((g + 1) * blocks_q, q_blocks)
     last_j = tl.minimum((h + 1) * blocks_k, tl.cdiv(m, BLOCK_N))
-    if (MIRRORED or COLUMNS) and (not SUMS) and (bias is None):
+    if (MIRRORED or (COLUMNS and not SUMS)) and (not WHOLES) and (bias is None):
         bound = _largest(norms, g * blocks_q, last_i)
         bound *= _largest(norms + q_blocks, h * blocks_k, last_j) * tl.abs(factor)
         if bound <= SAFE:
             _plain_sums(
                 q, k, factor, (row_labels, col_labels), rows, cols, sizes, d,
                 (g * blocks_q, last_i, h * blocks_k, last_j),
-                MIRRORED, AMONG, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE,
+                MIRRORED, AMONG, POSITIVES, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE,
             )  # fmt: skip
             last_i = g * blocks_q
 
@@ -433,11 +459,15 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         blocks_q, blocks_k = 1, launch.cdiv(col_blocks, launch.splits(row_blocks, col_blocks, q))
         programs = row_blocks * launch.cdiv(col_blocks, blocks_k)
     groups_q, groups_k = launch.cdiv(row_blocks, blocks_q), launch.cdiv(col_blocks, blocks_k)
-    norms = None
+    norms = numbered = numbers = None
+    row_labels, col_labels = problem.row_labels, problem.col_labels
+    if mirrored and row_labels is not None:
+        numbered, numbers = row_labels, row_labels.new_empty(n, dtype=torch.int32)
+        row_labels = col_labels = numbers
     if mirrored or columns:
         norms = q.new_empty(row_blocks + col_blocks, dtype=torch.float32)
         _norms_kernel[(row_blocks + col_blocks,)](
-            q, k, norms, n, m, d, row_blocks, q.stride(), k.stride(),
+            q, k, norms, numbered, numbers, n, m, d, row_blocks, q.stride(), k.stride(),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=32,
         )  # fmt: skip
     wholes = 0 if q.dtype != torch.float32 else 2 if positives == "mask" else 1
@@ -447,7 +477,7 @@ def log_sum_exp(problem: Contrast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask, mask_sizes, mask_strides = mask_arguments(problem.positive_mask)
     _lse_kernel[(programs,)](
         q, k, launch.scalar(problem.scale), problem.key_bias,
-        problem.row_labels, problem.col_labels, mask, norms, rows, cols,
+        row_labels, col_labels, mask, norms, rows, cols,
         n, m, d, problem.offset or 0, q.stride(), k.stride(), *mask_sizes, mask_strides,
         groups_q, groups_k, blocks_q, blocks_k,
         MIRRORED=mirrored, COLUMNS=columns, EXCLUDE=problem.offset is not None, AMONG=problem.among,

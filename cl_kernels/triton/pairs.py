@@ -13,6 +13,8 @@ from torch import Tensor
 from ..problem import Contrast, same_memory
 from .tiles import LOG2E, NOTHING
 
+_COLUMNS = tl.constexpr(16)  # whose labels are looked through at a time
+
 
 class Rules(NamedTuple):
     """The constants of a gradient's kernels: which terms there are, and which pairs count."""
@@ -113,6 +115,24 @@ def index_range(b_index, COUNTS: tl.constexpr):
     if COUNTS:
         return tl.min(tl.where(b_index < 0, 2147483647, b_index), 0), tl.max(b_index, 0)
     return 0, 0
+
+
+@triton.jit
+def label_numbers(b_label, columns, m, BLOCK: tl.constexpr):
+    """int32 that are equal where int64 labels are: themselves from -2^31 to below 2^31 - 1 - m; for others,
+    from there on, the first of the m columns that has the label, m where none has."""
+    beyond = 2147483647 - m
+    large = (b_label >= beyond) | (b_label < -2147483648)
+    number = b_label.to(tl.int32)
+    if tl.max(large.to(tl.int32), 0) > 0:
+        column = tl.full((BLOCK,), 0, tl.int32) + m
+        for first in range(0, m, _COLUMNS):
+            j = first + tl.arange(0, _COLUMNS)
+            of_column = tl.load(columns + j, mask=j < m, other=0)
+            same = (b_label[:, None] == of_column[None, :]) & (j < m)[None, :]
+            column = tl.minimum(column, tl.min(tl.where(same, j[None, :], m), 1))
+        number = tl.where(large, beyond + column, number)
+    return number
 
 
 @triton.jit
