@@ -44,6 +44,19 @@ SLOTS = (
     ("soft_target_means._soft_target_means_kernel", "soft_target shared keys, frozen", 256),
 )
 
+# CUDA C++ on Hopper: label, instance, columns that its hot path takes of 128 rows, features, products.
+HOPPER_WARPS = 8  # that compute
+HOPPER_CHUNK = 64  # features
+HOPPER = (
+    ("`lse_sm90` 128, self", "lse_kernel<HopperLoop<__nv_bfloat16, 2, 1>, true>", 256, 128, 1),
+    ("`lse_sm90` 128, keys", "lse_kernel<HopperLoop<__nv_bfloat16, 2, 1>, false>", 128, 128, 1),
+    ("`lse_sm90` 512, self", "lse_kernel<HopperLoop<__nv_bfloat16, 1, 2>, true>", 128, 512, 1),
+    ("`gradient_rows_sm90` 64, self", "gradient_rows_kernel<__nv_bfloat16, 64, true>", 128, 64, 2),
+    ("`gradient_rows_sm90` 128, self", "gradient_rows_kernel<__nv_bfloat16, 128, true>", 128, 128, 2),
+    ("`gradient_rows_sm90` 256, self", "gradient_rows_kernel<__nv_bfloat16, 256, false>", 64, 256, 2),
+    ("`attention_sm90` 128, keys, frozen", "attention_kernel<__nv_bfloat16, 128, true>", 128, 128, 2),
+)
+
 
 def recorded(file: str) -> list[dict[str, str]]:
     """The figures of a file by the names of its columns."""
@@ -152,7 +165,30 @@ def slots() -> str:
         "kernel, features, case", "tile", "warps", "hot path", "loop", "issue clocks", "product clocks",
         "exponential clocks", "ratio", "wanted",
     ]  # fmt: skip
-    return table(header, rows, numbers=True)
+    return table(header, [*rows, *hopper_slots()], numbers=True)
+
+
+def hopper_slots() -> list[list[str]]:
+    """The same of CUDA C++ kernels for Hopper, where a loop inside goes around for each chunk of features."""
+    instances = {line["kernel"]: line for line in recorded("cuda.tsv")}
+    rows = []
+    for label, kernel, columns, width, products in HOPPER:
+        line, pairs = instances[kernel], 128 * columns
+        inner = int(line["inner"])
+        instructions = int(line["hot"]) + inner * (width // HOPPER_CHUNK - 1)
+        made = issue_slots.Clocks(
+            instructions * HOPPER_WARPS / issue_slots.ISSUES,
+            products * pairs * width / issue_slots.MULTIPLICATIONS,
+            pairs / issue_slots.EXPONENTIALS,
+            pairs,
+        )
+        hot = line["hot"] + (f", {inner} a chunk" if inner else "")
+        clocks = (f"{clocks:.0f}" for clocks in made[:3])
+        ratio = f"{made.ratio:.2f}"
+        rows.append(
+            [label, f"128×{columns}×{width}", str(HOPPER_WARPS), hot, line["loop"], *clocks, ratio, MISSING]
+        )
+    return rows
 
 
 def cuda() -> str:
