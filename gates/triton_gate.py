@@ -459,10 +459,14 @@ def _record_rows(recorder: Recorder, problem: Problem, implementation: ModuleTyp
             implementation.row_losses(*given, 1.0, mean, mean and drop, at_least_zero)
     for beside, target, zero, needs_q, needs_scale in itertools.product(either, repeat=5):
         usual = beside and needs_q and not (zero or needs_scale)
-        if usual or (varied and needs_q >= needs_scale and target >= zero):
-            problem, stats = _keys_and_statistics(x, lse, beside, target, needs_q)
-            problem = problem._replace(positive_is_zero=zero)
-            implementation.key_losses(problem, stats, True, (needs_q, needs_scale))
+        if not (usual or (varied and target >= zero)):
+            continue
+        loss, stats = _keys_and_statistics(x, lse, beside, target, needs_q or needs_scale)
+        loss = loss._replace(positive_is_zero=zero)
+        implementation.key_losses(loss, stats, True, (needs_q, needs_scale))
+        if needs_scale:  # as where it is learned on the device
+            with mock.patch.object(launch, "scalar", lambda x: x):
+                implementation.key_losses(loss, stats, True, (needs_q, needs_scale))
 
 
 def _keys_and_statistics(
@@ -721,6 +725,8 @@ def check(
     labels = issue_slots.of_labels(now.rows())
     if labels is not None and labels > issue_slots.LABELS_WANTED:
         gate.fail("gradient_rows", f"labels {labels:.2f} times an index, over {issue_slots.LABELS_WANTED}")
+    if labels is None and not match and issue_slots.BOUND_AT[0] in architectures:
+        gate.fail("gradient_rows", "labels are not held to an index, as a case of either is not there")
     for name in ops.SCHEMAS:
         if match in name and not hasattr(implementation, name):
             gate.fail(name, "has no Triton implementation")

@@ -35,7 +35,7 @@ class Terms(NamedTuple):
     tags: Tensor | None = None  # [n] int64: the label's number, and above it the bits of the weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _terms_kernel(
     lse, grad, weight_grad, index, labels, columns, planes, tags, ranges, index_ranges, bound, largest_weight,
     n, m, blocks, BLOCK: tl.constexpr,

@@ -134,7 +134,7 @@ def log_sum_exp_and_residual(problem: Contrast) -> tuple[Tensor, Tensor, Tensor,
     if index is not None:
         own_logit = q.new_empty(n, dtype=torch.float32)
         # Elsewhere a logit is what its exponential is made of.
-        if problem.key_bias is not None or problem.among != "all" or problem.offset is not None:
+        if problem.among != "all" or problem.offset is not None:
             index_logit = torch.empty_like(own_logit)
     _frozen_kernel[(row_blocks * splits,)](
         q, k, launch.scalar(problem.scale), problem.key_bias,

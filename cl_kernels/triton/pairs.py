@@ -13,7 +13,7 @@ from torch import Tensor
 from ..problem import Contrast, same_memory
 from .tiles import LOG2E, NOTHING
 
-_COLUMNS = tl.constexpr(16)  # whose labels are looked through at a time
+_COLUMNS = tl.constexpr(64)  # whose labels are looked through at a time
 
 
 class Rules(NamedTuple):

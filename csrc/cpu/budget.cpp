@@ -1,5 +1,6 @@
 #include "budget.h"
 
+#include <ATen/Context.h>
 #include <c10/util/Exception.h>
 
 #include <atomic>
@@ -27,6 +28,7 @@ std::atomic<int64_t>& budget() {
 struct Spare {
   std::mutex mutex;
   at::Tensor memory;
+  int64_t changes = 0;  // of the budget
 };
 
 Spare& spare() {
@@ -44,23 +46,29 @@ void set_keep_budget(int64_t bytes) {
   budget().store(bytes);
   const std::lock_guard lock(spare().mutex);
   spare().memory.reset();
+  ++spare().changes;
 }
 
-at::Tensor take_memory(int64_t bytes) {
-  at::Tensor memory;
+KeptMemory take_memory(int64_t bytes) {
+  KeptMemory taken;
   {
     const std::lock_guard lock(spare().mutex);
-    std::swap(memory, spare().memory);
+    std::swap(taken.bytes, spare().memory);
+    taken.changes = spare().changes;
   }
-  if (memory.defined() && memory.numel() >= bytes) return memory;
-  memory.reset();
-  return large_empty<uint8_t>({bytes});
+  const at::Context& context = at::globalContext();
+  const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  if (!taken.bytes.defined() || taken.bytes.numel() < bytes || filled) {
+    taken.bytes.reset();
+    taken.bytes = large_empty<uint8_t>({bytes});
+  }
+  return taken;
 }
 
-void leave_memory(const at::Tensor& memory) {
+void leave_memory(const KeptMemory& left) {
   const std::lock_guard lock(spare().mutex);
-  const bool larger = !spare().memory.defined() || spare().memory.numel() < memory.numel();
-  if (larger && keep_budget() > 0) spare().memory = memory;
+  const bool larger = !spare().memory.defined() || spare().memory.numel() < left.bytes.numel();
+  if (larger && left.changes == spare().changes) spare().memory = left.bytes;
 }
 
 }  // namespace cl_kernels::cpu

@@ -14,14 +14,18 @@ void set_keep_budget(int64_t bytes);
 
 // Memory that one loss leaves to the next, as new pages cost more than some of the work that keeping saves:
 // taken while a loss lives, of two at a time by the first alone.
-at::Tensor take_memory(int64_t bytes);  // [>= bytes] uint8
-void leave_memory(const at::Tensor& memory);
+struct KeptMemory {
+  at::Tensor bytes;  // uint8
+  int64_t changes;   // of the budget, until it was taken
+};
+KeptMemory take_memory(int64_t bytes);  // at least so many
+void leave_memory(const KeptMemory&);
 
 template <typename T>
 at::Tensor kept_memory(int64_t elements) {
-  const at::Tensor memory = take_memory(elements * static_cast<int64_t>(sizeof(T)));
+  const KeptMemory memory = take_memory(elements * static_cast<int64_t>(sizeof(T)));
   return at::from_blob(
-      memory.data_ptr(), {elements}, [memory](void*) { leave_memory(memory); },
+      memory.bytes.data_ptr(), {elements}, [memory](void*) { leave_memory(memory); },
       at::CppTypeToScalarType<T>::value);
 }
 

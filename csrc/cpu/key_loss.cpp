@@ -141,10 +141,11 @@ class KeyLossEngine {
   int kinds() const { return target_q_ ? 2 : 1; }
   int64_t first_tile(int64_t part) const { return part * static_cast<int64_t>(tiles_.size()) / parts_; }
 
-  // As many queries at a time as keep their logits of whole tiles within the budget, in blocks of one size.
+  // As many queries at a time as keep their logits, but for one tile, within the budget, in blocks of one
+  // size.
   void set_block() {
-    const int64_t whole = std::max<int64_t>(1, tiles_.back().column / kKeys) * kKeys;
-    const int64_t of_query = whole * static_cast<int64_t>(sizeof(T)) * kinds();
+    const int64_t counted = std::max<int64_t>(1, static_cast<int64_t>(tiles_.size()) - 1);
+    const int64_t of_query = counted * kKeys * static_cast<int64_t>(sizeof(T)) * kinds();
     const int64_t fit = keep_budget() / of_query / kTileAlign * kTileAlign;
     keeps_ = gradient_ && fit >= kTileAlign;
     const int64_t most = keeps_ ? std::min(fit, kMostQueries) : kMostQueries;
@@ -271,7 +272,7 @@ class KeyLossEngine {
     student_.set(j, of_all * factor_);
     if (target_q_) teacher_.set(j, of_cross * factor_);
     positive_coef_[j] = static_cast<T>(of_positive * factor_);
-    const double loss = above + (1 - coeff_) * (positive - cross);
+    const double loss = target_q_ ? above + (1 - coeff_) * (positive - cross) : above;
     return loss < 0 ? 0 : loss;
   }
 

@@ -115,10 +115,12 @@ void product(const typename Mode::Operand* a, ptrdiff_t ld, int n_rows,
     for (int p = 0; p < panels.count; ++p) {
       const typename Mode::Operand* b = panels.first + p * panels.stride + k * panels.line;
       typename Mode::Sum* c = out + p * kPanelWidth<Mode>;
-      const typename Mode::Operand* next = p + 1 < panels.count ? b + panels.stride : b;
+      const bool last_panel = p + 1 == panels.count;
       int r = 0;
       for (; r + kMicroRows <= n_rows; r += kMicroRows) {
-        prefetch<Mode>(next, panels.line, r * chunk / n_rows, (r + kMicroRows) * chunk / n_rows);
+        if (!last_panel)
+          prefetch<Mode>(b + panels.stride, panels.line, r * chunk / n_rows,
+                         (r + kMicroRows) * chunk / n_rows);
         micro<Mode, kMicroRows, Transposed>(Transposed ? a + k * ld + r : a + r * ld + k, ld, b, panels.line,
                                             chunk, by, how, c + r * ld_out, ld_out);
       }

@@ -87,21 +87,33 @@ def test_fixed_sizes_in_a_dynamic_graph() -> None:
         torch.testing.assert_close(compiled(z), function(z))
 
 
+def thirds(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(6, device=x.device) % 3
+
+
 WITH_FLOATS: dict[str, Callable[..., torch.Tensor]] = {
     "supcon": lambda x, y, a, b: clk.supcon_loss(
-        torch.stack([x, y], 1), torch.arange(6) % 3, temperature=a, base_temperature=b
+        torch.stack([x, y], 1), thirds(x), temperature=a, base_temperature=b
     ),
     "supcon from its base": lambda x, y, a, b: clk.supcon_loss(
         torch.stack([x, y], 1), temperature=a, base_temperature=0.1
     ),
     "supcon in": lambda x, y, a, b: clk.supcon_loss(
-        torch.stack([x, y], 1), torch.arange(6) % 3, temperature=a, base_temperature=b, summation="in"
+        torch.stack([x, y], 1),
+        thirds(x),
+        temperature=a,
+        base_temperature=b,
+        summation="in",
     ),
     "supcon capped": lambda x, y, a, b: clk.supcon_loss(
-        torch.stack([x, y], 1), torch.arange(6) % 3, temperature=a, base_temperature=b, positives_cap=2
+        torch.stack([x, y], 1),
+        thirds(x),
+        temperature=a,
+        base_temperature=b,
+        positives_cap=2,
     ),
     "selfcon": lambda x, y, a, b: clk.selfcon_loss(
-        torch.stack([x, y], 1), torch.arange(6) % 3, temperature=a, base_temperature=b
+        torch.stack([x, y], 1), thirds(x), temperature=a, base_temperature=b
     ),
     "multilevel": lambda x, y, a, b: clk.multilevel_loss(
         [torch.stack([x, y], 1), torch.stack([y, x], 1)], weights=[a, b], temperature=a, base_temperature=b
@@ -119,7 +131,7 @@ WITH_FLOATS: dict[str, Callable[..., torch.Tensor]] = {
         x, y, temperature=a, coeff=b, targets=clk.sce_targets(y, target_temperature=a)
     ),
     "soft target": lambda x, y, a, b: clk.soft_target_cross_entropy(
-        x, y, y, x.detach(), scale=a, target_scale=b, positive=torch.arange(6), coeff=b
+        x, y, y, x.detach(), scale=a, target_scale=b, positive=torch.arange(6, device=x.device), coeff=b
     ),
     "similarity": lambda x, y, a, b: clk.similarity(x, y, scale=a).sum(),
     "lse": lambda x, y, a, b: clk.contrastive_lse(x, y, scale=a).sum(),
@@ -166,10 +178,9 @@ def test_no_tensor_of_another_device(case: str, backend: str) -> None:
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
-    with torch.device("meta"):
-        x, y = torch.empty(6, 4, requires_grad=True), torch.empty(6, 4)
-        compiled = torch.compile(WITH_FLOATS[case], backend=aot_autograd(fw_compiler=record), fullgraph=True)
-        compiled(x, y, 0.2, 0.6).backward()
+    x, y = torch.empty(6, 4, device="meta", requires_grad=True), torch.empty(6, 4, device="meta")
+    compiled = torch.compile(WITH_FLOATS[case], backend=aot_autograd(fw_compiler=record), fullgraph=True)
+    compiled(x, y, 0.2, 0.6).backward()
     assert found == [{"meta"}] * 2
 
 

@@ -187,6 +187,19 @@ def test_nan_stays_nan_in_its_rows_only() -> None:
     assert found.isnan().nonzero().flatten().tolist() == [3]
 
 
+@pytest.mark.parametrize("among", ["all", "same", "different"])
+@pytest.mark.parametrize("exclude", [None, 0])
+def test_a_positive_outside_the_denominators_of_frozen_keys(among: str, exclude: int | None) -> None:
+    """Its logit is summed as it is, excluded or of a label that does not count."""
+    n, m, d = 21, 40, 5
+    q, k = torch.randn(n, d).to(DEVICE), torch.randn(m, d).to(DEVICE)
+    labels = [torch.arange(size, device=DEVICE) % 3 for size in (n, m)] if among != "all" else [None] * 2
+    for index in (torch.arange(n, device=DEVICE), torch.arange(n, device=DEVICE).flip(0) * 2 - 1):
+        arguments = (q, k, torch.tensor(2.0), exclude, *labels, among, False, index, None, None, False, True)
+        found = by_triton("contrastive_forward", *arguments)
+        assert_close(list(found), list(by_reference("contrastive_forward", *arguments)), torch.float32)
+
+
 @pytest.mark.parametrize("positives", [True, False])
 def test_backwards_from_the_forward_read_the_keys_of_positives_only(positives: bool) -> None:
     """With frozen keys: the positives' keys, gathered, serve as well as all of them; without, none."""
