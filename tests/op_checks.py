@@ -63,7 +63,7 @@ def run(
 
 
 def assert_features_are_needed(call: op_cases.Call, *ops: str) -> None:
-    """Rows of no features are refused before any kernel runs."""
+    """Rows of no features are refused."""
     for case in op_cases.cases(op_cases.Sizes(5, 7, 0), torch.float32, DEVICE):
         if case.op in ops and case.rank == 0:
             with pytest.raises(ValueError, match=r"with features|not empty"):

@@ -115,6 +115,8 @@ def _soft_target_kernel(
 def soft_target_forward(
     problem: SoftTarget, save_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    launch.require_features(problem.q)
+    launch.require_features(problem.target_q)
     problem = problem._replace(positive=contiguous(problem.positive))
     in_pass = save_gradient and soft_target_means.serves(problem)
     slots = soft_target_means.walk(problem) if in_pass else _walk(problem)

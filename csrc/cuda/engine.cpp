@@ -28,7 +28,8 @@ Precision precision_of(const at::Tensor& features) {
 
 namespace {
 
-constexpr int64_t kChunkBytes = int64_t{1} << 29;  // of G; less where all of it is smaller
+constexpr int64_t kChunkBytes = int64_t{1} << 29;       // of G; less where all of it is smaller
+constexpr int64_t kMostRows = int64_t{65535} * kBlock;  // of a chunk: a grid's blocks along y
 
 template <typename T>
 const T* data_of(const at::Tensor& x) {
@@ -348,7 +349,7 @@ struct Chunks {
   Chunks(const Problem& p, const GradientRules& rules, int64_t most_rows)
       : p(p), rules(rules), stride(round_up<int64_t>(p.m(), 8)) {
     const int64_t fit = kChunkBytes / (stride * p.q.element_size()) / kBlock * kBlock;
-    rows = std::min<int64_t>(std::max<int64_t>(kBlock, std::min(fit, most_rows)), p.n());
+    rows = std::min<int64_t>({std::max<int64_t>(kBlock, std::min(fit, most_rows)), kMostRows, p.n()});
     buffer = at::empty({rows, stride}, p.q.options());
   }
 

@@ -11,30 +11,31 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kAtOnce = 8;  // keys that a thread loads before it adds them
 
-// The first column with a label, or m, by a warp.
-__device__ __forceinline__ int first_column(const int64_t* labels, int m, int64_t label) {
-  for (int first = 0; first < m; first += kWarp) {
-    const int j = first + static_cast<int>(threadIdx.x) % kWarp;
-    const uint32_t found = __ballot_sync(0xffffffffu, j < m && labels[j] == label);
-    if (found != 0) return first + __ffs(found) - 1;
-  }
-  return m;
+// The first of `count` labels that a thread's label equals, or m.
+__device__ __forceinline__ int first_equal(const int64_t* labels, int count, int64_t label, int first,
+                                           int m) {
+  int column = m;
+  for (int c = count - 1; c >= 0; --c) column = labels[c] == label ? first + c : column;
+  return column;
 }
 
 __global__ void __launch_bounds__(kThreads) ids_kernel(const IdsParams p) {
   constexpr int64_t kNarrow = int64_t{1} << 30;
+  __shared__ int64_t columns[kThreads];
   const bool of_rows = blockIdx.y == 1;
   const int64_t* labels = of_rows ? p.rows : p.cols;
   int* ids = of_rows ? p.row_ids : p.col_ids;
   const int n = of_rows ? p.n : p.m, i = blockIdx.x * kThreads + threadIdx.x;
   const int64_t label = i < n ? labels[i] : 0;
   const bool narrow = label >= -kNarrow && label < kNarrow;
-  int id = narrow ? static_cast<int>(label + kNarrow) : 0;
-  for (uint32_t rest = __ballot_sync(0xffffffffu, !narrow); rest != 0; rest &= rest - 1) {
-    const int lane = __ffs(rest) - 1;
-    const int column = first_column(p.cols, p.m, __shfl_sync(0xffffffffu, label, lane));
-    if (threadIdx.x % kWarp == lane) id = -2 - column;
+  int column = p.m;
+  for (int first = 0; first < p.m && __syncthreads_or(!narrow && column == p.m); first += kThreads) {
+    const int j = first + threadIdx.x;
+    if (j < p.m) columns[threadIdx.x] = p.cols[j];
+    __syncthreads();
+    if (column == p.m) column = first_equal(columns, min(kThreads, p.m - first), label, first, p.m);
   }
+  const int id = narrow ? static_cast<int>(label + kNarrow) : -2 - column;
   if (i < round_up(n, kIdsPadding)) ids[i] = i < n ? id : -1;
 }
 

@@ -111,7 +111,6 @@ __device__ __forceinline__ int place_of_values(int j, int count) {
   return kSameValues ? j : j == count - 1 ? 2 * count - 1 : 2 * j + 2;
 }
 
-// As a value that the compiler knows to be one for the warp.
 // One thread brings the owners from first_i on, and all tiles of the range. `terms`: kTermBytes a tile, each
 // at a multiple of 16 bytes.
 template <typename Shape, bool kSameValues>

@@ -413,7 +413,7 @@ def test_two_runs_are_bitwise_equal() -> None:
 
 
 def test_no_features() -> None:
-    assert_features_are_needed(by_triton, "contrastive", "dimcl", "similarity")
+    assert_features_are_needed(by_triton, "contrastive", "soft_target", "dimcl", "similarity")
 
 
 def test_backend_by_name() -> None:
