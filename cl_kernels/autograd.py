@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch, dtypes, ops, reference
-from .dtypes import full_precision
+from .dtypes import full_precision, scalar_for
 from .problem import Contrast, KeyLoss, KeyStats, SoftTarget
 
 Tensors = Sequence[Any]  # of tensors and None
@@ -47,11 +47,6 @@ class SoftTargetStats(NamedTuple):
     positive_sum: Tensor  # [N], or [0] without positives
 
 
-def _scale(value: float | Tensor, like: Tensor) -> Tensor:
-    """The 0-dim tensor that the ops take."""
-    return dtypes.scalar_for(value, like)
-
-
 def contrastive(problem: Contrast, first_positive: int | None = None) -> ContrastiveStats:
     """LSEs over the denominators, and sums over positives.
 
@@ -59,7 +54,7 @@ def contrastive(problem: Contrast, first_positive: int | None = None) -> Contras
     q, acc = problem.q, dtypes.accumulate_dtype(problem.q.dtype)
     mask, bias = problem.positive_mask, problem.key_bias
     problem = problem._replace(
-        scale=_scale(problem.scale, q), positive_mask=None if mask is None else mask.to(acc),
+        scale=scalar_for(problem.scale, q), positive_mask=None if mask is None else mask.to(acc),
         key_bias=None if bias is None else bias.to(acc),
     )  # fmt: skip
     backend = dispatch.select("contrastive_forward", q)
@@ -75,7 +70,7 @@ def contrastive(problem: Contrast, first_positive: int | None = None) -> Contras
 
 def contrastive_loss(problem: Contrast, how: LossOptions) -> Tensor:
     """The loss [] of all rows, in the accumulation dtype, where `dispatch.makes_whole_losses`."""
-    q, scale = problem.q, _scale(problem.scale, problem.q)
+    q, scale = problem.q, scalar_for(problem.scale, problem.q)
     needs = _gradients_needed(q, problem.k, scale)
     tensors = problem._replace(scale=scale).tensors()
     return _run_whole("contrastive_loss", (problem.options(), how, needs, q.dtype), tensors)
@@ -84,7 +79,7 @@ def contrastive_loss(problem: Contrast, how: LossOptions) -> Tensor:
 def loss_of_rows(problem: Contrast, how: LossOptions) -> Tensor:
     """The loss [] of all rows, in float32, where `dispatch.makes_losses_of_rows`."""
     backend = dispatch.select("contrastive_forward", problem.q)
-    problem = problem._replace(scale=_scale(problem.scale, problem.q))
+    problem = problem._replace(scale=scalar_for(problem.scale, problem.q))
     return _run("loss_of_rows", (problem.options(), False, None, backend, how), problem.tensors())[0]
 
 
@@ -92,7 +87,7 @@ def dimcl_loss(
     z0: Tensor, z1: Tensor, scale: float | Tensor, positive_mask: Tensor | None, mean: bool
 ) -> Tensor:
     """The loss [] of all columns, where there is an op for it or kernels for its rows."""
-    scale = _scale(scale, z0)
+    scale = scalar_for(scale, z0)
     tensors = (z0, z1, scale, positive_mask)
     if not dispatch.makes_whole_losses(z0):
         return _run("dimcl_loss_of_rows", (mean, dispatch.select("dimcl_forward", z0)), tensors)[0]
@@ -102,12 +97,12 @@ def dimcl_loss(
 def key_loss(problem: KeyLoss, mean: bool) -> Tensor | None:
     """The loss [] of all rows, as above; None where more than queries and scale needs a gradient, and by
     kernels for rows of several segments of keys without a target."""
-    q, target_q, scale = problem.q, problem.target_q, _scale(problem.scale, problem.q)
+    q, target_q, scale = problem.q, problem.target_q, scalar_for(problem.scale, problem.q)
     of_target = (x for x in (problem.target_scale, problem.coeff) if isinstance(x, Tensor))
     if torch.is_grad_enabled() and _needs_gradient(*problem.k, target_q, problem.own, *of_target):
         return None
     if target_q is not None:
-        target_scale, coeff = _scale(problem.target_scale, q), _scale(problem.coeff, q)
+        target_scale, coeff = scalar_for(problem.target_scale, q), scalar_for(problem.coeff, q)
         problem = problem._replace(target_scale=target_scale, coeff=coeff)
     needs = _gradients_needed(q, scale)
     problem = problem._replace(scale=scale)
@@ -130,7 +125,9 @@ def soft_target(problem: SoftTarget, first_positive: int | None = None) -> SoftT
 
     `first_positive`: as for `contrastive`."""
     q = problem.q
-    problem = problem._replace(scale=_scale(problem.scale, q), target_scale=_scale(problem.target_scale, q))
+    problem = problem._replace(
+        scale=scalar_for(problem.scale, q), target_scale=scalar_for(problem.target_scale, q)
+    )
     target = (problem.target_q, *problem.target_k, problem.target_scale)
     frozen = not _needs_gradient(*problem.k, *target)
     save_gradient = frozen and torch.is_grad_enabled() and _needs_gradient(q, problem.scale)
@@ -142,7 +139,7 @@ def soft_target(problem: SoftTarget, first_positive: int | None = None) -> SoftT
 def soft_target_means(problem: SoftTarget) -> tuple[Tensor, Tensor]:
     """target_lse [N] and softmax(T) keys [N, D] without the positive, of a problem whose student is its
     target: what students share. Not differentiable."""
-    scale = _scale(problem.scale, problem.q)  # the target's as well
+    scale = scalar_for(problem.scale, problem.q)  # the target's as well
     problem = problem._replace(scale=scale, target_scale=scale)
     options = (problem.options(), True, None, dispatch.select("soft_target_forward", problem.q))
     with torch.no_grad():
@@ -159,7 +156,7 @@ def dimcl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, positive_sum, positive_count [2D] of the columns' Pearson correlations, z0 and z1 [N, D]."""
     backend = dispatch.select("dimcl_forward", z0)
-    outputs = _run("dimcl", (backend,), (z0, z1, _scale(scale, z0), positive_mask))
+    outputs = _run("dimcl", (backend,), (z0, z1, scalar_for(scale, z0), positive_mask))
     lse, positive_sum, positive_count = outputs
     return lse, positive_sum, positive_count
 
@@ -167,7 +164,7 @@ def dimcl(
 def similarity(q: Tensor, k: Tensor | None, scale: float | Tensor, normalize: bool) -> Tensor:
     """scale q k^T [N, M], of unit rows with `normalize`."""
     backend = dispatch.select("similarity_forward", q)
-    return _run("similarity", (normalize, backend), (q, k, _scale(scale, q)))[0]
+    return _run("similarity", (normalize, backend), (q, k, scalar_for(scale, q)))[0]
 
 
 def masked_log_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -563,6 +560,8 @@ class _DimCLLossOfRows(_DimCL):
 
     outputs = 1
     differentiable = 1
+    saved = staticmethod(_LossOfRows.saved)
+    formula = staticmethod(_DimCLLoss.formula)
 
     @staticmethod
     def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
@@ -573,20 +572,12 @@ class _DimCLLossOfRows(_DimCL):
         return loss, coefs, lse, *rest
 
     @staticmethod
-    def saved(tensors: Tensors, options: Options, outputs: Tensors, frozen: bool) -> Tensors:
-        return *tensors, *outputs[1:]
-
-    @staticmethod
     def gradient(
         saved: Tensors, options: Options, grads: Tensors, needs: Sequence[bool], frozen: bool
     ) -> Tensors:
         *tensors, coefs, lse, mean, rnorm = saved
         of_rows = (coefs * grads[0]).unbind()
         return _DimCL.gradient((*tensors, lse, mean, rnorm), options[1:], of_rows, needs, frozen)
-
-    @staticmethod
-    def formula(tensors: Tensors, options: Options) -> Sequence[Tensor]:
-        return _DimCLLoss.formula(tensors, options)
 
 
 class _Similarity(_Op):

@@ -181,40 +181,37 @@ def test_twice_through_a_kept_graph() -> None:
     torch.testing.assert_close(x.grad, 2 * once, rtol=0, atol=0)
 
 
+def second_derivatives(name: str, api: object, after_a_first: bool = False) -> list[Tensor]:
+    """Gradients of the squared gradients; `after_a_first`: of inputs held by nobody, after a backward."""
+    torch.manual_seed(0)
+    loss, make = CASES[name]
+    inputs = make(torch.float64)
+    leaves = [x for x in inputs if x.requires_grad]
+    if after_a_first:
+        value = loss(api, *(F.normalize(x * 1.5, dim=1) if x.requires_grad else x for x in inputs))
+        value.backward(retain_graph=True)
+    else:
+        value = loss(api, *inputs)
+    grads = torch.autograd.grad(value, leaves, create_graph=True)
+    return list(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+
+
 @pytest.mark.parametrize("name", ["supcon", "clip", "nt_xent", "info_nce, queue", "sce, queue", "dimcl"])
 def test_second_derivatives(name: str) -> None:
-    def second(api: object) -> list[Tensor]:
-        torch.manual_seed(0)
-        loss, make = CASES[name]
-        inputs = make(torch.float64)
-        leaves = [x for x in inputs if x.requires_grad]
-        grads = torch.autograd.grad(loss(api, *inputs), leaves, create_graph=True)
-        return list(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
-
-    for found, right in zip(second(clk), second(reference), strict=True):
+    pairs = zip(second_derivatives(name, clk), second_derivatives(name, reference), strict=True)
+    for found, right in pairs:
         torch.testing.assert_close(found, right, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["supcon", "clip", "nt_xent", "info_nce, queue", "sce, queue", "dimcl"])
 def test_second_derivatives_after_a_first_backward(name: str) -> None:
-    """Inputs that nobody else holds give all of it, or an error: never a part."""
-
-    def second(api: object) -> list[Tensor]:
-        torch.manual_seed(0)
-        loss, make = CASES[name]
-        inputs = make(torch.float64)
-        leaves = [x for x in inputs if x.requires_grad]
-        value = loss(api, *(F.normalize(x * 1.5, dim=1) if x.requires_grad else x for x in inputs))
-        value.backward(retain_graph=True)
-        grads = torch.autograd.grad(value, leaves, create_graph=True)
-        return list(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
-
+    """All of it, or an error: never a part."""
     try:
-        found = second(clk)
+        found = second_derivatives(name, clk, after_a_first=True)
     except RuntimeError as error:
         assert "second derivative" in str(error) and "queue" in name
         return
-    for gradient, right in zip(found, second(reference), strict=True):
+    for gradient, right in zip(found, second_derivatives(name, reference, after_a_first=True), strict=True):
         torch.testing.assert_close(gradient, right, rtol=1e-8, atol=1e-12)
 
 
